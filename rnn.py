@@ -1,0 +1,270 @@
+"""A recurrent neural network by hand: the Elman layer, its backward pass, and a language model on top.
+
+The layer (Elman 1990), for t = 1..T, with x_t in R^I, h_t in R^H:
+
+    h_t = tanh(a_t),    a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+
+Back-propagation through time (Werbos 1990). Let dh_t be the derivative of the loss with respect to h_t.
+It has two parts: what the layers above send down at time t (call it g_t), and what the next step sends back:
+
+    dh_t = g_t + W_hh^T da_{t+1}             da_t = dh_t * (1 - h_t^2)        (tanh' = 1 - tanh^2)
+
+The recursion runs from T down to 1 and only it is sequential. Everything else is one product over all steps:
+
+    dx_t = W_ih^T da_t     dW_ih = sum_t da_t x_t^T     dW_hh = sum_t da_t h_{t-1}^T     db = sum_t da_t
+
+`RNN.plain` is the textbook loop (autograd finds the gradient); `RNNFunction` is the same forward with the
+recursion above written out, the input product hoisted out of the loop and the weight gradients taken in one
+matmul each. A test holds them equal to each other and to `torch.nn.RNN`.
+
+The language model `RNNLM` predicts the next token: embedding -> layers -> softmax over the vocabulary, with the
+regularisation that word-level corpora need (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf 2017):
+whole words dropped from the embedding, one dropout mask for all time steps, embedding and softmax weights shared.
+
+    python train.py --model rnn                      # trains it; see train.py
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def compute_dtype(x):
+    """The dtype matmuls should run in: autocast's where it is on, else that of the tensor x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class RNNFunction(torch.autograd.Function):
+    """All T steps of one layer. x [T, B, I], h0 [B, H] -> h_1..h_T [T, B, H] (the last one is the state)."""
+
+    @staticmethod
+    def forward(ctx, x, h0, w_ih, w_hh, bias):
+        T, B, _ = x.shape
+        a = F.linear(x, w_ih, bias)                              # every input product at once  [T, B, H]
+        h = x.new_empty(T + 1, B, w_hh.shape[0])
+        h[0] = h0
+        w_hh_t, steps = w_hh.t(), h.unbind(0)
+        for t, a_t in enumerate(a.unbind(0)):
+            torch.addmm(a_t, steps[t], w_hh_t, out=steps[t + 1])
+            torch.tanh(steps[t + 1], out=steps[t + 1])
+        ctx.save_for_backward(x, h, w_ih, w_hh)
+        return h[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_h):
+        x, h, w_ih, w_hh = ctx.saved_tensors
+        T, B, H = grad_h.shape
+        slope = 1 - h[1:] * h[1:]                                # tanh' for all steps at once
+        da = torch.empty_like(slope)
+        g, slope, steps = grad_h.unbind(0), slope.unbind(0), da.unbind(0)
+        dh = g[T - 1]
+        for t in range(T - 1, -1, -1):
+            torch.mul(dh, slope[t], out=steps[t])
+            dh = torch.addmm(g[t - 1], steps[t], w_hh) if t else steps[0] @ w_hh
+        flat = da.view(T * B, H)
+        return ((flat @ w_ih).view_as(x), dh, flat.t() @ x.reshape(T * B, -1),
+                flat.t() @ h[:-1].reshape(T * B, H), flat.sum(0))
+
+
+class RNN(nn.Module):
+    """One Elman layer; parameters have the names, shapes and initial distribution of `torch.nn.RNN`.
+
+    forward(x [B, T, I], state h [B, H] or None) -> (out [B, T, H], state h [B, H]).
+    """
+    n_gates = 1
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        self.input_size, self.hidden_size = input_size, hidden_size
+        rows = self.n_gates * hidden_size
+        self.weight_ih = nn.Parameter(torch.empty(rows, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size))
+        self.bias_ih = nn.Parameter(torch.empty(rows))
+        self.bias_hh = nn.Parameter(torch.empty(rows))
+        for p in self.parameters():
+            nn.init.uniform_(p, -hidden_size ** -0.5, hidden_size ** -0.5)
+
+    def operands(self, x):
+        """x time-major, the weights and the summed bias, all in the dtype to compute in."""
+        dtype = compute_dtype(x)
+        return [v.to(dtype) for v in (x.transpose(0, 1), self.weight_ih, self.weight_hh, self.bias_ih + self.bias_hh)]
+
+    def forward(self, x, state=None):
+        if x.shape[1] == 0:
+            raise ValueError("a recurrent layer needs at least one time step")
+        state = self.zero_state(x.shape[0]) if state is None else state
+        x, w_ih, w_hh, bias = self.operands(x)
+        with torch.autocast(x.device.type, enabled=False):
+            out = RNNFunction.apply(x, state.to(x.dtype), w_ih, w_hh, bias)
+        return out.transpose(0, 1), out[-1].to(state.dtype)
+
+    def plain(self, x, state=None):
+        """The same as forward, the way a textbook writes it; autograd does the backward pass."""
+        h = self.zero_state(x.shape[0]) if state is None else state
+        out = []
+        for x_t in x.unbind(1):                                  # [B, I]
+            h = torch.tanh(x_t @ self.weight_ih.T + self.bias_ih + h @ self.weight_hh.T + self.bias_hh)
+            out.append(h)
+        return torch.stack(out, 1), h
+
+    def zero_state(self, batch_size):
+        return self.weight_hh.new_zeros(batch_size, self.hidden_size)
+
+
+# ------------------------------------------------------------------------------------------------ softmax and loss
+
+CHUNK_ELEMENTS = 1 << 23       # logits held at once by the loss: 32 MB in float32
+
+
+def token_nll(logits, targets):
+    """Negative log-likelihood in nats, float32, of targets [N] under logits [N, V]; 0 where the target is -1."""
+    nll = torch.logsumexp(logits.float(), -1) - logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0].float()
+    return nll.masked_fill(targets < 0, 0.0)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, a chunk of rows at a time.
+
+    The gradient with respect to the logits is softmax - onehot(target), so it can be formed in the forward pass
+    and multiplied out at once: the [N, V] logits of a large batch or vocabulary never exist together.
+    hidden [N, D], weight [V, D], bias [V] or None, targets [N] (-1: ignored) -> float32 scalar, in nats.
+    Matmuls run in hidden's dtype; sums and the softmax in float32 (float64 where hidden is).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        w = weight.to(hidden.dtype)
+        b = None if bias is None else bias.to(hidden.dtype)
+        rows = max(32, CHUNK_ELEMENTS // w.shape[0])
+        total = torch.zeros((), dtype=acc, device=hidden.device)
+        d_hidden, d_weight, d_bias = torch.empty_like(hidden), None, None
+        for start in range(0, len(hidden), rows):
+            h, y = hidden[start:start + rows], targets[start:start + rows]
+            logits = F.linear(h, w, b)
+            at, keep = y.clamp(min=0)[:, None], (y >= 0)[:, None]
+            p = torch.softmax(logits, -1, dtype=acc)
+            # log sum exp = largest logit - log(largest probability): never underflows, needs no second exp
+            lse = logits.amax(-1, keepdim=True).to(acc) - p.amax(-1, keepdim=True).log()
+            total += ((lse - logits.gather(1, at).to(acc)) * keep).sum()
+            p.scatter_add_(1, at, -torch.ones_like(lse))                     # softmax - onehot
+            p.masked_fill_(~keep, 0.0)
+            d_logits = p.to(hidden.dtype)
+            torch.mm(d_logits, w, out=d_hidden[start:start + rows])
+            part = d_logits.t() @ h
+            d_weight = part.to(acc) if d_weight is None else d_weight.add_(part)
+            if b is not None:
+                part = p.sum(0)
+                d_bias = part if d_bias is None else d_bias.add_(part)
+        ctx.grads = d_hidden, d_weight, d_bias
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (d_hidden, d_weight, d_bias), ctx.grads = ctx.grads, None            # scaled in place: usable once
+        w_dtype, b_dtype = ctx.dtypes
+        return (d_hidden.mul_(grad), d_weight.mul_(grad).to(w_dtype),
+                None if d_bias is None else d_bias.mul_(grad).to(b_dtype), None)
+
+
+def cross_entropy_sum(hidden, weight, bias, targets):
+    """Scalar sum of nats over targets [B, T] given hidden [B, T, D], through LinearCrossEntropy."""
+    hidden = hidden.to(compute_dtype(hidden)).reshape(-1, hidden.shape[-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearCrossEntropy.apply(hidden, weight, bias, targets.reshape(-1))
+
+
+def chunked_nll(unembed, hidden, targets, vocab_size):
+    """float32 [B, T] nats per token, a chunk of rows at a time; targets of -1 count 0."""
+    flat, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows = max(32, CHUNK_ELEMENTS // vocab_size)
+    parts = [token_nll(unembed(h), t) for h, t in zip(flat.split(rows), y.split(rows))]
+    return torch.cat(parts).view(targets.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- the language model
+
+@dataclass
+class RNNConfig:
+    """Sizes and dropouts of a recurrent language model. With `tied`, the last layer is n_embd wide."""
+    vocab_size: int
+    n_embd: int = 200
+    n_hidden: int = 200
+    n_layer: int = 2
+    dropout: float = 0.0            # after the last layer, one mask for all time steps
+    dropout_hidden: float = 0.0     # between layers, likewise
+    dropout_input: float = 0.0      # after the embedding, likewise
+    dropout_embed: float = 0.0      # whole words of the vocabulary, wherever they occur in the batch
+    tied: bool = True
+
+
+def locked_dropout(x, p, training):
+    """Dropout with one mask for all time steps of a row (Gal & Ghahramani 2016). x [B, T, D]."""
+    if not training or p == 0:
+        return x
+    keep = x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - p)
+    return x * keep.div_(1 - p)
+
+
+def embed_dropped(embedding, tokens, p, training):
+    """Embed tokens [B, T] with whole words of the vocabulary dropped, at every place they occur."""
+    x = embedding(tokens)
+    if not training or p == 0:
+        return x
+    keep = x.new_empty(embedding.num_embeddings).bernoulli_(1 - p).div_(1 - p)
+    return x * keep[tokens][..., None]
+
+
+class RNNLM(nn.Module):
+    """Embedding, a stack of recurrent layers, softmax. Four members, as every model here has: forward,
+    init_state, unembed, and nll with its training form loss."""
+    layer_type = RNN
+    recurrent = True
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, c = config, config
+        sizes = [c.n_embd] + [c.n_hidden] * (c.n_layer - 1) + [c.n_embd if c.tied else c.n_hidden]
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.layers = nn.ModuleList(self.layer_type(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.head = nn.Linear(sizes[-1], c.vocab_size)
+        if c.tied:
+            self.head.weight = self.embed.weight
+        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+        nn.init.uniform_(self.head.weight, -0.1, 0.1)
+        nn.init.zeros_(self.head.bias)
+
+    def init_state(self, batch_size, max_len=None):
+        """The state before the first token: zeros. A recurrent state has one size, whatever max_len."""
+        return [layer.zero_state(batch_size) for layer in self.layers]
+
+    def forward(self, tokens, state=None):
+        """tokens [B, T] -> hidden [B, T, D], and the state after the last token."""
+        c = self.config
+        state = self.init_state(len(tokens)) if state is None else state
+        x = embed_dropped(self.embed, tokens, c.dropout_embed, self.training)
+        x = locked_dropout(x, c.dropout_input, self.training)
+        after = []
+        for i, (layer, s) in enumerate(zip(self.layers, state)):
+            x, s = layer(x, s)
+            x = locked_dropout(x, c.dropout if i == c.n_layer - 1 else c.dropout_hidden, self.training)
+            after.append(s)
+        return x, after
+
+    def unembed(self, hidden):
+        """hidden [..., D] -> logits [..., V]."""
+        return self.head(hidden)
+
+    def nll(self, hidden, targets):
+        """float32 [B, T] nats per token; 0 where the target is -1."""
+        return chunked_nll(self.unembed, hidden, targets, self.config.vocab_size)
+
+    def loss(self, hidden, targets):
+        """Scalar sum of nats with the gradient computed chunk by chunk; divide by the number of tokens yourself."""
+        return cross_entropy_sum(hidden, self.head.weight, self.head.bias, targets)
