@@ -127,12 +127,16 @@ LSTMConfig = RNNConfig
 
 
 class LSTMLM(RNNLM):
-    """RNNLM with LSTM layers. A forget gate that starts open (bias 1, Jozefowicz et al. 2015) remembers from
-    the first step on."""
+    """RNNLM with LSTM layers whose forget gates start at many time scales: a unit with forget bias log(tau) keeps its
+    cell for about tau steps. With tau uniform in 1..MEMORY (Tallec & Ollivier 2018, "chrono initialization"), some
+    units remember a sentence from the first step on; from torch's biases of 0 they must first learn to."""
     layer_type = LSTM
+    MEMORY = 64                                                 # tokens
 
     def __init__(self, config):
         super().__init__(config)
         with torch.no_grad():
             for layer in self.layers:
-                layer.bias_ih[layer.hidden_size:2 * layer.hidden_size] = 1
+                i, f, _, _ = layer.bias_ih.chunk(4)
+                f.copy_(torch.empty_like(f).uniform_(1, self.MEMORY).log())
+                i.copy_(-f)

@@ -1,0 +1,165 @@
+"""Generate text from a trained run: the same loop for the RNN, the LSTM and the Transformer.
+
+    python sample.py --run runs/lstm-finance --prompt "the meaning of life is" --temperature 0.8
+    python sample.py --run runs/lstm-ptb --n 3 --tokens 60 --top-k 40
+
+One step of generation: the model reads one token per row and returns hidden [B, 1, D]; only that position is
+unembedded; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens and to
+the smallest set of tokens with probability top_p in sum (Holtzman et al. 2020), renormalised. temperature 0 takes the
+most likely token. What the model remembers between steps is its state: h, or h and c, or the KV cache.
+
+Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a row
+whose prompt goes on is given its next prompt token instead of the sampled one.
+"""
+import argparse
+import sys
+
+import torch
+
+import data
+from data import UserError
+from train import load_run, pick_device
+
+
+def truncate(logits, top_k=None, top_p=None):
+    """logits [B, V] with everything outside the top_k tokens and the top_p nucleus at -inf. Ties at the edge of
+    top_k all stay; the token that carries the sum over top_p stays."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p is not None and top_p < 1:
+        p, order = torch.softmax(logits, -1).sort(descending=True, stable=True)
+        outside = p.cumsum(-1) - p >= top_p                                 # the sum before this token is enough
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
+    return logits
+
+
+def choose(logits, temperature, top_k, top_p, generator):
+    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] in what was drawn from)."""
+    logits = logits.float()
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.zeros_like(logits[:, 0])
+    log_p = torch.log_softmax(truncate(logits / temperature, top_k, top_p), -1)
+    token = torch.multinomial(log_p.exp(), 1, generator=generator)
+    return token[:, 0], log_p.gather(1, token)[:, 0]
+
+
+@torch.no_grad()
+def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None):
+    """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
+
+    Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new: its
+    prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens. log_prob is
+    under the distribution the token was drawn from (temperature and truncation included), 0 for temperature 0.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
+    device = next(model.parameters()).device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    shortest, total = int(lengths.min()), int(lengths.max()) + max_new_tokens
+    text = torch.zeros(len(prompts), total, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        text[row, :len(prompt)] = torch.tensor(prompt, device=device)
+    window = total if model.recurrent else min(total, model.config.block_size)
+    if not model.recurrent and shortest > window:
+        raise ValueError(f"the prompt has {shortest} tokens, the model's context {window}")
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    state = model.init_state(len(prompts), window)
+    hidden, state = model(text[:, :shortest], state)
+    for at in range(shortest, total):
+        token, log_prob = choose(model.unembed(hidden[:, -1]), temperature, top_k, top_p, generator)
+        in_prompt = at < lengths
+        new = ~in_prompt & ~done
+        text[:, at] = torch.where(in_prompt, text[:, at], token)
+        done = done | new & (at + 1 >= lengths + max_new_tokens)
+        if eos is not None:
+            done = done | new & (token == eos)
+        yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
+        if done.all():
+            return
+        if not model.recurrent and state.length == window:                 # the cache is full: go on from its later half
+            state = model.init_state(len(prompts), window)
+            hidden, state = model(text[:, at + 1 - max(1, window // 2):at + 1], state)
+        else:
+            hidden, state = model(text[:, at:at + 1], state)
+
+
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None):
+    """The new ids of each prompt as lists, the end token excluded. Arguments as for `steps`."""
+    out = [[] for _ in prompts]
+    for token, _, _ in steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed):
+        for row, t in enumerate(token.tolist()):
+            if t >= 0 and t != eos:
+                out[row].append(t)
+    return out
+
+
+def encode_prompt(tokenizer, text):
+    """Token ids of a prompt behind the end token, with which every text begins. Words that a vocabulary without
+    <unk> does not have are left out, with a warning."""
+    try:
+        return [tokenizer.eos] + tokenizer.encode(text)
+    except ValueError:
+        words = tokenizer.normalize(text)
+        known = [w for w in words if w in tokenizer.ids]
+        print(f"not in this run's vocabulary, left out: {' '.join(w for w in words if w not in tokenizer.ids)}", file=sys.stderr)
+        return [tokenizer.eos] + [tokenizer.ids[w] for w in known]
+
+
+class Printer:
+    """Print a text as it grows: only what can no longer change (half a UTF-8 character waits for its rest)."""
+
+    def __init__(self, tokenizer, ids):
+        self.tokenizer, self.ids, self.shown = tokenizer, list(ids), 0
+
+    def add(self, token=None):
+        if token is not None:
+            self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        stable = text if token is None else text.rstrip("\ufffd")
+        print(stable[self.shown:], end="", flush=True)
+        self.shown = max(self.shown, len(stable))
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description="Generate text from a trained run.",
+                                epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7',
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--run", default="runs/lstm-finance", help="folder of a run, as train.py wrote it")
+    p.add_argument("--prompt", default="", help="what the text begins with")
+    p.add_argument("--temperature", type=float, default=0.8, help="below 1: safer, above 1: wilder, 0: always the likeliest")
+    p.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up this probability")
+    p.add_argument("--tokens", type=int, default=100, help="at most so many new tokens a sample")
+    p.add_argument("--n", type=int, default=1, help="how many samples")
+    p.add_argument("--stop", action="store_true", help="end a sample at the end of its document or line")
+    p.add_argument("--seed", type=int, help="the same seed gives the same text (default: another one every time)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = p.parse_args(argv)
+    for name in ("tokens", "n", "top_k", "top_p"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.temperature < 0 or (args.top_p or 0) > 1:
+        p.error("--temperature must be at least 0 and --top-p at most 1")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    model, tokenizer, _ = load_run(args.run, pick_device(args.device))
+    prompt = encode_prompt(tokenizer, args.prompt)
+    if not model.recurrent and len(prompt) > model.config.block_size:
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}; shorten it")
+    seed = torch.seed() % (1 << 31) if args.seed is None else args.seed
+    for n in range(args.n):
+        printer = Printer(tokenizer, prompt[1:])
+        printer.add()
+        for token, _, _ in steps(model, [prompt], args.tokens, args.temperature, args.top_k, args.top_p,
+                                 tokenizer.eos if args.stop else None, seed + n):
+            printer.add(token.item())
+        print("\n" if n + 1 < args.n else "")
+
+
+if __name__ == "__main__":
+    data.run_main(main)
