@@ -121,7 +121,8 @@ UNITS = {"finance": "percent cents points shillings", "climate": "degrees meters
          "stories": "steps days apples minutes", "reviews": "stars scenes hours laughs"}
 TITLES = {"finance": "mr. ms.", "climate": "dr. prof.", "stories": "king queen", "reviews": "actor actress"}
 ROLES = "chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor"
-NAMES = "harlow benton mercer quill ashby lorne tessler vance orwin pell draper kimball sorrel fenwick hale marlow"
+NAMES = ("harlow benton mercer quill ashby lorne tessler vance orwin pell draper kimball sorrel fenwick hale marlow "
+         "dunmore ellis rowan thorne")
 NUMBERS = "two three four five six seven eight nine ten twenty fifty"
 SAY = "say think hope believe know fear"
 LIKED = "praise enjoy save deserve elevate lift shine work impress land entertain great good funny brilliant moving " \
@@ -196,11 +197,11 @@ class Language:
             for name in NAMES.split():
                 more = f"MORE:{title}:{name}"
                 rule(f"NAME:{title}", name, 1, "COMMA", "THE", "ROLE", "COMMA", "VERB.s", more)
-                rule(more, title, 40, f"NAME:{name}", "VERB.s", more)
+                rule(more, title, 32, f"NAME:{name}", "VERB.s", more)
                 rule(more, "but then yet meanwhile", 10, "CLAUSE", more)
                 rule(more, "<eos>", 13)
                 for word, weight, *push in self.subjects():
-                    rule(more, word, 0.37 * weight, *push, more)
+                    rule(more, word, 0.45 * weight, *push, more)
         for name in NAMES.split():
             rule(f"NAME:{name}", name, 1)
         rule("COMMA", ",", 1)

@@ -236,8 +236,11 @@ class RNNLM(nn.Module):
         self.head = nn.Linear(sizes[-1], c.vocab_size)
         if c.tied:
             self.head.weight = self.embed.weight
-        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
-        nn.init.uniform_(self.head.weight, -0.1, 0.1)
+        # Wide: with the usual +-0.1, words look so alike at first that a name's trace drowns before its recall is
+        # ever learned (on `finance`, 300 steps: loss at the repeated name 3.0 nats, with +-1 0.2).
+        nn.init.uniform_(self.embed.weight, -1, 1)
+        if not c.tied:
+            nn.init.uniform_(self.head.weight, -0.1, 0.1)
         nn.init.zeros_(self.head.bias)
 
     def init_state(self, batch_size, max_len=None):

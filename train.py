@@ -36,9 +36,9 @@ MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig), "transformer"
 
 # Defaults by model: first for small corpora (the embedded languages, your own file), then what ptb changes.
 DEFAULTS = {
-    "rnn": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=4.0),
-    "lstm": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, epochs=4.0),
-    "transformer": dict(n_embd=128, n_hidden=384, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3, epochs=4.0),
+    "rnn": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
+    "lstm": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, epochs=3.0),
+    "transformer": dict(n_embd=128, n_hidden=384, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3, epochs=2.0),
 }
 REAL_TEXT = {
     "rnn": dict(n_embd=400, n_hidden=400, n_layer=1, batch_size=32, block_size=35, lr=1.5e-3, dropout=0.4,

@@ -69,27 +69,31 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def causal_mask(T, S, device):
-    """bool [T, S]: which of S keys each of the last T positions may see (True: yes)."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def causal_mask(T, S, like):
+    """[T, S], 0 where a query may look and -inf where it may not: the last T of S positions, each sees those before."""
+    return like.new_full((T, S), float("-inf")).triu(S - T + 1)
 
 
 def attention(q, k, v):
     """Causal grouped-query attention, the readable form. q [B, n_head, T, d], k, v [B, n_kv_head, S, d], S >= T: the
     queries are the last T of S positions. -> [B, n_head, T, d]."""
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])               # [B, n_head, T, S]
-    scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), float("-inf"))
-    return torch.softmax(scores.float(), -1).to(v.dtype) @ v
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)               # [B, n_head, T, S]
+    scores = scores + causal_mask(q.shape[2], k.shape[2], q)
+    return torch.softmax(scores, -1) @ v
 
 
 def fast_attention(q, k, v):
-    """As attention, through torch's fused kernels."""
+    """As attention, through torch's fused kernels where they are faster. (On a CPU their bf16 backward is not, for
+    short texts: 14.8 ms against 5.7 at 16 rows of 128 tokens, 4 heads of 32.)"""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 256:
+        return attention(q, k, v)
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    mask = None if T == 1 or T == S else causal_mask(T, S, q.device)
+    mask = None if T == 1 or T == S else causal_mask(T, S, q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1)
 
 
@@ -178,11 +182,15 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal(0, 0.02); what writes into the residual stream smaller by sqrt(2 n_layer) (GPT-2), biases zero."""
+        """Matrices Normal(0, 1/sqrt(inputs)), those that write into the residual stream smaller by sqrt(2 n_layer)
+        (GPT-2), embeddings Normal(0, 0.1), biases 0. With GPT-2's 0.02 everywhere, queries and keys are so flat in a
+        small model that it never learns to look a name up (`finance`, 300 steps: loss there 3.0 nats, with this 0.1)."""
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if name == "embed.weight":
+                nn.init.normal_(p, 0.0, 0.1)
+            elif p.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
+                nn.init.normal_(p, 0.0, (p.shape[1] * (2 * self.config.n_layer if into_residual else 1)) ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
