@@ -117,7 +117,10 @@ class RNN(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ softmax and loss
 
-CHUNK_ELEMENTS = 1 << 23       # logits held at once by the loss: 32 MB in float32
+def chunks(n_rows, vocab_size):
+    """Into how many chunks to cut the rows: about 8 million logits each, but no fewer than 256 rows, because every
+    chunk reads the whole weight matrix."""
+    return max(1, min(-(-n_rows * vocab_size // (1 << 23)), n_rows // 256))
 
 
 def token_nll(logits, targets):
@@ -140,25 +143,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         acc = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)
         b = None if bias is None else bias.to(hidden.dtype)
-        rows = max(32, CHUNK_ELEMENTS // w.shape[0])
+        n_chunks = chunks(len(hidden), w.shape[0])
         total = torch.zeros((), dtype=acc, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden), None, None
-        for start in range(0, len(hidden), rows):
-            h, y = hidden[start:start + rows], targets[start:start + rows]
-            logits = F.linear(h, w, b)
+        for h, d_h, y in zip(hidden.chunk(n_chunks), d_hidden.chunk(n_chunks), targets.chunk(n_chunks)):
             at, keep = y.clamp(min=0)[:, None], (y >= 0)[:, None]
-            p = torch.softmax(logits, -1, dtype=acc)
-            # log sum exp = largest logit - log(largest probability): never underflows, needs no second exp
-            lse = logits.amax(-1, keepdim=True).to(acc) - p.amax(-1, keepdim=True).log()
-            total += ((lse - logits.gather(1, at).to(acc)) * keep).sum()
-            p.scatter_add_(1, at, -torch.ones_like(lse))                     # softmax - onehot
-            p.masked_fill_(~keep, 0.0)
-            d_logits = p.to(hidden.dtype)
-            torch.mm(d_logits, w, out=d_hidden[start:start + rows])
-            part = d_logits.t() @ h
+            p = torch.softmax(F.linear(h, w, b), -1)                         # float32 inside, whatever the dtype
+            p_target = p.gather(1, at).to(acc)
+            total -= (p_target.clamp(min=1e-38).log() * keep).sum()          # the clamp: at most 87 nats are counted
+            p.scatter_(1, at, (p_target - 1).to(p.dtype))                    # softmax - onehot, in place of p
+            if not keep.all():
+                p.masked_fill_(~keep, 0.0)
+            torch.mm(p, w, out=d_h)
+            part = p.t() @ h
             d_weight = part.to(acc) if d_weight is None else d_weight.add_(part)
             if b is not None:
-                part = p.sum(0)
+                part = p.sum(0).to(acc)                                      # summed in float32, whatever the dtype
                 d_bias = part if d_bias is None else d_bias.add_(part)
         ctx.grads = d_hidden, d_weight, d_bias
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -183,8 +183,8 @@ def cross_entropy_sum(hidden, weight, bias, targets):
 def chunked_nll(unembed, hidden, targets, vocab_size):
     """float32 [B, T] nats per token, a chunk of rows at a time; targets of -1 count 0."""
     flat, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    rows = max(32, CHUNK_ELEMENTS // vocab_size)
-    parts = [token_nll(unembed(h), t) for h, t in zip(flat.split(rows), y.split(rows))]
+    n = chunks(len(y), vocab_size)
+    parts = [token_nll(unembed(h), t) for h, t in zip(flat.chunk(n), y.chunk(n))]
     return torch.cat(parts).view(targets.shape)
 
 
@@ -210,6 +210,17 @@ def locked_dropout(x, p, training):
         return x
     keep = x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - p)
     return x * keep.div_(1 - p)
+
+
+def dropout(x, p, training):
+    """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, one element after the other, so each
+    64-bit draw serves eight elements: p is rounded to a 256th, and survivors are scaled by what is kept in truth."""
+    if not training or p == 0:
+        return x
+    drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
+    cut = round(p * 256)
+    keep = (drawn.view(torch.uint8)[:x.numel()] >= cut).view(x.shape)
+    return x * keep * (256 / (256 - cut))
 
 
 def embed_dropped(embedding, tokens, p, training):

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rnn import chunked_nll, cross_entropy_sum
+from rnn import chunked_nll, cross_entropy_sum, dropout
 
 
 @dataclass
@@ -154,11 +154,11 @@ class Block(nn.Module):
         super().__init__()
         self.input_norm, self.attention = RMSNorm(c.n_embd, c.norm_eps), Attention(c, layer)
         self.post_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), SwiGLU(c)
-        self.drop = nn.Dropout(c.dropout)
+        self.dropout = c.dropout
 
     def forward(self, x, cos, sin, cache):
-        x = x + self.drop(self.attention(self.input_norm(x), cos, sin, cache))
-        return x + self.drop(self.mlp(self.post_norm(x)))
+        x = x + dropout(self.attention(self.input_norm(x), cos, sin, cache), self.dropout, self.training)
+        return x + dropout(self.mlp(self.post_norm(x)), self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -178,7 +178,6 @@ class Transformer(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        self.drop = nn.Dropout(c.dropout)
         self.init_weights()
 
     def init_weights(self):
@@ -205,7 +204,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit the context of "
                              f"{state.max_len if state is not None else c.block_size}")
         cos, sin = rope_angles(torch.arange(start, start + T, device=tokens.device), c.n_embd // c.n_head, c.rope_theta)
-        x = self.drop(self.embed(tokens))
+        x = dropout(self.embed(tokens), c.dropout, self.training)
         for block in self.blocks:
             x = block(x, cos, sin, state)
         if state is not None:
