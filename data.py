@@ -19,6 +19,7 @@ on it; no honest model goes below it but by chance.
 """
 import bisect
 import codecs
+import gzip
 import hashlib
 import math
 import os
@@ -27,6 +28,7 @@ import re
 import sys
 import tarfile
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -511,7 +513,7 @@ def fetch(url, part, headers):
         size = have + int(length) if length else None
         with open(part, "ab" if resumed else "wb") as f:
             shown = 0.0
-            for block in r.iter_content(1 << 18):
+            for block in r.iter_content(1 << 16):
                 f.write(block)
                 have += len(block)
                 if sys.stderr.isatty() and time.monotonic() - shown > 0.2:
@@ -612,14 +614,16 @@ def labelled(name, split):
     path = source_file("imdb", split)
     found = []
     try:
-        with tarfile.open(path, "r|gz") as tar:
+        with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
             for member in tar:
                 m = re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt", member.name)
                 if m and m[1] == ("test" if split == "test" else "train"):
                     if split == "test" or (int(m[3]) % 20 == 0) == (split == "valid"):
                         text = tar.extractfile(member).read().decode("utf-8")
                         found.append((member.name, text.replace("<br />", " "), int(m[2] == "pos")))
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as e:
+            while unzipped.read(1 << 20):                       # to the checksum at its very end
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read ({e}). Delete it and run again to download it anew") from e
     if not found:
         raise UserError(f"{path} holds no reviews; delete it and run again to download it anew")

@@ -142,8 +142,7 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
     -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}. Dropout is off.
     """
     device = next(model.parameters()).device
-    ids = torch.as_tensor(ids if isinstance(ids, torch.Tensor) else list(ids) if isinstance(ids, range) else ids.astype("int64")
-                          if hasattr(ids, "astype") else ids)
+    ids = torch.as_tensor(ids, dtype=torch.long)
     n = len(ids) - 1
     if n < 1:
         raise ValueError("perplexity needs at least one token after the first")
@@ -181,19 +180,22 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
 
 
 def with_context(tokenizer, ids):
-    """ids behind the end token: what perplexity expects of a text that starts afresh."""
-    return torch.cat([torch.tensor([tokenizer.eos]), torch.as_tensor(ids.astype("int64"))])
+    """ids (an array) behind the end token, int64: what perplexity expects of a text that starts afresh."""
+    return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(ids.astype("int64"))])
 
 
 # ------------------------------------------------------------------------------------------------- the training loop
 
+MEASURED = 20               # steps in which --minutes measures the speed; the learning rate never falls before
+
+
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then half a cosine down to 1 % of the peak. steps None (not planned yet): warm-up, then level."""
+    """Linear warm-up, then half a cosine down to 1 % of the peak. steps None (not planned yet): level after the
+    warm-up, as the first MEASURED steps are in any case, so that --steps repeats what --minutes planned."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    if steps is None:
-        return peak
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    start = max(warmup, MEASURED)
+    progress = 0.0 if steps is None else min(1.0, max(0, step - start) / max(1, steps - start))
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -225,11 +227,8 @@ class Trainer:
         # what a checkpoint keeps beside weights, optimizer and random state
         self.step, self.seconds, self.best, self.best_step = 0, 0.0, math.inf, -1
         self.steps = args.steps or (None if args.minutes else max(1, round(args.epochs * batches.steps_per_epoch)))
-        self.interval = self.eval_interval()
+        self.interval = args.eval_every or -(-self.steps // 20) if self.steps else None
         self.loss_sum, self.loss_steps = 0.0, 0                     # since the last row of the log
-
-    def eval_interval(self):
-        return None if self.steps is None else self.args.eval_every or max(1, -(-self.steps // 20))
 
     # ---- checkpoints
 
@@ -326,12 +325,13 @@ class Trainer:
         self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
         return loss
 
-    def plan(self, started, eval_seconds):
-        """--minutes: from the speed of the steps so far, how many steps fit, evaluations included."""
-        step_seconds = (time.perf_counter() - started) / (self.step - self.plan_from)
-        left = self.args.minutes * 60 - self.seconds - 21 * eval_seconds
-        self.steps = self.step + max(1, int(0.98 * left / step_seconds))
-        self.interval = self.eval_interval()
+    def plan(self, step_seconds, eval_seconds):
+        """--minutes: from the speed of the steps so far, how many steps fit, with the evaluations (up to 20, and
+        up to a tenth of the time, but at least two)."""
+        left = 0.98 * self.args.minutes * 60 - self.seconds
+        evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
+        self.steps = self.step + max(1, int((left - evaluations * eval_seconds) / step_seconds))
+        self.interval = self.args.eval_every or -(-self.steps // evaluations)
         self.show(f"{self.args.minutes:g} minutes are {self.steps} steps, {self.steps / self.batches.steps_per_epoch:.1f} "
                   f"epochs at {self.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
 
@@ -347,7 +347,7 @@ class Trainer:
         """Train until the planned number of steps. Ctrl-C saves first and says how to go on."""
         self.model.train()
         clock, shown = time.perf_counter() - self.seconds, 0.0
-        eval_seconds, self.plan_from, started = 0.0, None, None
+        eval_seconds = 0.0
         if self.step == 0:
             t = time.perf_counter()
             _, better = self.evaluate_and_save()
@@ -357,12 +357,10 @@ class Trainer:
             while self.steps is None or self.step < self.steps:
                 loss = self.train_step()
                 self.seconds = time.perf_counter() - clock
-                if self.steps is None:                              # the first steps are slower: measured from the sixth on
-                    if started is None and self.step >= 5:
-                        started, self.plan_from = time.perf_counter(), self.step
-                    elif started and self.step >= self.plan_from + 10 and \
-                            time.perf_counter() - started > min(10, 3 * self.args.minutes):
-                        self.plan(started, eval_seconds)
+                if self.step == MEASURED // 4:                      # the very first steps are slower
+                    started = time.perf_counter()
+                if self.steps is None and self.step == MEASURED:
+                    self.plan((time.perf_counter() - started) / (MEASURED - MEASURED // 4), eval_seconds)
                 left = "" if not self.steps else f"{self.seconds / self.step * (self.steps - self.step):.0f} s left"
                 line = (f"step {self.step}/{self.steps or '?'}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
                         f"{self.step * self.tokens_per_step / self.seconds:,.0f} tokens/s")
@@ -386,12 +384,12 @@ class Trainer:
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def arguments(argv=None):
+def parser():
     p = argparse.ArgumentParser(
         description="Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a file.",
         epilog="example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", choices=MODELS, default="lstm")
+    p.add_argument("--model", choices=list(MODELS), default="lstm")
     p.add_argument("--data", default="finance", help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     p.add_argument("--tokenizer", choices=("word", "gpt2"), default="word")
     p.add_argument("--run", help="folder of the run (default: runs/MODEL-DATA)")
@@ -413,6 +411,11 @@ def arguments(argv=None):
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the matmuls; weights are float32")
+    return p
+
+
+def arguments(argv=None):
+    p = parser()
     args = p.parse_args(argv)
     for name in ("epochs", "steps", "minutes", "batch_size", "block_size", "lr", "n_layer", "n_head", "n_embd", "n_hidden",
                  "eval_every", "log_every", "clip"):
@@ -422,6 +425,10 @@ def arguments(argv=None):
         if not 0 <= getattr(args, name, 0) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 0 and below 1")
     return args
+
+
+def default_run(args):
+    return f"runs/{args.model}-{Path(args.data).stem}"
 
 
 def fill_defaults(args):
@@ -436,7 +443,7 @@ def fill_defaults(args):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.run = args.run or f"runs/{args.model}-{Path(args.data).stem}"
+    args.run = args.run or default_run(args)
     return args
 
 
@@ -477,23 +484,32 @@ def finish(trainer, corpus, device, dtype):
     print(f"written to {trainer.run}. Next: python sample.py --run {trainer.run}")
 
 
+def resumed_arguments(args):
+    """The checkpoint in args.run and the arguments it was started with; UserError if the command line says others."""
+    if args.run is None:
+        args.run = default_run(args)
+    checkpoint = read_checkpoint(Path(args.run) / "last.pt")
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{args.run}/last.pt holds weights only and cannot be resumed")
+    p = parser()
+    for name, value in checkpoint["args"].items():
+        now = getattr(args, name, None)
+        if now not in (None, p.get_default(name), value):
+            raise UserError(f"the run in {args.run} was started with {name} {value}, not {now}. Resume it without other "
+                            "arguments, or choose another folder with --run")
+        setattr(args, name, value)
+    return args, checkpoint
+
+
 def main(argv=None):
-    args = arguments(argv)
-    asked = args.run
+    args, checkpoint = arguments(argv), None
     if args.resume:
-        if not args.run:
-            args = fill_defaults(args)
-        run, checkpoint = Path(args.run), read_checkpoint(Path(args.run) / "last.pt")
-        if "optimizer" not in checkpoint:
-            raise UserError(f"{run / 'last.pt'} cannot be resumed: it holds weights only")
-        for name, value in checkpoint["args"].items():
-            setattr(args, name, value)
-        args.run = str(run)
+        args, checkpoint = resumed_arguments(args)
     else:
-        args, checkpoint = fill_defaults(args), None
+        args = fill_defaults(args)
         if any(Path(args.run).glob("*.pt")) or (Path(args.run) / "log.csv").exists():
             raise UserError(f"{args.run} already holds a run. Go on with it: python train.py --resume --run {args.run}; "
-                            f"or choose another folder with --run{'' if asked else ', or delete it'}")
+                            "or choose another folder with --run")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)

@@ -1,0 +1,38 @@
+"""Shared by all tests: two threads, the project root as working folder, real data where it is, no network."""
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+
+def real(path):
+    """A file of the real data, or a skip that names it. Every test that uses this has a twin on made-up data."""
+    file = Path(os.environ.get("DATA_DIR") or ROOT / "data") / path
+    if not file.exists():
+        pytest.skip(f"{file} is not there (set DATA_DIR to a folder that has {path})")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Connections leave the machine for nobody: loopback only."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address}")
+        return connect(self, address)
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch):
+    """An empty DATA_DIR of the test's own."""
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"

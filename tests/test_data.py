@@ -1,0 +1,529 @@
+"""The embedded languages and their floor, tokenizers, corpora, downloads and batches."""
+import hashlib
+import io
+import math
+import random
+import subprocess
+import sys
+import tarfile
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from data import UserError
+from tests.conftest import ROOT, real
+
+
+# ---------------------------------------------------------------------------------------- the embedded languages
+
+@pytest.mark.parametrize("domain", data.DOMAINS)
+def test_next_word_probabilities_sum_to_one_and_give_the_nll(domain):
+    language = data.language(domain)
+    words = [w for doc, _ in data.embedded_documents(domain, "valid")[:5] for w in doc]
+    nll = language.nll(words)
+    for at in range(0, len(words), 3):
+        p = language.next_words(words[:at])
+        assert abs(sum(p.values()) - 1) < 1e-9
+        assert abs(-math.log(p[words[at]]) - nll[at]) < 1e-9
+
+
+def test_the_hidden_mood_is_summed_over():
+    """Chain rule: the product of the conditionals is the mixture of the two moods' probabilities of the document."""
+    language = data.language("reviews")
+    for words, _ in data.embedded_documents("reviews", "valid")[:20]:
+        by_mood = []
+        for mood in (0, 1):
+            stack, log_p = ["DOCUMENT"], 0.0
+            for word in words:
+                weights, push = language.rules[stack.pop()][word]
+                log_p += math.log(weights[mood])
+                stack.extend(push)
+            by_mood.append(log_p)
+        expected = math.log(0.5) + np.logaddexp(*by_mood)
+        assert abs(-sum(language.nll(words)) - expected) < 1e-8
+
+
+@pytest.mark.parametrize("domain", data.DOMAINS)
+def test_what_is_generated_follows_the_stated_probabilities(domain):
+    """Entropy check: on its own text the mean of nll is the mean surprise, so its z-score against an independent
+    sample of the same source is small; and the first two words' frequencies pass a chi-square test."""
+    language, documents = data.language(domain), data.embedded_documents(domain, "train")
+    for prefix in ([], [data.TITLES[domain].split()[0]]):
+        p = language.next_words(prefix)
+        said = Counter(doc[len(prefix)] for doc, _ in documents if doc[:len(prefix)] == prefix)
+        n = sum(said.values())
+        chi2 = sum((said[w] - n * q) ** 2 / (n * q) for w, q in p.items())
+        degrees = len(p) - 1
+        assert chi2 < degrees + 5 * math.sqrt(2 * degrees)
+        assert set(said) <= set(p)
+    train_nll = language.nll([w for d, _ in documents[:500] for w in d])
+    test_nll = language.nll([w for d, _ in data.embedded_documents(domain, "test") for w in d])
+    error = math.sqrt(np.var(train_nll) / len(train_nll) + np.var(test_nll) / len(test_nll))
+    assert abs(np.mean(train_nll) - np.mean(test_nll)) < 6 * error
+
+
+def test_splits_are_the_same_every_time_and_do_not_overlap():
+    again = subprocess.run([sys.executable, "-c", "import data; print(data.embedded_text('stories', 'test', 200))"],
+                           capture_output=True, text=True, cwd=ROOT).stdout
+    assert again.strip() == data.embedded_text("stories", "test", 200).strip()
+    texts = {s: {" ".join(w) for w, _ in data.embedded_documents("finance", s)} for s in ("train", "valid", "test")}
+    long = {s: {t for t in texts[s] if len(t.split()) > 25} for s in texts}
+    assert not long["train"] & long["test"] and not long["train"] & long["valid"]
+
+
+def test_vocabulary_is_shared_and_closed():
+    words = data.embedded_vocabulary()
+    assert 800 <= len(words) <= 1200 and len(set(words)) == len(words) and "<unk>" not in words
+    for domain in data.DOMAINS:
+        assert {w for d, _ in data.embedded_documents(domain, "test") for w in d} <= set(words)
+
+
+def test_every_domain_can_say_every_other_domains_text_but_less_readily():
+    for own in data.DOMAINS:
+        nll = {d: np.mean(data.language(own).nll([w for doc, _ in data.embedded_documents(d, "test")[:100] for w in doc]))
+               for d in data.DOMAINS}
+        assert all(nll[d] > nll[own] + 0.5 for d in data.DOMAINS if d != own)
+
+
+def test_a_name_is_always_repeated_and_verbs_agree():
+    names, titles = set(data.NAMES.split()), set(" ".join(data.TITLES.values()).split())
+    singular = {data.add_s(v) for table in (data.VERBS, data.INTRANSITIVES) for v in table["finance"].split()}
+    plural = {v for table in (data.VERBS, data.INTRANSITIVES) for v in table["finance"].split()}
+    nouns = {form(n) for n in data.NOUNS["finance"].split() for form in (str, data.plural)}
+    singular, plural, repeats = singular - nouns, plural - nouns, 0
+    for words, _ in data.embedded_documents("finance", "valid"):
+        pairs = [(a, b) for a, b in zip(words, words[1:]) if b in names]
+        assert len(set(pairs)) == 1 and pairs[0][0] in titles
+        repeats += len(pairs) - 1
+        for a, b, c in zip(words, words[1:], words[2:]):
+            if a == "every" and c in singular | plural:
+                assert c in singular
+            if a == "many" and c in singular | plural:
+                assert c in plural
+    assert repeats > 500
+
+
+def test_reviews_carry_labels_that_show_in_the_words():
+    labelled = data.labelled("reviews", "test")
+    assert {label for _, label in labelled} == {0, 1}
+    liked, disliked = set(data.LIKED.split()), set(data.DISLIKED.split())
+
+    def guess(text):
+        words = text.lower().replace(".", " ").split()
+        return int(sum(w in liked for w in words) >= sum(w in disliked for w in words))
+    assert np.mean([guess(text) == label for text, label in labelled]) > 0.75
+
+
+class SourceModel(torch.nn.Module):
+    """A language's own grammar with the four members of a model. hidden holds log p of every word."""
+    recurrent = True
+
+    def __init__(self, domain, tokenizer):
+        super().__init__()
+        self.language, self.tokenizer = data.language(domain), tokenizer
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def init_state(self, batch_size, max_len=None):
+        return [[] for _ in range(batch_size)]
+
+    def forward(self, tokens, state=None):
+        state = self.init_state(len(tokens)) if state is None else state
+        hidden = torch.full((*tokens.shape, self.tokenizer.vocab_size), -math.inf, dtype=torch.double)
+        for b, row in enumerate(tokens.tolist()):
+            for t, token in enumerate(row):
+                word = self.tokenizer.words[token]
+                state[b] = [] if word == "<eos>" else state[b] + [word]
+                for w, p in self.language.next_words(state[b]).items():
+                    hidden[b, t, self.tokenizer.ids[w]] = math.log(p)
+        return hidden, state
+
+    def unembed(self, hidden):
+        return hidden
+
+    def nll(self, hidden, targets):
+        return -hidden.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0).float()
+
+
+@pytest.mark.parametrize("domain", ["finance", "reviews"])
+def test_the_source_as_a_model_gives_exactly_the_floor(domain):
+    tokenizer = data.WordTokenizer(data.embedded_vocabulary())
+    words = [w for doc, _ in data.embedded_documents(domain, "test")[:25] for w in doc]
+    expected = math.exp(np.mean(data.language(domain).nll(words)))
+    ids = torch.tensor([tokenizer.eos] + [tokenizer.ids[w] for w in words])
+    got = train.perplexity(SourceModel(domain, tokenizer), ids)
+    assert got["tokens"] == len(words) and abs(got["ppl"] / expected - 1) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------- tokenizers
+
+def vocabulary(*more):
+    return data.WordTokenizer(["<eos>", "<unk>", *more])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("The Fund doesn't rise 3.5%.", ["the", "fund", "does", "n't", "rise", "N"]),
+    ("Mr. Smith's co. didn’t; U.S. funds", ["mr.", "smith", "'s", "co.", "did", "n't", "u.s.", "funds"]),
+    ("they're (really) $1,000.00 richer!", ["they", "'re", "really", "$", "N", "richer"]),
+    ("N <unk> already tokenized", ["N", "<unk>", "already", "tokenized"]),
+    ("line one\nline two\n", ["line", "one", "<eos>", "line", "two", "<eos>"]),
+    ("one\ntwo<|endoftext|>", ["one", "two", "<eos>"]),
+])
+def test_normaliser_follows_ptb(text, words):
+    tokenizer = vocabulary(*sorted({w for w in words if w[0] != "<"} | {"$"}))
+    assert tokenizer.normalize(text) == words
+    assert [tokenizer.words[i] for i in tokenizer.encode(text)] == words
+
+
+def test_punctuation_is_kept_only_where_the_vocabulary_has_it():
+    assert vocabulary("a", "b").normalize("a, b.") == ["a", "b"]
+    assert vocabulary("a", "b", ",", ".").normalize("a, b.") == ["a", ",", "b", "."]
+
+
+def test_unknown_words_become_unk_or_an_error():
+    assert vocabulary("a").encode("a zebra") == [2, 1]
+    with pytest.raises(ValueError, match="zebra"):
+        data.WordTokenizer(["<eos>", "a"]).encode("a zebra")
+
+
+@pytest.mark.parametrize("domain", data.DOMAINS)
+def test_detokenized_text_encodes_to_the_same_ids(domain):
+    tokenizer = data.WordTokenizer(data.embedded_vocabulary())
+    ids = [tokenizer.ids[w] for doc, _ in data.embedded_documents(domain, "test") for w in doc]
+    text = tokenizer.decode(ids)
+    assert tokenizer.encode(text) == ids
+    assert " ." not in text and " ," not in text and all(line[0].isupper() for line in text.splitlines())
+
+
+def test_detokenized_prefixes_are_prefixes():
+    words = "mr. smith said he does n't own ( the ) 's bank . it cost $ N @-@ fold <eos> then".split()
+    texts = [data.detokenize(words[:n]) for n in range(len(words) + 1)]
+    assert all(longer.startswith(text) for text, longer in zip(texts, texts[1:]))
+    assert texts[-1] == "Mr. Smith said he doesn't own (the)'s bank. It cost $N-fold\nThen"
+
+
+def test_tokenizer_state_round_trip():
+    tokenizer = vocabulary("x", "y")
+    again = data.tokenizer_from(tokenizer.state())
+    assert again.words == tokenizer.words and again.eos == 0 and again.vocab_size == 4
+
+
+def made_up_gpt2(monkeypatch):
+    import tiktoken
+    encoding = tiktoken.Encoding("made-up", pat_str=r"\s?\w+|\s+|[^\s\w]+", special_tokens={data.SEPARATOR: 258},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return data.GPT2Tokenizer()
+
+
+def test_byte_pair_tokenizer_round_trip(monkeypatch):
+    tokenizer = made_up_gpt2(monkeypatch)
+    text = "the caf\u00e9 \U0001f600 then" + data.SEPARATOR
+    ids = tokenizer.encode(text)
+    assert ids[0] == 257 and ids[-1] == tokenizer.eos == 258 and tokenizer.vocab_size == 259
+    assert tokenizer.decode(ids) == text
+
+
+def test_gpt2_files_encode_as_published():
+    real("tiktoken")
+    tokenizer = data.GPT2Tokenizer()
+    assert tokenizer.encode("Hello world" + data.SEPARATOR) == [15496, 995, 50256] and tokenizer.vocab_size == 50257
+
+
+def test_gpt2_without_its_files_says_what_to_do(data_folder, monkeypatch):
+    import tiktoken
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        data.GPT2Tokenizer()
+
+
+# ------------------------------------------------------------------------------------------------------ corpora
+
+def write_ptb(folder, train="the fund rises <unk> N\n" * 40):
+    (folder / "ptb").mkdir()
+    for split, text in (("train", train), ("valid", " the fund <unk> \n"), ("test", " fund the\n rises\n")):
+        (folder / "ptb" / f"ptb.{split}.txt").write_text(text)
+
+
+def test_ptb_layout_is_read_token_by_token(data_folder):
+    write_ptb(data_folder, " the fund rises <unk> N\n mr. u.s. n't 's \n")
+    corpus = data.load("ptb")
+    assert [corpus.tokenizer.words[i] for i in corpus.ids["train"]] == \
+        "the fund rises <unk> N <eos> mr. u.s. n't 's <eos>".split()
+    assert len(corpus.ids["test"]) == 5 and corpus.floor == {"valid": None, "test": None}
+
+
+def test_real_ptb_has_the_published_counts():
+    file = real("ptb/ptb.train.txt")
+    corpus = data.load("ptb")
+    assert corpus.tokenizer.vocab_size == 10_000
+    assert [len(corpus.ids[s]) for s in ("train", "valid", "test")] == [929_589, 73_760, 82_430]
+    expected = file.read_text().replace("\n", " <eos> ").split()
+    assert [corpus.tokenizer.words[i] for i in corpus.ids["train"][:20_000]] == expected[:20_000]
+
+
+def test_a_text_file_is_split_90_5_5_without_losing_a_line(tmp_path):
+    path = tmp_path / "my.txt"
+    path.write_text("".join(f"line {i % 7} has words\n\n" for i in range(1000)))
+    lines = [line for s in ("train", "valid", "test") for line in data.documents(str(path), s)]
+    assert lines == [f"line {i % 7} has words\n" for i in range(1000)]
+    assert 0.89 < len(list(data.documents(str(path), "train"))) / 1000 < 0.91
+
+
+def test_documents_with_separators_are_joined_across_lines(data_folder):
+    (data_folder / "tinystories").mkdir()
+    text = "One.\n\nTwo.\n<|endoftext|>\nA<|endoftext|>B<|endoftext|>\n<|endoftext|>\nlast one"
+    for split in ("train", "valid"):
+        (data_folder / "tinystories" / f"TinyStories-{split}.txt").write_text(text)
+    expected = [s + data.SEPARATOR for s in ("One.\n\nTwo.", "A", "B", "last one")]
+    assert list(data.documents("tinystories", "train")) == expected
+    assert list(data.documents("tinystories", "valid")) == expected[::2]
+    assert list(data.documents("tinystories", "test")) == expected[1::2]
+
+
+def write_imdb(folder, n=60):
+    (folder / "imdb").mkdir()
+    with tarfile.open(folder / "imdb" / "aclImdb_v1.tar.gz", "w:gz") as tar:
+        for split in ("test", "train"):
+            for label in ("pos", "neg"):
+                for i in range(n):
+                    raw = f"{split} {label} review {i}<br />good film".encode()
+                    info = tarfile.TarInfo(f"aclImdb/{split}/{label}/{i}_8.txt")
+                    info.size = len(raw)
+                    tar.addfile(info, io.BytesIO(raw))
+
+
+def test_imdb_is_read_in_place_with_labels(data_folder):
+    write_imdb(data_folder)
+    parts = {s: data.labelled("imdb", s) for s in ("train", "valid", "test")}
+    assert {s: len(p) for s, p in parts.items()} == {"train": 114, "valid": 6, "test": 120}
+    assert all((" pos " in text) == bool(label) and "<br" not in text for p in parts.values() for text, label in p)
+    assert all(text.startswith("test") == (s == "test") for s, p in parts.items() for text, _ in p)
+    assert sum(label for _, label in parts["train"][:30]) not in (0, 30)        # shuffled
+
+
+def test_real_imdb_has_the_published_labels():
+    real("imdb/aclImdb_v1.tar.gz")
+    reviews = data.labelled("imdb", "test")
+    assert len(reviews) >= 24_990 and abs(sum(label for _, label in reviews) / len(reviews) - 0.5) < 0.01
+
+
+def test_a_damaged_archive_is_named(data_folder):
+    write_imdb(data_folder)
+    path = data_folder / "imdb" / "aclImdb_v1.tar.gz"
+    whole = path.read_bytes()
+    for damaged in (whole[:500], whole[:-1], whole[:200] + b"\0\0\0" + whole[203:], b"not an archive"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="aclImdb_v1.tar.gz cannot be read"):
+            data.labelled("imdb", "train")
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "is empty"), (b"\x89PNG\r\n\x1a\n\xff\xfe" * 50, "not UTF-8"), (b"text \x00 with zeros", "not UTF-8"),
+    ("caf\u00e9".encode("latin1"), "not UTF-8 text")])
+def test_files_that_are_no_text_are_refused(tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        data.load(str(path))
+
+
+def test_unknown_corpus_lists_what_there_is(tmp_path):
+    with pytest.raises(UserError, match="finance, climate.*or give the path"):
+        data.load("financ")
+    with pytest.raises(UserError, match="not a file"):
+        data.load(str(tmp_path))
+
+
+def test_large_files_are_encoded_once_into_a_memory_map(data_folder, tmp_path, monkeypatch, capfd):
+    path = tmp_path / "big.txt"
+    path.write_text("".join(f"word{chr(97 + i % 26)} goes on and on\n" for i in range(3000)))
+    small = data.load(str(path))
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 1000)
+    large = data.load(str(path))
+    assert isinstance(large.ids["train"], np.memmap) and large.ids["train"].dtype == np.uint16
+    for split in ("train", "valid", "test"):
+        assert np.array_equal(small.ids[split], large.ids[split])
+    assert "encoding" in capfd.readouterr().err
+    data.load(str(path))
+    assert "encoding" not in capfd.readouterr().err
+    path.write_text(path.read_text() + "another line\n" * 600)                   # a changed file is encoded anew
+    assert len(data.load(str(path)).ids["test"]) != len(large.ids["test"])
+    assert not list((data_folder / "tokens").glob("*.part"))
+
+
+def test_encoding_a_large_file_takes_bounded_memory(tmp_path):
+    path = tmp_path / "big.txt"
+    rng = random.Random(0)
+    block = "".join(" ".join(f"w{rng.randrange(3000)}x" for _ in range(30)) + "\n" for _ in range(2000))
+    with open(path, "w") as f:
+        for _ in range(100):                                                    # 38 MB, 6 million words
+            f.write(block)
+    program = ("import resource, data\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               f"corpus = data.load({str(path)!r})\n"
+               "print(len(corpus.ids['train']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                         env={"PATH": "", "DATA_DIR": str(tmp_path)}).stdout.split()
+    assert int(out[0]) > 5_400_000 and int(out[1]) < 30_000, out                # kilobytes: less than the file
+
+
+# ---------------------------------------------------------------------------------------------------- downloads
+
+class Server:
+    """A loopback web server that serves `body` and misbehaves as told: a list of one word per request."""
+
+    def __init__(self, body, *behaviours):
+        self.body, self.behaviours, self.ranges = body, list(behaviours), []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                how = server.behaviours.pop(0) if server.behaviours else "serve"
+                asked = self.headers.get("Range")
+                server.ranges.append(asked)
+                start = int(asked[6:-1]) if asked and how != "ignore range" else 0
+                if how.isdigit():
+                    return self.send_error(int(how))
+                if how == "redirect":
+                    self.send_response(302)
+                    self.send_header("Location", "/elsewhere")
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
+                if start >= len(server.body) and start:
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(server.body)}")
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
+                body = bytearray(server.body[start:])
+                if how == "wrong byte":
+                    body[-1] ^= 1
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[:len(body) // 2] if how == "drop" else body)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/file.bin"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+BODY = random.Random(1).randbytes(700_000)
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+
+
+@pytest.mark.parametrize("behaviours, requests_made", [
+    ([], 1), (["drop"], 2), (["drop", "drop"], 3), (["500"], 2), (["429", "503"], 3), (["redirect"], 2),
+    (["drop", "ignore range"], 2), (["wrong byte"], 2)])
+def test_download_gets_there(tmp_path, quick, behaviours, requests_made):
+    with Server(BODY, *behaviours) as server:
+        path = data.download(server.url, tmp_path / "deep" / "file.bin", sha256=SHA)
+    assert path.read_bytes() == BODY and len(server.ranges) == requests_made
+    assert not list(path.parent.glob("*.part"))
+    if behaviours == ["drop"]:
+        assert server.ranges[1] == "bytes=327680-"                  # in blocks of 64 kB
+
+
+@pytest.mark.parametrize("behaviours, requests_made, reason", [
+    (["404"], 1, "404"), (["401"], 1, "401"), (["500"] * 3, 3, "500"), (["429"] * 3, 3, "429"),
+    (["wrong byte"] * 3, 3, "sha256")])
+def test_download_gives_up_with_a_line_that_says_what_to_do(tmp_path, quick, behaviours, requests_made, reason):
+    path = tmp_path / "file.bin"
+    with Server(BODY, *behaviours) as server:
+        with pytest.raises(UserError, match=f"{reason}.*Place it by hand at .*file.bin"):
+            data.download(server.url, path, sha256=SHA)
+    assert not path.exists() and len(server.ranges) == requests_made
+
+
+def test_download_resumes_what_an_earlier_run_left(tmp_path, quick):
+    (tmp_path / "file.bin.part").write_bytes(BODY[:123_456])
+    with Server(BODY) as server:
+        data.download(server.url, tmp_path / "file.bin", sha256=SHA)
+    assert server.ranges == ["bytes=123456-"] and (tmp_path / "file.bin").read_bytes() == BODY
+
+
+def test_download_takes_a_part_that_is_whole_already(tmp_path, quick):
+    (tmp_path / "file.bin.part").write_bytes(BODY)
+    with Server(BODY) as server:
+        data.download(server.url, tmp_path / "file.bin", sha256=SHA)
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("leftover", [BODY + b"too much", b"x" * len(BODY), b"x" * 1000])
+def test_download_never_keeps_a_wrong_part(tmp_path, quick, leftover):
+    (tmp_path / "file.bin.part").write_bytes(leftover)
+    with Server(BODY) as server:
+        data.download(server.url, tmp_path / "file.bin", sha256=SHA)
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+
+
+def test_download_without_a_network_says_where_to_place_the_file(data_folder, quick):
+    with pytest.raises(UserError, match=r"Place it by hand at .*ptb.train.txt"):
+        data.load("ptb")
+
+
+def test_files_already_there_are_taken_as_they_are(data_folder):
+    write_ptb(data_folder)
+    assert data.load("ptb").tokenizer.vocab_size == 6
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+@pytest.mark.parametrize("n, rows, block", [(1000, 4, 7), (129, 1, 64), (5000, 16, 35)])
+def test_streams_continue_from_step_to_step(n, rows, block):
+    ids = np.arange(n)
+    batches = data.Streams(ids, rows, block, seed=3)
+    for epoch in range(2):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        inputs = [batches.batch(s) for s in steps]
+        text = torch.cat([x for x, _ in inputs], 1)
+        assert batches.first(steps[0]) and not any(batches.first(s) for s in steps[1:])
+        assert (text.diff(dim=1) == 1).all()                        # each row is contiguous text
+        assert len(text.flatten().unique()) == text.numel()         # nothing twice
+        assert text.numel() >= n - rows * 2 * block - block         # little is left out
+        assert all(torch.equal(y, x + 1) for x, y in inputs)
+    x, y = batches.batch(5)
+    assert torch.equal(x, data.Streams(ids, rows, block, seed=3).batch(5)[0]) and x.shape == (rows, block)
+
+
+@pytest.mark.parametrize("n, rows, block", [(1000, 4, 7), (200, 1, 64), (5000, 16, 35)])
+def test_windows_read_everything_once_an_epoch_in_another_order(n, rows, block):
+    ids = np.arange(n)
+    batches = data.Windows(ids, rows, block, seed=3)
+    orders = []
+    for epoch in range(2):
+        xs = [batches.batch(epoch * batches.steps_per_epoch + s) for s in range(batches.steps_per_epoch)]
+        text = torch.cat([x for x, _ in xs])
+        assert (text.diff(dim=1) == 1).all() and len(text.flatten().unique()) == text.numel()
+        assert text.numel() >= n - (rows + 2) * block and all(torch.equal(y, x + 1) for x, y in xs)
+        orders.append(text[:, 0].tolist())
+    assert n == 200 or orders[0] != orders[1]
+    fresh = data.Windows(ids, rows, block, seed=3)
+    assert torch.equal(fresh.batch(2)[0], batches.batch(2)[0])      # no matter what was asked before
+
+
+@pytest.mark.parametrize("kind", [data.Streams, data.Windows])
+def test_a_text_shorter_than_a_batch_is_refused(kind):
+    with pytest.raises(UserError, match="50 tokens.*--batch-size"):
+        kind(np.arange(50), 8, 20, seed=0)

@@ -1,0 +1,155 @@
+"""RNN layer, softmax loss and dropouts against torch.nn.RNN, F.cross_entropy, autograd and finite differences."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rnn
+from rnn import RNN, LinearCrossEntropy, RNNConfig, RNNLM, dropout, embed_dropped, locked_dropout
+from tests.recurrent import (check_against_library, check_bf16_close, check_gradcheck, check_plain_equals_fast,
+                             check_stack, check_state_is_carried)
+
+SHAPES = [(1, 1, 1, 1), (1, 7, 3, 5), (4, 1, 6, 2), (3, 9, 8, 8), (5, 20, 17, 33)]      # B, T, I, H
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_state", [False, True])
+def test_rnn_matches_the_library_forward_and_backward(shape, with_state):
+    check_against_library(RNN, torch.nn.RNN, shape, with_state)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_step_equals_fast_function(shape):
+    check_plain_equals_fast(RNN, shape)
+
+
+def test_rnn_gradients_match_finite_differences():
+    check_gradcheck(RNN)
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
+def test_stacked_layers_match_the_library(n_layer):
+    check_stack(RNNLM, RNNConfig, torch.nn.RNN, n_layer)
+
+
+def test_any_split_of_the_text_gives_the_same_hidden_states():
+    check_state_is_carried(RNNLM, RNNConfig)
+
+
+def test_bf16_stays_close_to_float32():
+    check_bf16_close(RNN)
+
+
+def test_a_text_without_time_steps_is_refused():
+    with pytest.raises(ValueError, match="time step"):
+        RNN(3, 4)(torch.zeros(2, 0, 3))
+
+
+# ---- the softmax loss
+
+@pytest.mark.parametrize("n, vocab, biased, n_chunks", [(1, 2, True, 1), (7, 11, False, 1), (23, 31, True, 5), (9, 9, True, 9)])
+def test_linear_cross_entropy_matches_the_library(monkeypatch, n, vocab, biased, n_chunks):
+    torch.manual_seed(n)
+    monkeypatch.setattr(rnn, "chunks", lambda rows, v: n_chunks)
+    hidden, weight = torch.randn(n, 6, dtype=torch.double), torch.randn(vocab, 6, dtype=torch.double)
+    bias = torch.randn(vocab, dtype=torch.double) if biased else None
+    targets = torch.randint(vocab, (n,))
+    targets[::3] = -1
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    ours = LinearCrossEntropy.apply(hidden, weight, bias, targets)
+    theirs = F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=-1, reduction="sum") \
+        if (targets >= 0).any() else (hidden * 0).sum()
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+    for a, b in zip(torch.autograd.grad(ours * 0.37, inputs), torch.autograd.grad(theirs * 0.37, inputs, allow_unused=True)):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, atol=1e-10, rtol=1e-10)
+
+
+def test_linear_cross_entropy_gradient_is_right_where_the_probability_underflows():
+    hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    loss = LinearCrossEntropy.apply(hidden, torch.eye(2), None, torch.tensor([1]))
+    loss.backward()
+    assert loss.isfinite() and loss > 80
+    torch.testing.assert_close(hidden.grad, torch.tensor([[1.0, -1.0]]))
+
+
+def test_linear_cross_entropy_in_bf16_is_within_its_precision():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(300, 64), torch.randn(500, 64) * 0.3, torch.randint(500, (300,))
+    h, w = hidden.bfloat16().requires_grad_(), weight.clone().requires_grad_()
+    ours = LinearCrossEntropy.apply(h, w, None, targets)
+    ours.backward()
+    hidden, weight = hidden.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()
+    exact = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    exact.backward()
+    assert abs(ours / exact - 1) < 2e-3 and w.grad.dtype == torch.float32
+    assert (w.grad - weight.grad).norm() / weight.grad.norm() < 0.01
+    assert (h.grad.float() - hidden.grad).norm() / hidden.grad.norm() < 0.01
+
+
+@pytest.mark.parametrize("n_rows, vocab", [(1, 10), (256, 10_000), (1120, 10_000), (4096, 151_936), (100_000, 50_000)])
+def test_chunks_are_bounded_and_not_tiny(n_rows, vocab):
+    n = rnn.chunks(n_rows, vocab)
+    rows = -(-n_rows // n)
+    assert 1 <= n <= n_rows and rows * vocab <= max((1 << 23) + vocab, 512 * vocab)
+    assert n == 1 or rows >= 256
+
+
+def test_loss_and_nll_agree_and_ignore_minus_one():
+    torch.manual_seed(1)
+    model = RNNLM(RNNConfig(vocab_size=17, n_embd=5, n_hidden=9, n_layer=2)).eval()
+    targets = torch.randint(17, (3, 8))
+    targets[1, 4:] = -1
+    hidden, _ = model(torch.randint(17, (3, 8)))
+    nll = model.nll(hidden, targets)
+    expected = F.cross_entropy(model.unembed(hidden).transpose(1, 2), targets, ignore_index=-1, reduction="none")
+    torch.testing.assert_close(nll, expected)
+    assert (nll[1, 4:] == 0).all() and nll.dtype == torch.float32
+    torch.testing.assert_close(model.loss(hidden, targets), nll.sum())
+
+
+def test_tied_weights_get_both_gradients():
+    torch.manual_seed(2)
+    tokens, targets = torch.randint(7, (2, 5)), torch.randint(7, (2, 5))
+    model = RNNLM(RNNConfig(vocab_size=7, n_embd=4, n_hidden=6, n_layer=2))
+    hidden, _ = model(tokens)
+    model.loss(hidden, targets).backward()
+    ours = model.embed.weight.grad.clone()
+    model.zero_grad()
+    hidden, _ = model(tokens)
+    F.cross_entropy(model.unembed(hidden).flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(ours, model.embed.weight.grad)
+    assert model.head.weight is model.embed.weight
+
+
+# ---- dropouts
+
+def test_locked_dropout_keeps_one_mask_for_all_time_steps():
+    torch.manual_seed(3)
+    x = locked_dropout(torch.ones(50, 9, 40), 0.3, training=True)
+    assert (x == x[:, :1]).all() and abs((x == 0).float().mean() - 0.3) < 0.03
+    torch.testing.assert_close(x[x != 0], torch.full_like(x[x != 0], 1 / 0.7))
+    assert locked_dropout(x, 0.3, training=False) is x
+
+
+def test_embedding_dropout_drops_whole_words_everywhere():
+    torch.manual_seed(4)
+    embedding = torch.nn.Embedding(1000, 3)
+    tokens = torch.randint(1000, (20, 500))
+    x = embed_dropped(embedding, tokens, 0.2, training=True)
+    ratio = (x / embedding(tokens)).detach()
+    dropped = ratio[..., 0] == 0
+    assert abs(dropped.float().mean() - 0.2) < 0.05
+    for word in range(1000):                                    # a word is dropped at every place or at none
+        assert len(dropped[tokens == word].unique()) <= 1
+    torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 1.25))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_each_element_with_the_right_chance_and_mean(p):
+    torch.manual_seed(5)
+    x = dropout(torch.ones(1003, 333), p, training=True)
+    n, dropped = x.numel(), round(p * 256) / 256
+    assert abs((x == 0).double().mean() - dropped) < 5 * (dropped * (1 - dropped) / n) ** 0.5
+    assert abs(x.double().mean() - 1) < 5 * (dropped / (1 - dropped) / n) ** 0.5
+    by_lane = (x.flatten()[:n // 8 * 8].view(-1, 8) == 0).double().mean(0)      # eight elements share a draw
+    assert (by_lane - dropped).abs().max() < 5 * (dropped * (1 - dropped) / n * 8) ** 0.5
+    assert dropout(x, p, training=False) is x

@@ -1,0 +1,377 @@
+"""The training loop: evaluation against a reference, runs that survive anything, and errors in one line."""
+import csv
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from data import UserError
+from lstm import LSTMConfig, LSTMLM
+from rnn import RNNConfig, RNNLM
+from tests.conftest import ROOT
+from transformer import Transformer, TransformerConfig
+
+TINY = ["--n-embd", "16", "--n-hidden", "16", "--batch-size", "8", "--block-size", "16", "--warmup", "5", "--log-every", "1"]
+KINDS = ["rnn", "lstm", "transformer"]
+
+
+def tiny(kind, *more, dropout="0.2"):
+    heads = ["--n-head", "2", "--n-layer", "2"] if kind == "transformer" else []
+    return ["--model", kind, *TINY, *heads, "--dropout", dropout, *more]
+
+
+def rows(run, drop=("seconds", "tokens_per_second")):
+    """log.csv without what differs between two runs of the same thing."""
+    with open(Path(run) / "log.csv") as f:
+        return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(f)]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- perplexity
+
+def make(kind, vocab_size=31):
+    torch.manual_seed(1)
+    if kind == "transformer":
+        return Transformer(TransformerConfig(vocab_size, 12, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_hidden=24)).eval()
+    model_type, config = (LSTMLM, LSTMConfig) if kind == "lstm" else (RNNLM, RNNConfig)
+    return model_type(config(vocab_size, n_embd=10, n_hidden=14, n_layer=2)).eval()
+
+
+@pytest.mark.parametrize("kind", ["rnn", "lstm"])
+@pytest.mark.parametrize("n", [1, 2, 255, 600])
+def test_recurrent_perplexity_equals_one_pass_token_by_token(kind, n):
+    model, ids = make(kind), torch.randint(31, (n + 1,))
+    total, state = 0.0, None
+    with torch.no_grad():
+        for now, following in zip(ids, ids[1:]):
+            hidden, state = model(now.view(1, 1), state)
+            total -= torch.log_softmax(model.unembed(hidden)[0, 0], -1)[following].item()
+    got = train.perplexity(model, ids)
+    assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5 and math.isclose(got["ppl"], math.exp(got["nll"]))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_side_by_side_pieces_predict_every_token_once(rows):
+    model, ids = make("lstm"), torch.randint(31, (101,))
+    length, total = -(-100 // rows), 0.0
+    with torch.no_grad():
+        for start in range(0, 100, length):
+            x, y = ids[start:start + length][:100 - start], ids[start + 1:start + 1 + length]
+            total += model.nll(model(x[None])[0], y[None]).sum().item()
+    got = train.perplexity(model, ids, rows=rows)
+    assert got["tokens"] == 100 and abs(got["nll"] - total / 100) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 5, 12, 13, 60])
+@pytest.mark.parametrize("context, stride", [(12, 1), (12, 5), (12, 12), (7, 3), (None, None)])
+def test_window_perplexity_equals_a_loop_over_tokens(n, context, stride):
+    model, ids = make("transformer"), torch.randint(31, (n + 1,))
+    got = train.perplexity(model, ids, context=context, stride=stride)
+    context, total = min(context or 12, n), 0.0
+    stride = min(stride or context // 2 or 1, context)
+    ends = list(range(context, n, stride)) + [n]                # a window predicts ids[end - context + 1 .. end]
+    with torch.no_grad():
+        for target in range(1, n + 1):                          # the first window that reaches it judges it
+            end = next(e for e in ends if e >= target)
+            logits = model.unembed(model(ids[None, end - context:end])[0])[0, target - 1 - (end - context)]
+            total -= torch.log_softmax(logits, -1)[ids[target]].item()
+    assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_uniform_model_has_the_vocabulary_as_perplexity(kind):
+    model = make(kind)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        if model.head.bias is not None:
+            model.head.bias.fill_(0.7)
+    assert abs(train.perplexity(model, torch.randint(31, (200,)))["ppl"] - 31) < 1e-3
+
+
+def test_perplexity_needs_a_token_to_predict():
+    with pytest.raises(ValueError, match="at least one token"):
+        train.perplexity(make("rnn"), torch.tensor([3]))
+
+
+# ------------------------------------------------------------------------------------------------ schedule and dtype
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    rates = [train.learning_rate(s, 110, 1.0, 10) for s in range(110)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert rates[10:20] == [1.0] * 10 and rates[65] == pytest.approx(0.01 + 0.99 * 0.5) and rates[-1] < 0.012
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert train.learning_rate(50, None, 1.0, 10) == 1.0
+
+
+def test_dtype_follows_the_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert train.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert train.pick_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_weight_decay_spares_vectors():
+    groups = train.make_optimizer(make("lstm"), 1e-3, 0.5).param_groups
+    assert all(p.dim() >= 2 for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0.5
+    assert all(p.dim() < 2 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_leaves_what_it_promises(kind, dtype):
+    train.main(tiny(kind, "--steps", "12", "--eval-every", "5", "--also", "climate", "--run", "r", "--dtype", dtype))
+    result = json.loads(Path("r/result.json").read_text())
+    assert {"model", "data", "params", "val_ppl", "test_ppl", "floor_ppl", "tokens_per_second", "seconds", "epochs",
+            "dtype", "device", "seed"} <= result.keys()
+    assert result["dtype"] == dtype and result["test_ppl"] > result["floor_ppl"] > 1
+    model, tokenizer, config = train.load_run("r")
+    assert result["params"] == sum(p.numel() for p in model.parameters()) and not model.training
+    log = rows("r")
+    assert [int(r["step"]) for r in log] == list(range(13))
+    assert [int(r["step"]) for r in log if r["val_ppl"]] == [0, 5, 10, 12]
+    assert all(r["ppl_climate"] for r in log if r["val_ppl"])
+    assert float(log[-1]["val_ppl"]) < float(log[0]["val_ppl"]) <= 3 * config.vocab_size
+    ids = train.with_context(tokenizer, data.load("finance", tokenizer).ids["test"])
+    dtype = getattr(torch, dtype)
+    assert train.perplexity(model, ids, dtype=dtype)["ppl"] == pytest.approx(result["test_ppl"], rel=1e-6)
+    assert not list(Path("r").glob("*.part"))
+
+
+def test_the_lstm_learns_the_language_and_stays_above_its_floor():
+    """The default model on a sixth of its default time: well within 30 % of the floor, and it repeats names."""
+    train.main(["--steps", "260", "--run", "r", "--eval-every", "260"])
+    result = json.loads(Path("r/result.json").read_text())
+    assert result["floor_ppl"] < result["test_ppl"] < 1.3 * result["floor_ppl"]
+
+
+def loss_at_repeated_names(run):
+    """Mean nll where the grammar leaves one choice and it is the name of somebody introduced before."""
+    model, tokenizer, _ = train.load_run(run)
+    ids = train.with_context(tokenizer, data.load("finance", tokenizer, splits=("test",)).ids["test"])
+    words = [tokenizer.words[i] for i in ids[1:]]
+    source = torch.tensor(data.language("finance").nll(words))
+    at = torch.tensor([w in data.NAMES.split() for w in words]) & (source == 0)
+    with torch.no_grad():
+        if model.recurrent:
+            return model.nll(model(ids[None, :-1])[0], ids[None, 1:])[0][at].mean().item()
+        block = model.config.block_size
+        windows = ids.unfold(0, block + 1, block // 2)
+        nll = model.nll(model(windows[:, :-1])[0], windows[:, 1:])[1:, block // 2:].flatten()
+        return nll[at[block:block + len(nll)]].mean().item()
+
+
+@pytest.mark.slow
+def test_defaults_come_within_ten_percent_of_the_floor_in_two_minutes_and_separate_at_names():
+    found = {}
+    for kind in KINDS:
+        train.main(["--model", kind, "--run", kind])
+        result = json.loads(Path(kind, "result.json").read_text())
+        found[kind] = result["test_ppl"] / result["floor_ppl"], result["seconds"], loss_at_repeated_names(kind)
+    assert all(ratio > 1 and seconds < 120 for ratio, seconds, _ in found.values()), found
+    assert found["lstm"][0] < 1.1 and found["transformer"][0] < 1.1, found
+    # a uniform guess among 20 names costs log 20 = 3.0 nats; only gates and attention carry the name that far
+    assert found["rnn"][2] > 1.5 and found["lstm"][2] < 0.3 and found["transformer"][2] < 0.3, found
+
+
+def test_minutes_plans_steps_that_steps_repeats(monkeypatch):
+    train.main(tiny("lstm", "--minutes", "0.05", "--run", "a"))
+    planned = json.loads(Path("a/result.json").read_text())
+    assert planned["steps"] > 20 and planned["seconds"] < 2 * 0.05 * 60 + 3
+    train.main(tiny("lstm", "--steps", str(planned["steps"]), "--run", "b"))
+    a, b = ([r["train_loss"] for r in rows(run)] for run in "ab")
+    assert a == b
+    assert json.loads(Path("b/result.json").read_text())["test_ppl"] == planned["test_ppl"]
+
+
+# ------------------------------------------------------------------------------------------------- nothing is lost
+
+def stop_at(step):
+    """Make training stop, as by Ctrl-C, once `step` steps are done."""
+    original = train.Trainer.train_step
+
+    def train_step(self):
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self)
+    return train_step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_saves_and_resume_is_bitwise(kind, monkeypatch, capsys):
+    options = tiny(kind, "--steps", "25", "--eval-every", "7", "--dtype", "float32")
+    train.main([*options, "--run", "whole"])
+    for step in (3, 16):
+        with monkeypatch.context() as m:
+            m.setattr(train.Trainer, "train_step", stop_at(step))
+            with pytest.raises(SystemExit) as stopped:
+                train.main(["--resume", "--run", "cut"] if step == 16 else [*options, "--run", "cut"])
+            assert stopped.value.code == 130
+        assert f"stopped at step {step} and saved. Go on with: python train.py --resume --run cut" in capsys.readouterr().err
+    train.main(["--resume", "--run", "cut"])
+    assert rows("cut") == rows("whole")
+    a, b = (torch.load(f"{run}/last.pt", weights_only=True)["model"] for run in ("cut", "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def command(*args, **kw):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stderr=subprocess.PIPE, text=True,
+                            stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"), **kw)
+
+
+def test_kill_9_at_random_moments_loses_nothing():
+    """Killed five times, mostly while saving (every step does); each time every file is readable, and the resumed
+    run's losses are those of the run that was left alone."""
+    options = tiny("lstm", "--steps", "120", "--eval-every", "4", "--dtype", "float32", "--data", "my.txt")
+    Path("my.txt").write_text("".join(f"the w{i % 17} of w{i * i % 23} is w{i % 5} here\n" for i in range(600)))
+    process = command(*options, "--run", "whole")
+    assert process.wait(60) == 0, process.stderr.read()
+    rng, killed = random.Random(4), 0
+    process = command(*options, "--run", "cut")
+    for _ in range(30):
+        while not Path("cut/last.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        before = Path("cut/log.csv").stat().st_size
+        while process.poll() is None and Path("cut/log.csv").stat().st_size <= before:     # until it trains again
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.15)
+        if killed < 5:
+            process.send_signal(signal.SIGKILL)
+        killed += process.wait(60) == -signal.SIGKILL
+        for file in Path("cut").glob("*.pt"):
+            assert "model" in torch.load(file, weights_only=True)
+        train.load_run("cut")
+        if process.returncode == 0:
+            break
+        process = command("--resume", "--run", "cut")
+    assert killed >= 3 and process.returncode == 0, process.stderr.read()
+    assert rows("cut") == rows("whole")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
+    train.main(tiny("lstm", "--steps", "4", "--run", "r"))
+    before = Path("r/last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))     # writing past 20 kB fails
+        with pytest.raises(UserError, match="cannot write r/last.pt .*free some space"):
+            train.write_atomically(Path("r/last.pt"), lambda f: torch.save({"big": torch.randn(100_000)}, f))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path("r/last.pt").read_bytes() == before and not list(Path("r").glob("*.part"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(monkeypatch):
+    original = LSTMLM.loss
+
+    def loss(self, hidden, targets):
+        self.calls = getattr(self, "calls", 0) + 1
+        return original(self, hidden, targets) * (math.nan if self.calls == 8 else 1.0)
+    monkeypatch.setattr(LSTMLM, "loss", loss)
+    with pytest.raises(UserError, match="not finite at step 7.*checkpoint is kept in r.*smaller --lr"):
+        train.main(tiny("lstm", "--steps", "20", "--eval-every", "5", "--run", "r"))
+    checkpoint = torch.load("r/last.pt", weights_only=True)
+    assert checkpoint["step"] == 5 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+# ------------------------------------------------------------------------------------------------- errors for people
+
+def fails(capsys, *args):
+    """Run the command; it must end with status 2 and one line on stderr, which is returned."""
+    sys.argv = ["train.py"]
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(lambda: train.main(list(args)))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and lines and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_bad_input_ends_with_one_clear_line(capsys):
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("only a few words\nand one more line\n")
+    Path("binary.txt").write_bytes(bytes(range(256)) * 40)
+    for args, message in ((["--model", "gru"], "invalid choice: 'gru'"), (["--data", "finnance"], "Corpora: finance"),
+                          (["--data", "no/such/file.txt"], "no/such/file.txt"), (["--data", "empty.txt"], "is empty"),
+                          (["--data", "short.txt"], "short.txt is too short"), (["--data", "binary.txt"], "not UTF-8"),
+                          (["--lr", "-1"], "--lr must be above 0"), (["--dropout", "1.5"], "--dropout must be"),
+                          (["--steps", "5", "--minutes", "1"], "not allowed with"), (["--device", "cuda:9"], "--device cpu"),
+                          (["--model", "transformer", "--n-embd", "30"], "n_embd 30 must be"),
+                          (["--model", "lstm", "--n-head", "2"], "--n-head means nothing"),
+                          (["--resume", "--run", "nothing/here"], "train a model first")):
+        line = fails(capsys, *args)
+        assert message in line, (args, line)
+    assert not Path("runs").exists()
+
+
+def test_a_file_shorter_than_one_batch_says_how_much_is_needed(capsys):
+    Path("short.txt").write_text("a few words here\n" * 60)
+    assert "too few for one batch of 32 rows of 35 tokens" in fails(capsys, "--data", "short.txt")
+
+
+def test_a_run_is_never_overwritten_silently(capsys):
+    train.main(tiny("lstm", "--steps", "2", "--run", "r"))
+    capsys.readouterr()
+    before = {f.name: f.read_bytes() for f in Path("r").iterdir()}
+    assert "already holds a run" in fails(capsys, *tiny("rnn", "--steps", "2", "--run", "r"))
+    assert "started with model lstm, not rnn" in fails(capsys, "--resume", "--run", "r", "--model", "rnn")
+    assert {f.name: f.read_bytes() for f in Path("r").iterdir()} == before
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "malicious", "garbage", "wrong content", "another model"])
+def test_a_bad_checkpoint_is_refused(capsys, damage):
+    train.main(tiny("lstm", "--steps", "2", "--run", "r"))
+    for file in (Path("r/best.pt"), Path("r/last.pt")):
+        if damage == "truncated":
+            file.write_bytes(file.read_bytes()[:-1000])
+        elif damage == "malicious":
+            file.write_bytes(pickle.dumps({"model": Evil(), "kind": "lstm", "config": {}, "tokenizer": {}}))
+        elif damage == "garbage":
+            file.write_bytes(random.Random(0).randbytes(5000))
+        elif damage == "wrong content":
+            torch.save({"weights": torch.zeros(3)}, file)
+        else:
+            torch.save(torch.load(file, weights_only=True) | {"kind": "rnn"}, file)
+    with pytest.raises(UserError, match="does not make a rnn model" if damage == "another model" else "cannot be loaded"):
+        train.load_run("r")
+    if damage != "another model":
+        capsys.readouterr()
+        assert "cannot be loaded" in fails(capsys, "--resume", "--run", "r")
+    assert not Path("hacked").exists()
+
+
+def test_a_missing_run_says_which_command_comes_first():
+    with pytest.raises(UserError, match="python train.py --model lstm --run nowhere"):
+        train.load_run("nowhere")
+
+
+def test_help_is_a_page_with_an_example(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0 and "example: python train.py" in capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""The decoder against transformers.Qwen2ForCausalLM, itself cached, and its parts against closed forms."""
+import pytest
+import torch
+
+import transformer
+from transformer import KVCache, RMSNorm, Transformer, TransformerConfig, attention, fast_attention, rope_angles, rotate
+
+CONFIGS = [dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48), dict(n_layer=1, n_head=3, n_kv_head=1, n_embd=18, n_hidden=20),
+           dict(n_layer=3, n_head=2, n_kv_head=2, n_embd=16, n_hidden=40, tied=False, rope_theta=1e6)]
+
+
+def make(seed=0, **sizes):
+    torch.manual_seed(seed)
+    model = Transformer(TransformerConfig(vocab_size=61, block_size=64, **sizes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():                            # biases and norms off their initial 0 and 1
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def library_names(name):
+    """Our parameter name as transformers spells it."""
+    name = name.replace("blocks.", "layers.").replace("attention.", "self_attn.").replace("input_norm", "input_layernorm")
+    name = name.replace("post_norm", "post_attention_layernorm").replace("embed.", "embed_tokens.")
+    return name.replace("head.", "lm_head.") if name.startswith("head") else "model." + name
+
+
+@pytest.mark.parametrize("sizes", CONFIGS)
+def test_logits_and_gradients_match_qwen2_of_transformers(sizes):
+    transformers = pytest.importorskip("transformers")
+    model, c = make(**sizes), TransformerConfig(vocab_size=61, **sizes)
+    library = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=61, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=c.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.norm_eps)).eval()
+    library.load_state_dict({library_names(n): p for n, p in model.state_dict().items()}, strict=True)
+    tokens = torch.randint(61, (3, 40))
+    hidden, _ = model(tokens)
+    expected = library(tokens).logits
+    torch.testing.assert_close(model.unembed(hidden), expected, atol=1e-4, rtol=1e-4)
+    model.loss(hidden[:, :-1], tokens[:, 1:]).backward()
+    torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    theirs = dict(library.named_parameters())
+    for name, p in model.named_parameters():
+        assert (p.grad - theirs[library_names(name)].grad).norm() <= 1e-4 * p.grad.norm().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("sizes", CONFIGS)
+@pytest.mark.parametrize("cuts", [[1] * 30, [30], [7, 23], [1, 1, 20, 8], [29, 1]])
+def test_cached_equals_uncached_for_any_split(sizes, cuts):
+    model = make(**sizes)
+    tokens = torch.randint(61, (2, 30))
+    with torch.no_grad():
+        whole, none = model(tokens)
+        state, parts = model.init_state(2, 30), []
+        for piece in tokens.split(cuts, 1):
+            hidden, state = model(piece, state)
+            parts.append(hidden)
+    assert none is None and state.length == 30
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (1, 9), (4, 9), (300, 300)])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_readable_attention_equals_the_fast_path(T, S, heads):
+    torch.manual_seed(T)
+    q, k, v = torch.randn(2, heads[0], T, 8), torch.randn(2, heads[1], S, 8), torch.randn(2, heads[1], S, 8)
+    with torch.no_grad():                                       # no gradient: the fused kernel, at any length
+        torch.testing.assert_close(fast_attention(q, k, v), attention(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_fused_backward_equals_the_readable_one():
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 4, 300, 8, requires_grad=True) for _ in range(3)]
+    ours, fused = attention(*leaves), fast_attention(*leaves)
+    assert "ScaledDotProduct" in type(fused.grad_fn).__name__   # beyond 256 tokens torch's kernel runs
+    weight = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), leaves), torch.autograd.grad((fused * weight).sum(), leaves)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_by_brute_force():
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4)
+    out = attention(q, k, v)
+    for head in range(2):
+        for t in range(3):
+            weights = [torch.exp(q[0, head, t] @ k[0, 0, s] / 2) for s in range(2 + t + 1)]     # sees positions 0..t+2
+            expected = sum(w * v[0, 0, s] for s, w in enumerate(weights)) / sum(weights)
+            torch.testing.assert_close(out[0, head, t], expected)
+
+
+def test_rope_depends_on_the_distance_alone():
+    torch.manual_seed(2)
+    q, k = torch.randn(8), torch.randn(8)
+    cos, sin = rope_angles(torch.arange(100), 8, 10000.0)
+
+    def score(t, s):
+        return rotate(q, cos[t], sin[t]) @ rotate(k, cos[s], sin[s])
+    for distance in (0, 1, 30):
+        scores = torch.stack([score(t + distance, t) for t in range(0, 60, 7)])
+        torch.testing.assert_close(scores, scores[:1].expand_as(scores), atol=1e-5, rtol=1e-5)
+    assert not torch.isclose(score(1, 0), score(30, 0))
+
+
+def test_rms_norm_has_unit_mean_square():
+    x = torch.randn(4, 5, 32) * 7
+    torch.testing.assert_close(RMSNorm(32, 0.0)(x).square().mean(-1), torch.ones(4, 5))
+
+
+def test_a_later_token_never_changes_an_earlier_output():
+    model, tokens = make(**CONFIGS[0]), torch.randint(61, (1, 20))
+    with torch.no_grad():
+        before, _ = model(tokens)
+        tokens[0, 12] = (tokens[0, 12] + 1) % 61
+        after, _ = model(tokens)
+    assert torch.equal(before[:, :12], after[:, :12]) and not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_a_context_that_is_too_long_is_refused():
+    model = make(**CONFIGS[0])
+    with pytest.raises(ValueError, match="65 tokens do not fit"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="9 tokens do not fit"):
+        model(torch.zeros(1, 9, dtype=torch.long), model.init_state(1, 8))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    for bad in (dict(n_embd=30, n_head=4, n_kv_head=4), dict(n_embd=32, n_head=4, n_kv_head=3)):
+        with pytest.raises(ValueError, match="n_head"):
+            Transformer(TransformerConfig(vocab_size=5, **bad))
+
+
+def test_the_cache_is_allocated_once():
+    model = make(**CONFIGS[0])
+    state = model.init_state(2, 10)
+    where = state.k.data_ptr()
+    with torch.no_grad():
+        for _ in range(10):
+            _, state = model(torch.zeros(2, 1, dtype=torch.long), state)
+    assert isinstance(state, KVCache) and state.k.data_ptr() == where and state.length == 10
+
+
+def test_causal_mask_counts():
+    for T, S in ((1, 1), (3, 3), (2, 7)):
+        visible = (transformer.causal_mask(T, S, torch.zeros(1)) == 0).sum(1)
+        assert visible.tolist() == [S - T + 1 + t for t in range(T)]
