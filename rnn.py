@@ -147,13 +147,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=acc, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden), None, None
         for h, d_h, y in zip(hidden.chunk(n_chunks), d_hidden.chunk(n_chunks), targets.chunk(n_chunks)):
-            at, keep = y.clamp(min=0)[:, None], (y >= 0)[:, None]
-            p = torch.softmax(F.linear(h, w, b), -1)                         # float32 inside, whatever the dtype
-            p_target = p.gather(1, at).to(acc)
+            row, at, keep = torch.arange(len(y), device=y.device), y.clamp(min=0), y >= 0
+            logits = F.linear(h, w, b)
+            p = torch.softmax(logits, -1, out=logits)                        # float32 inside, whatever the dtype
+            p_target = p[row, at].to(acc)
             total -= (p_target.clamp(min=1e-38).log() * keep).sum()          # the clamp: at most 87 nats are counted
-            p.scatter_(1, at, (p_target - 1).to(p.dtype))                    # softmax - onehot, in place of p
+            p[row, at] = (p_target - 1).to(p.dtype)                          # softmax - onehot, in place of p
             if not keep.all():
-                p.masked_fill_(~keep, 0.0)
+                p.masked_fill_(~keep[:, None], 0.0)
             torch.mm(p, w, out=d_h)
             part = p.t() @ h
             d_weight = part.to(acc) if d_weight is None else d_weight.add_(part)
