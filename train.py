@@ -34,19 +34,19 @@ from transformer import Transformer, TransformerConfig
 
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig), "transformer": (Transformer, TransformerConfig)}
 
-# Defaults by model: first for small corpora (the embedded languages, your own file), then what ptb changes.
+# Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes.
 DEFAULTS = {
     "rnn": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
     "lstm": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, epochs=3.0),
     "transformer": dict(n_embd=128, n_hidden=384, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3, epochs=2.0),
 }
 REAL_TEXT = {
-    "rnn": dict(n_embd=400, n_hidden=400, n_layer=1, batch_size=32, block_size=35, lr=1.5e-3, dropout=0.4,
-                dropout_input=0.3, dropout_embed=0.05, weight_decay=0.1),
-    "lstm": dict(n_embd=400, n_hidden=400, n_layer=2, batch_size=32, block_size=35, lr=3e-3, dropout=0.4,
-                 dropout_hidden=0.2, dropout_input=0.3, dropout_embed=0.05, weight_decay=0.1),
-    "transformer": dict(n_embd=256, n_hidden=768, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3,
-                        dropout=0.2, weight_decay=0.1),
+    "rnn": dict(n_embd=384, n_hidden=384, n_layer=1, batch_size=32, block_size=35, lr=4e-3, dropout=0.3,
+                dropout_input=0.2, dropout_embed=0.05, weight_decay=0.02, epochs=10.0),
+    "lstm": dict(n_embd=384, n_hidden=384, n_layer=2, batch_size=32, block_size=35, lr=6e-3, dropout=0.3,
+                 dropout_hidden=0.2, dropout_input=0.2, dropout_embed=0.05, weight_decay=0.02, epochs=10.0),
+    "transformer": dict(n_embd=256, n_hidden=768, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=3e-3,
+                        dropout=0.2, weight_decay=0.1, epochs=10.0),
 }
 
 
