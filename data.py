@@ -47,7 +47,7 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Run a script's main(); a UserError or a full disk ends it with one line and exit status 2, Ctrl-C with 130."""
+    """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with 130."""
     try:
         main()
     except UserError as e:
@@ -59,6 +59,9 @@ def run_main(main):
     except BrokenPipeError:                                     # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except OSError as e:                                        # a full disk, a folder that may not be written to
+        print(f"{Path(sys.argv[0]).name}: {e}. Nothing that was saved is lost", file=sys.stderr)
+        sys.exit(2)
 
 
 def data_dir():

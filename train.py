@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -218,14 +219,16 @@ class Trainer:
     """The loop's state and the loop. What it needs beyond the arguments: a model, its batches, and a function
     evaluate() -> {"val": {"nll", "ppl", ...}, name: {...}} for the validation split and any other corpora."""
 
+    # numbers that a checkpoint keeps beside weights, optimizer, recurrent state, random state and arguments
+    KEPT = "step", "steps", "interval", "seconds", "best", "best_step", "loss_sum", "loss_steps", "eval_seconds"
+
     def __init__(self, args, kind, model, tokenizer, batches, evaluate, device, dtype):
         self.args, self.kind, self.model, self.tokenizer, self.batches = args, kind, model, tokenizer, batches
         self.evaluate, self.device, self.dtype = evaluate, device, dtype
         self.run = Path(args.run)
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
         self.memory = None                                          # recurrent state, carried from batch to batch
-        # what a checkpoint keeps beside weights, optimizer and random state
-        self.step, self.seconds, self.best, self.best_step = 0, 0.0, math.inf, -1
+        self.step, self.seconds, self.best, self.best_step, self.eval_seconds = 0, 0.0, math.inf, -1, 0.0
         self.steps = args.steps or (None if args.minutes else max(1, round(args.epochs * batches.steps_per_epoch)))
         self.interval = args.eval_every or -(-self.steps // 20) if self.steps else None
         self.loss_sum, self.loss_steps = 0.0, 0                     # since the last row of the log
@@ -242,9 +245,7 @@ class Trainer:
         state = {"optimizer": self.optimizer.state_dict(), "memory": self.memory, "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None,
                  "args": {k: v for k, v in vars(self.args).items() if k not in ("resume", "run")},
-                 "steps": self.steps, "interval": self.interval, "seconds": self.seconds, "best": self.best,
-                 "best_step": self.best_step, "loss_sum": self.loss_sum, "loss_steps": self.loss_steps,
-                 "log_bytes": self.log_file.tell()}
+                 "log_bytes": self.log_file.tell()} | {name: getattr(self, name) for name in self.KEPT}
         write_atomically(self.run / "last.pt", lambda f: torch.save(self.model_checkpoint() | state, f))
 
     def restore(self, checkpoint):
@@ -254,7 +255,7 @@ class Trainer:
         torch.set_rng_state(checkpoint["rng"].cpu())
         if checkpoint["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all([r.cpu() for r in checkpoint["cuda_rng"]])
-        for name in ("step", "steps", "interval", "seconds", "best", "best_step", "loss_sum", "loss_steps", "log_bytes"):
+        for name in (*self.KEPT, "log_bytes"):
             setattr(self, name, checkpoint[name])
 
     # ---- the log
@@ -325,17 +326,17 @@ class Trainer:
         self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
         return loss
 
-    def plan(self, step_seconds, eval_seconds):
+    def plan(self, step_seconds):
         """--minutes: from the speed of the steps so far, how many steps fit, with the evaluations (up to 20, and
         up to a tenth of the time, but at least two)."""
         left = 0.98 * self.args.minutes * 60 - self.seconds
-        evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
-        self.steps = self.step + max(1, int((left - evaluations * eval_seconds) / step_seconds))
+        evaluations = max(2, min(20, int(0.1 * left / self.eval_seconds)))
+        self.steps = self.step + max(1, int((left - evaluations * self.eval_seconds) / step_seconds))
         self.interval = self.args.eval_every or -(-self.steps // evaluations)
         self.show(f"{self.args.minutes:g} minutes are {self.steps} steps, {self.steps / self.batches.steps_per_epoch:.1f} "
                   f"epochs at {self.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
 
-    def evaluate_and_save(self):
+    def evaluate_and_log(self):
         scores = self.evaluate()
         better = scores["val"]["nll"] < self.best
         if better:
@@ -343,43 +344,56 @@ class Trainer:
         self.log(scores)
         return scores, better
 
+    def interrupt(self, *_):
+        """Ctrl-C or a polite kill: stop when the step is whole. A second Ctrl-C does not wait."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
     def fit(self):
         """Train until the planned number of steps. Ctrl-C saves first and says how to go on."""
         self.model.train()
-        clock, shown = time.perf_counter() - self.seconds, 0.0
-        eval_seconds = 0.0
-        if self.step == 0:
-            t = time.perf_counter()
-            _, better = self.evaluate_and_save()
-            self.save(best=better)
-            eval_seconds = time.perf_counter() - t
+        self.interrupted = False
+        handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.steps is None or self.step < self.steps:
-                loss = self.train_step()
+            self.loop()
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def loop(self):
+        clock, shown = time.perf_counter() - self.seconds, 0.0
+        if self.step == 0:
+            _, better = self.evaluate_and_log()
+            self.eval_seconds = time.perf_counter() - clock
+            self.save(best=better)
+        started, from_step = time.perf_counter(), self.step         # what --minutes measures
+        while self.steps is None or self.step < self.steps:
+            if self.interrupted:
+                self.save()
+                self.show(f"stopped at step {self.step} and saved. Go on with: python train.py --resume --run {self.run}", "\n")
+                raise SystemExit(130)
+            loss = self.train_step()
+            self.seconds = time.perf_counter() - clock
+            if self.step == MEASURED // 4:                          # the very first steps are slower: not counted
+                started, from_step = time.perf_counter(), self.step
+            if self.steps is None and self.step == MEASURED:
+                self.plan((time.perf_counter() - started) / (MEASURED - from_step))
+            left = "" if not self.steps else f"{self.seconds / self.step * (self.steps - self.step):.0f} s left"
+            line = (f"step {self.step}/{self.steps or '?'}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
+                    f"{self.step * self.tokens_per_step / self.seconds:,.0f} tokens/s")
+            if self.seconds - shown > 0.2:
+                shown = self.seconds
+                self.show(f"{line}  {left}")
+            if self.steps and (self.step % self.interval == 0 or self.step == self.steps):
+                scores, better = self.evaluate_and_log()
                 self.seconds = time.perf_counter() - clock
-                if self.step == MEASURED // 4:                      # the very first steps are slower
-                    started = time.perf_counter()
-                if self.steps is None and self.step == MEASURED:
-                    self.plan((time.perf_counter() - started) / (MEASURED - MEASURED // 4), eval_seconds)
-                left = "" if not self.steps else f"{self.seconds / self.step * (self.steps - self.step):.0f} s left"
-                line = (f"step {self.step}/{self.steps or '?'}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
-                        f"{self.step * self.tokens_per_step / self.seconds:,.0f} tokens/s")
-                if self.seconds - shown > 0.2:
-                    shown = self.seconds
-                    self.show(f"{line}  {left}")
-                if self.steps and (self.step % self.interval == 0 or self.step == self.steps):
-                    scores, better = self.evaluate_and_save()
-                    self.seconds = time.perf_counter() - clock
-                    self.save(best=better)
-                    also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.args.also)
-                    self.show(f"{line}  val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}  "
-                              f"{self.seconds:.0f} s, {left}", "\n")
-                elif self.step % self.args.log_every == 0:
-                    self.log()
-        except KeyboardInterrupt:
-            self.save()
-            self.show(f"stopped at step {self.step} and saved. Go on with: python train.py --resume --run {self.run}", "\n")
-            raise SystemExit(130) from None
+                self.save(best=better)
+                also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.args.also)
+                self.show(f"{line}  val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}  "
+                          f"{self.seconds:.0f} s, {left}", "\n")
+            elif self.step % self.args.log_every == 0:
+                self.log()
 
 
 # ------------------------------------------------------------------------------------------------------ command line

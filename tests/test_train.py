@@ -207,26 +207,28 @@ def test_minutes_plans_steps_that_steps_repeats(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- nothing is lost
 
-def stop_at(step):
-    """Make training stop, as by Ctrl-C, once `step` steps are done."""
-    original = train.Trainer.train_step
+def ctrl_c_in(step):
+    """Press Ctrl-C in the middle of the step-th step; it is finished first."""
+    original = torch.optim.AdamW.step
+    steps = []
 
-    def train_step(self):
-        if self.step == step:
-            raise KeyboardInterrupt
-        return original(self)
-    return train_step
+    def optimizer_step(self, *args):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+    return optimizer_step
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_saves_and_resume_is_bitwise(kind, monkeypatch, capsys):
     options = tiny(kind, "--steps", "25", "--eval-every", "7", "--dtype", "float32")
     train.main([*options, "--run", "whole"])
-    for step in (3, 16):
+    for start, step in ((0, 3), (3, 16)):
         with monkeypatch.context() as m:
-            m.setattr(train.Trainer, "train_step", stop_at(step))
+            m.setattr(torch.optim.AdamW, "step", ctrl_c_in(step - start))
             with pytest.raises(SystemExit) as stopped:
-                train.main(["--resume", "--run", "cut"] if step == 16 else [*options, "--run", "cut"])
+                train.main(["--resume", "--run", "cut"] if start else [*options, "--run", "cut"])
             assert stopped.value.code == 130
         assert f"stopped at step {step} and saved. Go on with: python train.py --resume --run cut" in capsys.readouterr().err
     train.main(["--resume", "--run", "cut"])
