@@ -1,0 +1,151 @@
+"""Speed of the hand-written pieces beside the library's, as ratios: both sides do the same work in the same process, in
+turn, and the medians of many rounds are compared. Above 1: ours is faster.
+
+    python tests/bench.py               # everything here
+    python tests/bench.py layers        # (a) one RNN or LSTM layer, forward and backward
+    python tests/bench.py step          # (b) a training step of a 2x200 Penn Treebank model, V = 10,000
+    python tests/bench.py transformer   # (c) a training step of the Transformer against nn.TransformerEncoderLayer
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from lstm import LSTM, LSTMConfig, LSTMLM
+from rnn import RNN, RNNConfig, RNNLM
+from transformer import Transformer, TransformerConfig
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compare(ours, theirs, seconds=6.0):
+    """Median milliseconds of two functions called in turn for about `seconds` (at least 7 rounds)."""
+    for _ in range(2):
+        ours(), theirs()
+    times, started = ([], []), time.perf_counter()
+    while len(times[0]) < 7 or time.perf_counter() - started < seconds:
+        for f, into in zip((ours, theirs), times):
+            t = time.perf_counter()
+            f()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            into.append(1e3 * (time.perf_counter() - t))
+    return [statistics.median(t) for t in times]
+
+
+def row(name, ours_dtype, theirs_dtype, ours, theirs):
+    a, b = compare(ours, theirs)
+    print(f"{name:34s} ours {ours_dtype:8s} {a:8.2f} ms   library {theirs_dtype:8s} {b:8.2f} ms   {b / a:5.2f}x", flush=True)
+
+
+def layers(device):
+    for ours_type, library_type in ((RNN, nn.RNN), (LSTM, nn.LSTM)):
+        for B, T, H in ((20, 35, 200), (20, 35, 650), (32, 64, 512), (64, 70, 256)):
+            for name, dtype in DTYPES.items():
+                layer = ours_type(H, H).to(device, dtype)
+                library = library_type(H, H, batch_first=True).to(device, dtype)
+                x = torch.randn(B, T, H, device=device, dtype=dtype, requires_grad=True)
+                grad = torch.randn(B, T, H, device=device, dtype=dtype)
+                row(f"{ours_type.__name__} layer B={B} T={T} H={H}", name, name,
+                    lambda: layer(x)[0].backward(grad), lambda: library(x)[0].backward(grad))
+
+
+class LibraryLM(nn.Module):
+    """The model that a user of the library would write."""
+
+    def __init__(self, library_type, vocab_size, width, n_layer):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+        self.body = library_type(width, width, n_layer, batch_first=True)
+
+    def forward(self, tokens, state):
+        out, state = self.body(self.embed(tokens), state)
+        return self.head(out), state
+
+
+class LibraryTransformer(nn.Module):
+    """nn.TransformerEncoderLayer, pre-norm, causal, learned positions, tied head; as wide and deep as ours, and its MLP
+    as many parameters as the SwiGLU."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
+        layer = nn.TransformerEncoderLayer(c.n_embd, c.n_head, c.n_hidden * 3 // 2, c.dropout, F.gelu, batch_first=True,
+                                           norm_first=True)
+        self.body = nn.TransformerEncoder(layer, c.n_layer, nn.LayerNorm(c.n_embd), enable_nested_tensor=False)
+
+    def forward(self, tokens, state):
+        T = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(T, device=tokens.device)
+        x = self.embed(tokens) + self.position(torch.arange(T, device=tokens.device))
+        return F.linear(self.body(x, mask, is_causal=True), self.embed.weight), None
+
+
+def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours):
+    """A whole training step: forward, loss, backward, clipping, optimizer; the recurrent state carried."""
+    model.to(device).train()
+    tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    optimizer = train.make_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3)
+    state = None
+
+    def step():
+        nonlocal state
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if ours:
+                hidden, state = model(x, state)
+                loss = model.loss(hidden, y) / y.numel()
+            else:
+                logits, state = model(x, state)
+                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        state = train.detach(state)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def step_rows(name, make_ours, make_theirs, batch_size, block_size, vocab_size, device):
+    default = "bf16" if train.pick_dtype("auto", device) == torch.bfloat16 else "float32"
+    pairs = [(n, n, "same dtype") for n in DTYPES] + [(default, "float32", "defaults")]
+    for ours, theirs, label in pairs:
+        row(f"{name}, {label}", ours, theirs,
+            step_function(make_ours(), batch_size, block_size, vocab_size, DTYPES[ours], device, True),
+            step_function(make_theirs(), batch_size, block_size, vocab_size, DTYPES[theirs], device, False))
+
+
+def step(device):
+    for name, ours, config, theirs in (("RNN", RNNLM, RNNConfig, nn.RNN), ("LSTM", LSTMLM, LSTMConfig, nn.LSTM)):
+        step_rows(f"{name} 2x200 step", lambda: ours(config(10_000, 200, 200, 2, tied=False)),
+                  lambda: LibraryLM(theirs, 10_000, 200, 2), 20, 35, 10_000, device)
+
+
+def transformer(device):
+    c = TransformerConfig(10_000, 128, 4, 4, 4, 256, 768, dropout=0.1)
+    step_rows("Transformer 4x256 step", lambda: Transformer(c), lambda: LibraryTransformer(c), 16, 128, 10_000, device)
+
+
+def main():
+    benches = {"layers": layers, "step": step, "transformer": transformer}
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
+    p.add_argument("--device", default="auto")
+    args = p.parse_args()
+    device = train.pick_device(args.device)
+    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads")
+    for name in args.what or benches:
+        benches[name](device)
+
+
+if __name__ == "__main__":
+    main()
