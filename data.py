@@ -9,7 +9,7 @@ The embedded languages. Each is a grammar in Greibach normal form: a rule says o
 follow, and no two rules of a symbol say the same word. So a text determines its own derivation, and the exact
 probability of every next word is the weight of one rule: p(text) is a product of rule weights. (`reviews` also has
 a hidden mood, positive or negative, one per document, that changes the weights; it is summed over by Bayes' rule.)
-All four share the rules and the vocabulary of about 1,000 words; what differs is how often each word is said: a
+All four share the rules and the vocabulary of about 900 words; what differs is how often each word is said: a
 domain's own words follow Zipf's law, the others' share a small rest. The grammar has what separates models: verbs
 agree with a subject that may be several clauses back, clauses nest, and a person introduced in the first sentence
 (`mr. harlow`) must be named again after any later title. A split's *floor* is the perplexity of the grammar itself
@@ -17,16 +17,19 @@ on it; no honest model goes below it but by chance.
 
     python -c "import data; print(data.embedded_text('finance', 'train', 60))"     # what it looks like
 """
+import argparse
 import bisect
 import codecs
 import gzip
 import hashlib
+import itertools
 import math
 import os
 import random
 import re
 import sys
 import tarfile
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -46,6 +49,13 @@ class UserError(Exception):
     """Something the user can put right. The message says what was wrong and what to type next, in one line."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong argument is one line like every other error, without the usage above it."""
+
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists what there is)")
+
+
 def run_main(main):
     """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with 130."""
     try:
@@ -59,6 +69,10 @@ def run_main(main):
     except BrokenPipeError:                                     # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: the GPU's memory is full; take a smaller --batch-size or another --device",
+              file=sys.stderr)
+        sys.exit(2)
     except OSError as e:                                        # a full disk, a folder that may not be written to
         print(f"{Path(sys.argv[0]).name}: {e}. Nothing that was saved is lost", file=sys.stderr)
         sys.exit(2)
@@ -186,8 +200,8 @@ class Language:
         seen = {form(w) for w in table[self.domain].split()}
         self.rule(symbol, [form(w) for w in table[self.domain].split()], 0.9 * weight, *push)
         others = [[form(w) for w in table[d].split()] for d in DOMAINS if d != self.domain]
-        rest = [w for rank in zip(*others) for w in rank]
-        self.rule(symbol, [w for w in dict.fromkeys(rest) if w not in seen], 0.1 * weight, *push)
+        rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)        # by rank, each once
+        self.rule(symbol, [w for w in rest if w and w not in seen], 0.1 * weight, *push)
 
     def write_rules(self):
         same = str
@@ -377,7 +391,7 @@ def word_pieces(chunk, known=()):
             words.append(piece)
         elif piece[0].isdigit():
             words.append("N")
-        elif split and piece not in known:
+        elif split:
             words.extend(split.groups())
         elif piece == "." and words and words[-1] + "." in known:       # the end of an abbreviation
             words[-1] += "."
@@ -459,7 +473,8 @@ def tokenizer_from(state):
 # --------------------------------------------------------------------------------------------------------- download
 
 def download(url, path, sha256=None, headers=None):
-    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and sha256 checked.
+    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and sha256 checked
+    (sha256 given, or sent by the publisher: Hugging Face's hub does so for large files).
 
     Only a whole and checked file ever gets the name path. Raises UserError, naming the file to place by hand.
     """
@@ -474,7 +489,7 @@ def download(url, path, sha256=None, headers=None):
         if attempt:
             time.sleep(attempt)
         try:
-            size = fetch(url, part, headers)
+            size, published = fetch(url, part, headers)
         except requests.HTTPError as e:
             code, reason = e.response.status_code, str(e)
             if code < 500 and code not in (408, 416, 429):
@@ -484,13 +499,14 @@ def download(url, path, sha256=None, headers=None):
             reason = f"{type(e).__name__}: the connection failed or broke off"
             continue
         except OSError as e:
-            raise UserError(f"cannot write {part}: {e.strerror}. Free some space; the download goes on where it stopped") from e
+            raise UserError(f"cannot write {part}: {e.strerror}. Free some space and run again: the download goes on where "
+                            "it stopped") from e
         if size is not None and part.stat().st_size != size:
             reason = f"{part.stat().st_size} of {size} bytes arrived"
             if part.stat().st_size > size:
                 part.unlink()
             continue
-        if sha256 and file_sha256(part) != sha256.lower():
+        if (sha256 or published) and file_sha256(part) != (sha256 or published).lower():
             part.unlink()
             reason = "its sha256 is not the publisher's"
             continue
@@ -500,13 +516,16 @@ def download(url, path, sha256=None, headers=None):
 
 
 def fetch(url, part, headers):
-    """One try: append what is missing to part. -> the whole size in bytes, None if the server does not say."""
+    """One try: append what is missing to part. -> (the whole size in bytes, the publisher's sha256), None where the
+    server does not say."""
     have = part.stat().st_size if part.exists() else 0
     ask = dict(headers or {}, **{"Accept-Encoding": "identity"}, **({"Range": f"bytes={have}-"} if have else {}))
     with requests.get(url, headers=ask, stream=True, timeout=30) as r:
+        tags = [h.headers.get("X-Linked-ETag", "").strip('"') for h in (*r.history, r)]
+        published = next((tag for tag in tags if re.fullmatch("[0-9a-fA-F]{64}", tag)), None)
         if r.status_code == 416:                                # nothing left to send, or the file has changed
             if r.headers.get("Content-Range") == f"bytes */{have}":
-                return have
+                return have, published
             part.unlink()
         if r.status_code >= 400:
             raise requests.HTTPError(f"HTTP {r.status_code} {r.reason}", response=r)
@@ -525,7 +544,7 @@ def fetch(url, part, headers):
                     print(f"\r{part.name[:-5]}: {have / 1e6:.1f}{of} MB ", end="", file=sys.stderr, flush=True)
         if sys.stderr.isatty():
             print(file=sys.stderr)
-    return size
+    return size, published
 
 
 def file_sha256(path):
@@ -569,16 +588,26 @@ def source_file(name, split):
     return path
 
 
+LONG_LINE = 1 << 14
+
+
 def read_lines(path):
-    """(byte offset, line) of a UTF-8 file, in bounded memory; UserError if it is not text."""
-    offset = 0
+    """(byte offset, line) of a UTF-8 file, in bounded memory; UserError if it is not text. The last line ends with a
+    new line too; one of more than LONG_LINE bytes comes in pieces, cut at spaces (or at least between characters)."""
+    offset, rest = 0, b""
     try:
         with open(path, "rb") as f:
-            for raw in f:
+            while raw := rest + f.readline(LONG_LINE):
+                cut = len(raw)
+                if len(raw) >= LONG_LINE and not raw.endswith(b"\n"):
+                    lead = next((k for k in range(1, 5) if raw[-k] & 0xC0 != 0x80), 1)      # the last character's start
+                    cut = raw.rfind(b" ") + 1 or len(raw) - lead
+                raw, rest = raw[:cut], raw[cut:]
                 line = raw.decode("utf-8-sig" if offset == 0 and raw.startswith(codecs.BOM_UTF8) else "utf-8")
                 if "\0" in line:
-                    raise UnicodeDecodeError("utf-8", raw, line.find("\0"), line.find("\0") + 1, "a zero byte")
-                yield offset, line
+                    raise UnicodeDecodeError("utf-8", raw, raw.find(b"\0"), raw.find(b"\0") + 1, "a zero byte")
+                last = not rest and f.tell() == os.fstat(f.fileno()).st_size
+                yield offset, line + "\n" if last and not line.endswith("\n") else line
                 offset += len(raw)
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example with: "
@@ -649,7 +678,7 @@ def documents(name, split):
                 yield story
     elif name in FILES:
         for _, line in read_lines(source_file(name, split)):
-            yield line if line.endswith("\n") else line + "\n"
+            yield line
     else:
         path = source_file(name, split)
         size = path.stat().st_size
@@ -657,7 +686,7 @@ def documents(name, split):
         texts = separated_documents(read_lines(path)) if has_separator(path) else read_lines(path)
         for offset, text in texts:
             if low * size <= offset < high * size and text.strip():
-                yield text if text.endswith(("\n", SEPARATOR)) else text + "\n"
+                yield text
 
 
 def build_word_tokenizer(name, max_words=20_000):
@@ -688,14 +717,18 @@ def encode_split(name, split, tokenizer):
             for text in documents(name, split):
                 yield np.array(tokenizer.encode(text), dtype)
         except ValueError as e:
-            raise UserError(f"{name} cannot be read with this vocabulary: {e}") from e
+            raise UserError(f"{name} cannot be read with this vocabulary: {e}. A corpus of the same kind can: embedded "
+                            "languages go with embedded languages, or take --tokenizer gpt2") from e
 
     if name in DOMAINS or source_file(name, split).stat().st_size <= IN_MEMORY_BYTES:
         return np.concatenate([np.zeros(0, dtype), *encoded()])
     source = source_file(name, split).resolve()
     stat = source.stat()
     key = hashlib.sha256(repr((str(source), split, stat.st_size, stat.st_mtime_ns, tokenizer.state())).encode()).hexdigest()
-    path = data_dir() / "tokens" / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
+    folder = data_dir() / "tokens"
+    if not os.access(data_dir(), os.W_OK):                      # a shared, read-only data folder
+        folder = Path(tempfile.gettempdir()) / f"tokens-{os.getuid()}"
+    path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
     if not path.exists():
         print(f"encoding {source.name} ({split}) once into {path}", file=sys.stderr)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -706,8 +739,7 @@ def encode_split(name, split, tokenizer):
                     f.write(ids.tobytes())
             os.replace(temporary, path)
         except OSError as e:
-            raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder on a "
-                            "larger disk") from e
+            raise UserError(f"cannot write {path}: {e.strerror}. Set DATA_DIR to a folder with space that you may write to") from e
         finally:
             temporary.unlink(missing_ok=True)
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
@@ -720,6 +752,11 @@ class Corpus:
     tokenizer: object
     ids: dict
     floor: dict
+
+    def fingerprint(self):
+        """Tells whether a run that goes on finds the text that it was started with."""
+        train = self.ids["train"]
+        return f"{len(train)} {zlib.crc32(train[:1 << 20].tobytes()):08x} {zlib.crc32(train[-(1 << 20):].tobytes()):08x}"
 
 
 def floor(name, split):
@@ -737,7 +774,7 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
     if isinstance(tokenizer, str):
         tokenizer = GPT2Tokenizer() if tokenizer == "gpt2" else build_word_tokenizer(name)
     return Corpus(name, tokenizer, {s: encode_split(name, s, tokenizer) for s in splits},
-                  {s: floor(name, s) for s in splits if s != "train"})
+                  {s: floor(name, s) if tokenizer.kind == "word" else None for s in splits if s != "train"})
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -745,7 +782,8 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
 class Streams:
     """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is read on,
     so the state at the end of one batch is the state at the start of the next. `batch(step)` depends on nothing but
-    (seed, step); at `first(step)` a new epoch begins, at a random place of the text, with a fresh state."""
+    (seed, step); at `first(step)` a new epoch begins, with a fresh state, a random number of tokens (below block_size)
+    from the start of the text, so that the cuts fall elsewhere."""
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed

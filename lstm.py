@@ -129,7 +129,7 @@ LSTMConfig = RNNConfig
 class LSTMLM(RNNLM):
     """RNNLM with LSTM layers whose forget gates start at many time scales: a unit with forget bias log(tau) keeps its
     cell for about tau steps. With tau uniform in 1..MEMORY (Tallec & Ollivier 2018, "chrono initialization"), some
-    units remember a sentence from the first step on; from torch's biases of 0 they must first learn to."""
+    units remember a sentence from the first step on; from torch's biases near 0 they must first learn to."""
     layer_type = LSTM
     MEMORY = 64                                                 # tokens
 

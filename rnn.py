@@ -218,8 +218,10 @@ def dropout(x, p, training):
     64-bit draw serves eight elements: p is rounded to a 256th, and survivors are scaled by what is kept in truth."""
     if not training or p == 0:
         return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
     drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
-    cut = round(p * 256)
+    cut = min(255, round(p * 256))
     keep = (drawn.view(torch.uint8)[:x.numel()] >= cut).view(x.shape)
     return x * keep * (256 / (256 - cut))
 

@@ -39,7 +39,8 @@ def choose(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(logits[:, 0])
-    log_p = torch.log_softmax(truncate(logits / temperature, top_k, top_p), -1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature         # the largest 0: no temperature overflows
+    log_p = torch.log_softmax(truncate(logits, top_k, top_p), -1)
     token = torch.multinomial(log_p.exp(), 1, generator=generator)
     return token[:, 0], log_p.gather(1, token)[:, 0]
 
@@ -62,8 +63,8 @@ def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=Non
     for row, prompt in enumerate(prompts):
         text[row, :len(prompt)] = torch.tensor(prompt, device=device)
     window = total if model.recurrent else min(total, model.config.block_size)
-    if not model.recurrent and shortest > window:
-        raise ValueError(f"the prompt has {shortest} tokens, the model's context {window}")
+    if not model.recurrent and lengths.max() > window:
+        raise ValueError(f"a prompt has {int(lengths.max())} tokens, the model's context {window}")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     state = model.init_state(len(prompts), window)
     hidden, state = model(text[:, :shortest], state)
@@ -103,7 +104,8 @@ def encode_prompt(tokenizer, text):
     except ValueError:
         words = tokenizer.normalize(text)
         known = [w for w in words if w in tokenizer.ids]
-        print(f"not in this run's vocabulary, left out: {' '.join(w for w in words if w not in tokenizer.ids)}", file=sys.stderr)
+        unknown = " ".join(w for w in words if w not in tokenizer.ids)
+        print(f"not in this run's vocabulary, left out: {unknown}", file=sys.stderr)
         return [tokenizer.eos] + [tokenizer.ids[w] for w in known]
 
 
@@ -123,9 +125,9 @@ class Printer:
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description="Generate text from a trained run.",
-                                epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = data.Parser(description="Generate text from a trained run.",
+                    epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7',
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--run", default="runs/lstm-finance", help="folder of a run, as train.py wrote it")
     p.add_argument("--prompt", default="", help="what the text begins with")
     p.add_argument("--temperature", type=float, default=0.8, help="below 1: safer, above 1: wilder, 0: always the likeliest")
@@ -140,7 +142,7 @@ def arguments(argv=None):
     for name in ("tokens", "n", "top_k", "top_p"):
         if (value := getattr(args, name)) is not None and not value > 0:
             p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if args.temperature < 0 or (args.top_p or 0) > 1:
+    if not 0 <= args.temperature < float("inf") or (args.top_p or 0) > 1:
         p.error("--temperature must be at least 0 and --top-p at most 1")
     return args
 
@@ -158,6 +160,7 @@ def main(argv=None):
         for token, _, _ in steps(model, [prompt], args.tokens, args.temperature, args.top_k, args.top_p,
                                  tokenizer.eos if args.stop else None, seed + n):
             printer.add(token.item())
+        printer.add()                                                       # a character cut off by the end
         print("\n" if n + 1 < args.n else "")
 
 

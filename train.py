@@ -3,7 +3,8 @@
     python train.py --model lstm                             # the embedded finance language, about a minute
     python train.py --model lstm --data ptb --minutes 15     # the Penn Treebank in the time you have
     python train.py --model transformer --data my.txt --tokenizer gpt2 --epochs 3 --run runs/mine
-    python train.py --resume --run runs/mine                 # go on after a kill, bit for bit
+    python train.py --resume --run runs/mine                 # go on after a kill, bit for bit (float32, same machine)
+    torchrun --nproc-per-node 2 -- train.py --model lstm     # several processes: the rows of a batch are shared out
 
 The loss is the mean negative log-likelihood in nats per token; perplexity is its exponential. The optimizer is AdamW
 on float32 weights (matmuls in bfloat16 where the hardware has them), gradients clipped by their norm, the learning
@@ -19,6 +20,8 @@ import io
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +29,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import UserError
@@ -37,16 +42,16 @@ MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig), "transformer"
 
 # Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes.
 DEFAULTS = {
-    "rnn": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
-    "lstm": dict(n_embd=192, n_hidden=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, epochs=3.0),
-    "transformer": dict(n_embd=128, n_hidden=384, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3, epochs=2.0),
+    "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
+    "lstm": dict(n_embd=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, epochs=3.0),
+    "transformer": dict(n_embd=128, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3, epochs=2.0),
 }
 REAL_TEXT = {
-    "rnn": dict(n_embd=384, n_hidden=384, n_layer=1, batch_size=32, block_size=35, lr=4e-3, dropout=0.3,
+    "rnn": dict(n_embd=384, n_layer=1, batch_size=32, block_size=35, lr=2e-3, dropout=0.3,
                 dropout_input=0.2, dropout_embed=0.05, weight_decay=0.02, epochs=10.0),
-    "lstm": dict(n_embd=384, n_hidden=384, n_layer=2, batch_size=32, block_size=35, lr=6e-3, dropout=0.3,
+    "lstm": dict(n_embd=384, n_layer=2, batch_size=32, block_size=35, lr=6e-3, dropout=0.3,
                  dropout_hidden=0.2, dropout_input=0.2, dropout_embed=0.05, weight_decay=0.02, epochs=10.0),
-    "transformer": dict(n_embd=256, n_hidden=768, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=3e-3,
+    "transformer": dict(n_embd=256, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=3e-3,
                         dropout=0.2, weight_decay=0.1, epochs=10.0),
 }
 
@@ -77,6 +82,17 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def join_processes(device):
+    """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1, device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
 def write_atomically(path, write):
     """Call write(file) on a new file beside path, then rename it to path: path is the old file or the whole new one."""
     temporary = path.with_name(path.name + ".part")
@@ -92,16 +108,18 @@ def write_atomically(path, write):
                         f"and go on with: python train.py --resume --run {path.parent}") from e
 
 
-def read_checkpoint(path, device="cpu"):
-    """A checkpoint as a dict; weights_only, so a hostile file cannot run code. UserError if it is not readable."""
+def read_checkpoint(path):
+    """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. UserError if it is not readable."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not {"model", "kind", "config", "tokenizer"} <= checkpoint.keys():
             raise ValueError("not a checkpoint of this project")
         return checkpoint
     except FileNotFoundError as e:
         raise UserError(f"{path} is not there; train a model first, for example: python train.py --model lstm "
                         f"--run {Path(path).parent}") from e
+    except (OSError, MemoryError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
     except Exception as e:                                  # truncated zip, hostile pickle, wrong content: many types
         raise UserError(f"{path} cannot be loaded: it is damaged or not a checkpoint of this project "
                         f"({type(e).__name__}). Delete it, and train again if there is no other") from e
@@ -125,7 +143,7 @@ def load_run(folder, device="cpu"):
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}. Train one first: python train.py --model lstm --run {folder}")
     path = folder / "best.pt"
-    checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt", device)
+    checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
     model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device).eval()
     return model, data.tokenizer_from(checkpoint["tokenizer"]), model.config
 
@@ -161,7 +179,7 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
             state = model.init_state(rows)
             for x, y in zip(inputs.split(256, 1), targets.split(256, 1)):
                 hidden, state = model(x.to(device), state)
-                total += model.nll(hidden, y.to(device)).double().sum().item()
+                total += model.nll(hidden, y.to(device)).cpu().double().sum().item()
         else:
             context = min(context or model.config.block_size, n)
             stride = min(stride or max(1, context // 2), context)
@@ -175,7 +193,7 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
                     new = e - (ends[at - 1] if at else 0)           # what no earlier window has predicted
                     y[row, :context - new] = -1
                 hidden, _ = model(x.to(device))
-                total += model.nll(hidden, y.to(device)).double().sum().item()
+                total += model.nll(hidden, y.to(device)).cpu().double().sum().item()
     model.train(was_training)
     return {"nll": total / n, "ppl": math.exp(min(total / n, 700)), "tokens": n}
 
@@ -210,9 +228,45 @@ def make_optimizer(model, lr, weight_decay):
 
 def detach(state):
     """The recurrent state without its history: back-propagation through time is truncated here."""
-    if state is None or isinstance(state, torch.Tensor):
-        return state if state is None else state.detach()
+    if state is None:
+        return None
+    if isinstance(state, torch.Tensor):
+        return state.detach()
     return [detach(s) for s in state]
+
+
+def join_rows(states):
+    """The rows of several recurrent states of the same form, one below the other, on the CPU."""
+    if states[0] is None:
+        return None
+    if isinstance(states[0], torch.Tensor):
+        return torch.cat([s.cpu() for s in states])
+    return [join_rows(parts) for parts in zip(*states)]
+
+
+def take_rows(state, rows, device):
+    """Some rows of a recurrent state."""
+    if state is None:
+        return None
+    if isinstance(state, torch.Tensor):
+        return state[rows].to(device)
+    return [take_rows(s, rows, device) for s in state]
+
+
+class NotFinite(UserError):
+    """The loss or the gradient has left the finite numbers."""
+
+
+class LossModule(torch.nn.Module):
+    """(inputs, targets, state) -> (sum of nats, state): what DistributedDataParallel needs, which sees forward only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, state):
+        hidden, state = self.model(x, state)
+        return self.model.loss(hidden, y), state
 
 
 class Trainer:
@@ -220,18 +274,29 @@ class Trainer:
     evaluate() -> {"val": {"nll", "ppl", ...}, name: {...}} for the validation split and any other corpora."""
 
     # numbers that a checkpoint keeps beside weights, optimizer, recurrent state, random state and arguments
-    KEPT = "step", "steps", "interval", "seconds", "best", "best_step", "loss_sum", "loss_steps", "eval_seconds"
+    KEPT = "step", "steps", "interval", "seconds", "best", "best_step", "loss_sum", "loss_steps", "eval_seconds", \
+        "step_seconds"
 
     def __init__(self, args, kind, model, tokenizer, batches, evaluate, device, dtype):
         self.args, self.kind, self.model, self.tokenizer, self.batches = args, kind, model, tokenizer, batches
         self.evaluate, self.device, self.dtype = evaluate, device, dtype
+        self.device_random = None if device.type == "cpu" else torch.get_device_module(device)
         self.run = Path(args.run)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if args.batch_size % self.world:
+            raise UserError(f"--batch-size {args.batch_size} cannot be shared out among {self.world} processes equally")
+        self.losses = LossModule(model)
+        if self.world > 1:                                          # averages the gradients of all processes
+            self.losses = DistributedDataParallel(self.losses, device_ids=[device] if device.type == "cuda" else None)
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
         self.memory = None                                          # recurrent state, carried from batch to batch
-        self.step, self.seconds, self.best, self.best_step, self.eval_seconds = 0, 0.0, math.inf, -1, 0.0
+        self.step, self.best, self.best_step = 0, math.inf, -1
+        self.seconds, self.step_seconds, self.eval_seconds = 0.0, 0.0, 0.0      # in all; in training steps; one evaluation
         self.steps = args.steps or (None if args.minutes else max(1, round(args.epochs * batches.steps_per_epoch)))
         self.interval = args.eval_every or -(-self.steps // 20) if self.steps else None
         self.loss_sum, self.loss_steps = 0.0, 0                     # since the last row of the log
+        self.interrupted = self.stopping = False                    # told to stop; every process knows it
+        self.learning_rate, self.grad_norm = "", ""                 # of the last step
 
     # ---- checkpoints
 
@@ -240,32 +305,44 @@ class Trainer:
                 "tokenizer": self.tokenizer.state(), "step": self.step}
 
     def save(self, best=False):
+        """Write last.pt, and best.pt if these weights are the best. What each process has of its own (its rows of the
+        recurrent state, its random numbers) is gathered; only the first process writes."""
+        own = [(self.memory, torch.get_rng_state(), self.device_random and self.device_random.get_rng_state())]
+        if self.world > 1:
+            own *= self.world
+            dist.all_gather_object(own, own[0])
+        if self.rank:
+            return
         if best:
             write_atomically(self.run / "best.pt", lambda f: torch.save(self.model_checkpoint(), f))
-        state = {"optimizer": self.optimizer.state_dict(), "memory": self.memory, "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None,
-                 "args": {k: v for k, v in vars(self.args).items() if k not in ("resume", "run")},
+        memory, rng, device_rng = zip(*own)
+        state = {"optimizer": self.optimizer.state_dict(), "memory": join_rows(memory), "rng": rng, "device_rng": device_rng,
+                 "args": {k: v for k, v in vars(self.args).items() if k not in ("resume", "run", "typed")},
                  "log_bytes": self.log_file.tell()} | {name: getattr(self, name) for name in self.KEPT}
         write_atomically(self.run / "last.pt", lambda f: torch.save(self.model_checkpoint() | state, f))
 
     def restore(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.memory = checkpoint["memory"]
-        torch.set_rng_state(checkpoint["rng"].cpu())
-        if checkpoint["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all([r.cpu() for r in checkpoint["cuda_rng"]])
+        self.memory = take_rows(checkpoint["memory"], self.mine, self.device)
+        if len(checkpoint["rng"]) == self.world:                    # else: another number of processes, other dropout masks
+            torch.set_rng_state(checkpoint["rng"][self.rank].cpu())
+            if self.device_random and checkpoint["device_rng"][self.rank] is not None:
+                self.device_random.set_rng_state(checkpoint["device_rng"][self.rank].cpu())
         for name in (*self.KEPT, "log_bytes"):
             setattr(self, name, checkpoint[name])
 
     # ---- the log
 
     def open_log(self, resumed):
-        path = self.run / "log.csv"
+        self.run.mkdir(parents=True, exist_ok=True)
+        path = self.run / "log.csv" if self.rank == 0 else os.devnull
         self.columns = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second",
                         "val_loss", "val_ppl"] + [f"ppl_{name}" for name in self.args.also]
+        if resumed and (not os.path.exists(path) or self.rank == 0 and os.path.getsize(path) < self.log_bytes):
+            raise UserError(f"{path} is shorter than {self.run}/last.pt remembers: they are not of the same run")
         self.log_file = open(path, "r+b" if resumed else "w+b")
-        if resumed:
+        if resumed and self.rank == 0:
             self.log_file.truncate(self.log_bytes)                  # rows after the checkpoint will be written again
         self.log_file.seek(0, os.SEEK_END)
         if not resumed:
@@ -281,9 +358,9 @@ class Trainer:
         """One row: the mean training loss since the last row, and the evaluation if there was one."""
         tokens = self.step * self.tokens_per_step
         row = {"step": self.step, "epoch": self.step / self.batches.steps_per_epoch, "tokens": tokens,
-               "seconds": self.seconds, "lr": learning_rate(self.step, self.steps, self.args.lr, self.args.warmup),
+               "seconds": self.seconds, "lr": self.learning_rate,
                "train_loss": self.loss_sum / self.loss_steps if self.loss_steps else "",
-               "grad_norm": getattr(self, "grad_norm", ""), "tokens_per_second": tokens / max(self.seconds, 1e-9)}
+               "grad_norm": self.grad_norm, "tokens_per_second": tokens / max(self.step_seconds, 1e-9)}
         if scores:
             row |= {"val_loss": scores["val"]["nll"], "val_ppl": scores["val"]["ppl"]}
             row |= {f"ppl_{name}": scores[name]["ppl"] for name in self.args.also}
@@ -292,6 +369,8 @@ class Trainer:
 
     def show(self, text, end="\r"):
         """The live line: rewritten in place on a terminal; elsewhere only what ends with a new line is printed."""
+        if self.rank:
+            return
         if sys.stderr.isatty():
             print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
         elif end == "\n":
@@ -307,37 +386,64 @@ class Trainer:
         """One optimizer step; -> mean loss in nats per token. UserError if the loss or the gradient is not finite."""
         if self.batches.first(self.step) or not self.model.recurrent:
             self.memory = None
-        x, y = (t.to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
+        x, y = (t[self.mine].to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
+        self.learning_rate = learning_rate(self.step, self.steps, self.args.lr, self.args.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.args.lr, self.args.warmup)
+            group["lr"] = self.learning_rate
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden, memory = self.model(x, self.memory)
-            loss = self.model.loss(hidden, y) / y.numel()
+            loss, memory = self.losses(x, y, self.memory)
+            loss = loss / y.numel()
         loss.backward()
         self.memory = detach(memory)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         loss, self.grad_norm = loss.item(), norm.item()
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            raise UserError(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm {self.grad_norm}). "
-                            f"The last good checkpoint is kept in {self.run}; start again with a smaller --lr")
+            raise NotFinite(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm {self.grad_norm}). "
+                            f"The last good checkpoint is kept in {self.run}; train anew with a smaller --lr and another --run")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.stopping = self.interrupted
+        if self.world > 1:                                          # the mean loss, and whether anyone was told to stop
+            shared = torch.tensor([loss, self.interrupted], dtype=torch.float64, device=self.device)
+            dist.all_reduce(shared)
+            loss, self.stopping = shared[0].item() / self.world, shared[1].item() > 0
         self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
         return loss
 
+    @property
+    def mine(self):
+        """The rows of a batch that are this process's."""
+        rows = self.batches.batch_size // self.world
+        return slice(self.rank * rows, (self.rank + 1) * rows)
+
+    def share(self, value):
+        """The first process's value, for all."""
+        if self.world > 1:
+            box = [value]
+            dist.broadcast_object_list(box, device=self.device)
+            return box[0]
+        return value
+
     def plan(self, step_seconds):
         """--minutes: from the speed of the steps so far, how many steps fit, with the evaluations (up to 20, and
-        up to a tenth of the time, but at least two)."""
-        left = 0.98 * self.args.minutes * 60 - self.seconds
-        evaluations = max(2, min(20, int(0.1 * left / self.eval_seconds)))
-        self.steps = self.step + max(1, int((left - evaluations * self.eval_seconds) / step_seconds))
+        up to a tenth of the time, but at least two; the final figures on the test split come on top)."""
+        step_seconds, eval_seconds, spent = self.share((step_seconds, self.eval_seconds, self.seconds))
+        left = 0.98 * self.args.minutes * 60 - spent
+        if self.args.eval_every:
+            self.steps = self.step + max(1, int(left / (step_seconds + eval_seconds / self.args.eval_every)))
+        else:
+            evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
+            self.steps = self.step + max(1, int((left - evaluations * eval_seconds) / step_seconds))
         self.interval = self.args.eval_every or -(-self.steps // evaluations)
         self.show(f"{self.args.minutes:g} minutes are {self.steps} steps, {self.steps / self.batches.steps_per_epoch:.1f} "
                   f"epochs at {self.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
 
     def evaluate_and_log(self):
-        scores = self.evaluate()
+        scores = self.share(self.evaluate() if self.rank == 0 else None)
+        if not math.isfinite(scores["val"]["nll"]):
+            raise NotFinite(f"the validation loss is not finite at step {self.step}. The last good checkpoint is kept in "
+                            f"{self.run}; train anew with a smaller --lr and another --run")
         better = scores["val"]["nll"] < self.best
         if better:
             self.best, self.best_step = scores["val"]["nll"], self.step
@@ -353,35 +459,43 @@ class Trainer:
     def fit(self):
         """Train until the planned number of steps. Ctrl-C saves first and says how to go on."""
         self.model.train()
-        self.interrupted = False
         handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.loop()
+        except RuntimeError as e:
+            if self.world == 1 or isinstance(e, torch.OutOfMemoryError):
+                raise
+            raise UserError(f"at step {self.step} another process of this job was gone. The checkpoint in {self.run} is "
+                            f"whole: start the same torchrun command again with --resume --run {self.run}") from e
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
     def loop(self):
         clock, shown = time.perf_counter() - self.seconds, 0.0
-        if self.step == 0:
+        if self.best_step < 0:                                      # never evaluated
+            self.save()                                             # from here on there is something to go on from
             _, better = self.evaluate_and_log()
             self.eval_seconds = time.perf_counter() - clock
             self.save(best=better)
         started, from_step = time.perf_counter(), self.step         # what --minutes measures
         while self.steps is None or self.step < self.steps:
-            if self.interrupted:
+            if self.stopping:
                 self.save()
                 self.show(f"stopped at step {self.step} and saved. Go on with: python train.py --resume --run {self.run}", "\n")
                 raise SystemExit(130)
+            step_started = time.perf_counter()
             loss = self.train_step()
+            self.step_seconds += time.perf_counter() - step_started
             self.seconds = time.perf_counter() - clock
             if self.step == MEASURED // 4:                          # the very first steps are slower: not counted
                 started, from_step = time.perf_counter(), self.step
             if self.steps is None and self.step == MEASURED:
                 self.plan((time.perf_counter() - started) / (MEASURED - from_step))
-            left = "" if not self.steps else f"{self.seconds / self.step * (self.steps - self.step):.0f} s left"
+            per_step = (self.seconds - self.eval_seconds) / self.step           # the first evaluation is not repeated
+            left = "" if not self.steps else f"{per_step * (self.steps - self.step):.0f} s left"
             line = (f"step {self.step}/{self.steps or '?'}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
-                    f"{self.step * self.tokens_per_step / self.seconds:,.0f} tokens/s")
+                    f"{self.step * self.tokens_per_step / self.step_seconds:,.0f} tokens/s")
             if self.seconds - shown > 0.2:
                 shown = self.seconds
                 self.show(f"{line}  {left}")
@@ -396,10 +510,130 @@ class Trainer:
                 self.log()
 
 
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+def evaluator(model, corpora, tokenizer, dtype):
+    """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side by side."""
+    texts = {name: with_context(tokenizer, c.ids["valid"]) for name, c in corpora.items()}
+    return lambda: {name: perplexity(model, ids, rows=max(1, min(16, len(ids) // 500)), dtype=dtype)
+                    for name, ids in texts.items()}
+
+
+def finish(trainer, corpus, device, dtype):
+    """The final figures from the best weights, state carried over the whole split, into result.json."""
+    args = trainer.args
+    model, tokenizer, _ = load_run(trainer.run, device)
+    scores = {s: perplexity(model, with_context(tokenizer, corpus.ids[s]), dtype=dtype) for s in ("valid", "test")}
+    result = {"model": args.model, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
+              "val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"], "floor_ppl": corpus.floor["test"],
+              "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds, "seconds": trainer.seconds,
+              "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
+              "device": device.type, "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
+              "test_tokens": scores["test"]["tokens"], "args": {k: v for k, v in vars(args).items() if k not in ("resume", "typed")}}
+    write_atomically(trainer.run / "result.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+    floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
+    print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
+          f"test {result['test_ppl']:.2f}{floor}, {result['seconds']:.0f} s at {result['tokens_per_second']:,.0f} tokens/s")
+    print(f"written to {trainer.run}. Next: python sample.py --run {trainer.run}")
+
+
+def make_trainer(args, corpora, device, dtype):
+    """The model and its trainer for these arguments; corpora["val"] is the corpus, the others are --also."""
+    corpus, rank = corpora["val"], int(os.environ.get("RANK", 0))
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, model_config(args, corpus.tokenizer.vocab_size)).to(device)
+    if rank:
+        torch.manual_seed(args.seed + rank)                         # the same weights, but dropout masks of its own
+    cut = data.Streams if model.recurrent else data.Windows
+    batches = cut(corpus.ids["train"], args.batch_size, args.block_size, args.seed)
+    return Trainer(args, args.model, model, corpus.tokenizer, batches, evaluator(model, corpora, corpus.tokenizer, dtype),
+                   device, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- hyperparameters
+
+# What --search draws from: a pair of floats is a range on a logarithmic scale, a list is a choice.
+SEARCH_SPACE = {
+    "rnn": dict(lr=(1e-3, 1e-2), n_embd=[256, 384, 512], n_layer=[1, 2], batch_size=[16, 32, 64], block_size=[20, 35, 70],
+                dropout=[0.1, 0.2, 0.3, 0.4], dropout_input=[0.0, 0.1, 0.2, 0.3], weight_decay=(3e-3, 0.3)),
+    "lstm": dict(lr=(2e-3, 2e-2), n_embd=[256, 384, 512], n_layer=[1, 2], batch_size=[16, 32, 64], block_size=[35, 70],
+                 dropout=[0.1, 0.2, 0.3, 0.4], dropout_hidden=[0.1, 0.2, 0.3], dropout_input=[0.0, 0.1, 0.2, 0.3],
+                 weight_decay=(3e-3, 0.3)),
+    "transformer": dict(lr=(1e-3, 8e-3), n_embd=[128, 256, 384], n_layer=[2, 3, 4, 6], batch_size=[8, 16, 32],
+                        block_size=[64, 128], dropout=[0.0, 0.1, 0.2, 0.3], weight_decay=(1e-2, 1.0)),
+}
+
+
+def draw(model, rng):
+    """One random configuration, as a dict of arguments."""
+    config = {name: float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}") if isinstance(space, tuple) else
+              rng.choice(space) for name, space in SEARCH_SPACE[model].items()}
+    return config | {"n_hidden": config["n_embd"] * (3 if model == "transformer" else 1)}
+
+
+def search(args, corpora, device, dtype):
+    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time each, the best
+    third again for three times as long, and so on, every rung for an equal share of --minutes. Each training is
+    complete, with its own cosine, because a half-finished schedule says little about a finished one. Only the
+    validation split is looked at. Finished trainings are kept in trials.csv and not repeated after an interruption."""
+    folder = Path(args.run)
+    alive, rng = list(range(args.search)), random.Random(args.seed)
+    configs = [draw(args.model, rng) for _ in alive]
+    sizes = [len(alive)]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 3))
+    scores = [f"val_ppl_{rung + 1}" for rung in range(len(sizes))]
+    columns = ["trial", "params", "tokens", "seconds", "diverged", *configs[0], *scores]
+    trials = {i: {"trial": i, **c} for i, c in enumerate(configs)}
+    path = folder / "trials.csv"
+    if path.exists():
+        with open(path, newline="") as f:
+            kept = {int(row["trial"]): row for row in csv.DictReader(f)}
+        for i, row in kept.items():
+            if i not in trials or any(str(trials[i][k]) != row.get(k) for k in configs[0]):
+                raise UserError(f"{path} is of another search; choose another folder with --run")
+            trials[i] |= {k: v for k, v in row.items() if v and k not in configs[0] and k != "trial"}
+    for rung, (size, score) in enumerate(zip(sizes, scores)):
+        minutes = args.minutes / len(sizes) / size
+        for i in alive:
+            if score not in trials[i]:
+                trials[i] |= run_trial(args, configs[i], minutes, folder / "current", corpora, device, dtype, score)
+                text = io.StringIO()
+                table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+                table.writeheader()
+                table.writerows(trials.values())
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, lambda f: f.write(text.getvalue().encode()))
+            print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity {float(trials[i][score]):.1f}", flush=True)
+        alive = sorted(alive, key=lambda i: float(trials[i][score]))[:-(-size // 3)]
+    order = sorted(trials.values(), key=lambda t: [float(t.get(score) or "inf") for score in reversed(scores)])
+    widths = {c: max(len(c), *(len(str(t.get(c, ""))) for t in order)) for c in columns}
+    for row in [dict(zip(columns, columns)), *order]:
+        print("  ".join(str(row.get(c, "")).rjust(widths[c]) for c in columns))
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in configs[alive[0]].items())
+    print(f"the best: python train.py --model {args.model} --data {args.data} --minutes {args.minutes:g} {flags}")
+
+
+def run_trial(args, config, minutes, folder, corpora, device, dtype, score):
+    """Train one configuration for so many minutes; -> its row of trials.csv."""
+    shutil.rmtree(folder, ignore_errors=True)
+    trial_args = argparse.Namespace(**vars(args) | config | {"run": str(folder), "minutes": minutes})
+    trainer, diverged = make_trainer(trial_args, corpora, device, dtype), False
+    trainer.open_log(resumed=False)
+    try:
+        trainer.fit()
+    except NotFinite:
+        diverged = True
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"params": sum(p.numel() for p in trainer.model.parameters()), "tokens": trainer.step * trainer.tokens_per_step,
+            "seconds": round(trainer.seconds, 1), "diverged": int(diverged),
+            score: "inf" if diverged else f"{math.exp(trainer.best):.3f}"}
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 def parser():
-    p = argparse.ArgumentParser(
+    p = data.Parser(
         description="Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a file.",
         epilog="example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -409,6 +643,8 @@ def parser():
     p.add_argument("--run", help="folder of the run (default: runs/MODEL-DATA)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --run, with the arguments it was started with")
     p.add_argument("--also", nargs="*", default=[], metavar="DATA", help="other corpora to log the perplexity of")
+    p.add_argument("--search", type=int, metavar="N", help="try N random configurations within --minutes, narrowed by thirds; "
+                   "look at the validation split only")
     how_long = p.add_mutually_exclusive_group()
     how_long.add_argument("--epochs", type=float, help="passes over the training text (default: by model)")
     how_long.add_argument("--steps", type=int, help="optimizer steps")
@@ -429,20 +665,30 @@ def parser():
 
 
 def arguments(argv=None):
+    """The arguments, with `typed`: the names of those on the command line (a resumed run takes no others)."""
     p = parser()
+    untyped = object()
+    asked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(p.parse_args([])), untyped)))
     args = p.parse_args(argv)
+    args.typed = {name for name, value in vars(asked).items() if value is not untyped}
     for name in ("epochs", "steps", "minutes", "batch_size", "block_size", "lr", "n_layer", "n_head", "n_embd", "n_hidden",
-                 "eval_every", "log_every", "clip"):
-        if (value := getattr(args, name, None)) is not None and not value > 0:
+                 "eval_every", "log_every", "clip", "search"):
+        if (value := getattr(args, name, None)) is not None and not 0 < value < math.inf:
             p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
     for name in ("dropout", "dropout_hidden", "dropout_input", "dropout_embed"):
         if not 0 <= getattr(args, name, 0) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 0 and below 1")
+    if not 0 <= args.seed < 2 ** 63 or not 0 <= getattr(args, "weight_decay", 0) < math.inf or args.warmup < 0:
+        p.error("--seed, --weight-decay and --warmup must not be negative (nor a seed reach 2^63)")
+    if args.search and not args.minutes:
+        p.error("--search needs --minutes: the time for all trials together")
+    if "val" in args.also:
+        p.error("--also val: this name is taken; rename the file")
     return args
 
 
 def default_run(args):
-    return f"runs/{args.model}-{Path(args.data).stem}"
+    return f"runs/{'search-' if args.search else ''}{args.model}-{Path(args.data).stem}"
 
 
 def fill_defaults(args):
@@ -457,6 +703,8 @@ def fill_defaults(args):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if not hasattr(args, "n_hidden"):
+        args.n_hidden = 3 * args.n_embd if args.model == "transformer" else args.n_embd
     args.run = args.run or default_run(args)
     return args
 
@@ -467,35 +715,13 @@ def model_config(args, vocab_size):
     config = {k: getattr(args, k) for k in fields if hasattr(args, k)} | {"vocab_size": vocab_size}
     if args.model == "transformer":
         config["n_kv_head"] = args.n_head
+    if args.model != "transformer" and args.n_layer == 1 and args.n_hidden != args.n_embd:
+        raise UserError("--n-hidden is the width of the layers below the last one, which shares its weights with the "
+                        "embedding and is --n-embd wide; with one layer, set --n-embd alone")
     for name in ("n_head", "dropout_hidden", "dropout_input", "dropout_embed"):
         if hasattr(args, name) and name not in fields:
             raise UserError(f"--{name.replace('_', '-')} means nothing to --model {args.model}; leave it out")
     return config
-
-
-def evaluator(model, corpora, tokenizer, dtype):
-    """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side by side."""
-    ids = {name: with_context(tokenizer, c.ids["valid"]) for name, c in corpora.items()}
-    return lambda: {name: perplexity(model, i, rows=max(1, min(16, len(i) // 500)), dtype=dtype,
-                                     stride=None if model.recurrent else model.config.block_size // 2) for name, i in ids.items()}
-
-
-def finish(trainer, corpus, device, dtype):
-    """The final figures from the best weights, state carried over the whole split, into result.json."""
-    args = trainer.args
-    model, tokenizer, _ = load_run(trainer.run, device)
-    scores = {s: perplexity(model, with_context(tokenizer, corpus.ids[s]), dtype=dtype) for s in ("valid", "test")}
-    result = {"model": args.model, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
-              "val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"], "floor_ppl": corpus.floor["test"],
-              "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.seconds, "seconds": trainer.seconds,
-              "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
-              "device": device.type, "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
-              "test_tokens": scores["test"]["tokens"], "args": {k: v for k, v in vars(args).items() if k != "resume"}}
-    write_atomically(trainer.run / "result.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
-    floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
-    print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
-          f"test {result['test_ppl']:.2f}{floor}, {result['seconds']:.0f} s at {result['tokens_per_second']:,.0f} tokens/s")
-    print(f"written to {trainer.run}. Next: python sample.py --run {trainer.run}")
 
 
 def resumed_arguments(args):
@@ -503,14 +729,12 @@ def resumed_arguments(args):
     if args.run is None:
         args.run = default_run(args)
     checkpoint = read_checkpoint(Path(args.run) / "last.pt")
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{args.run}/last.pt holds weights only and cannot be resumed")
-    p = parser()
+    if "args" not in checkpoint or checkpoint["args"].get("model") != checkpoint["kind"]:
+        raise UserError(f"{args.run}/last.pt is not a run of train.py that could be resumed")
     for name, value in checkpoint["args"].items():
-        now = getattr(args, name, None)
-        if now not in (None, p.get_default(name), value):
-            raise UserError(f"the run in {args.run} was started with {name} {value}, not {now}. Resume it without other "
-                            "arguments, or choose another folder with --run")
+        if name in args.typed and getattr(args, name) != value:
+            raise UserError(f"the run in {args.run} was started with {name} {value}, not {getattr(args, name)}. Resume it "
+                            "without other arguments, or choose another folder with --run")
         setattr(args, name, value)
     return args, checkpoint
 
@@ -521,33 +745,45 @@ def main(argv=None):
         args, checkpoint = resumed_arguments(args)
     else:
         args = fill_defaults(args)
-        if any(Path(args.run).glob("*.pt")) or (Path(args.run) / "log.csv").exists():
+        if any(Path(args.run).glob("*.pt")) and os.environ.get("RANK", "0") == "0":
             raise UserError(f"{args.run} already holds a run. Go on with it: python train.py --resume --run {args.run}; "
                             "or choose another folder with --run")
-    device = pick_device(args.device)
+    rank, world, device = join_processes(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     tokenizer = data.tokenizer_from(checkpoint["tokenizer"]) if checkpoint else args.tokenizer
+    if rank:
+        dist.barrier()                                              # the first process downloads and encodes
     corpus = data.load(args.data, tokenizer)
     for split in ("valid", "test"):
         if len(corpus.ids[split]) < 2:
-            raise UserError(f"{args.data} is too short: its {split} part (5 %) holds {len(corpus.ids[split])} tokens")
+            raise UserError(f"{args.data} is too short: its {split} part (5 %, cut between lines) holds {len(corpus.ids[split])} tokens")
+    if checkpoint and args.text != corpus.fingerprint():
+        raise UserError(f"{args.data} is no longer the text that the run in {args.run} was started with; restore it, or start "
+                        "a new run with --run")
+    args.text = corpus.fingerprint()
     corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer, splits=("valid",)) for name in args.also}
-    model = build_model(args.model, model_config(args, corpus.tokenizer.vocab_size)).to(device)
-    batches = (data.Streams if model.recurrent else data.Windows)(corpus.ids["train"], args.batch_size, args.block_size, args.seed)
-    trainer = Trainer(args, args.model, model, corpus.tokenizer, batches, evaluator(model, corpora, corpus.tokenizer, dtype),
-                      device, dtype)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    if args.search:
+        return search(args, corpora, device, dtype)
+    trainer = make_trainer(args, corpora, device, dtype)
     if checkpoint:
-        trainer.restore(checkpoint)
-    try:
-        trainer.run.mkdir(parents=True, exist_ok=True)
-        trainer.open_log(resumed=bool(checkpoint))
-    except OSError as e:
-        raise UserError(f"cannot write to {args.run}: {e.strerror}") from e
-    print(f"{args.model} on {args.data}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}, {args.run}", file=sys.stderr)
+        try:
+            trainer.restore(checkpoint)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{args.run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: "
+                            f"{str(e).splitlines()[0]})") from e
+    trainer.open_log(resumed=bool(checkpoint))
+    trainer.show(f"{args.model} on {args.data}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
+                 f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}"
+                 f"{f' x {world}' if world > 1 else ''}, {args.run}", "\n")
     trainer.fit()
-    finish(trainer, corpus, device, dtype)
+    if rank == 0:
+        finish(trainer, corpus, device, dtype)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from rnn import chunked_nll, cross_entropy_sum, dropout
 
 @dataclass
 class TransformerConfig:
-    """Sizes. The defaults are a small model; Qwen2-0.5B is (151936, 32768 positions, 24 layers, 14 heads, 2 kv heads,
+    """Sizes. The defaults are a small model; Qwen2-0.5B is (151936, 131072 positions, 24 layers, 14 heads, 2 kv heads,
     896 wide, 4864 hidden, theta 1e6, eps 1e-6, tied)."""
     vocab_size: int
     block_size: int = 128           # longest context, in tokens

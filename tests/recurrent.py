@@ -75,14 +75,25 @@ def check_gradcheck(layer_type):
 
 
 def check_stack(model_type, config_type, library_type, n_layer):
+    """Outputs, the last state of every layer, and all gradients of a stack."""
     torch.manual_seed(3)
     model = model_type(config_type(vocab_size=23, n_embd=6, n_hidden=6, n_layer=n_layer)).eval()
     library = library_type(6, 6, n_layer, batch_first=True)
     library.load_state_dict({f"{name}_l{i}": p for i, layer in enumerate(model.layers)
                              for name, p in layer.named_parameters()})
     tokens = torch.randint(23, (4, 9))
-    expected, _ = library(model.embed(tokens))
-    torch.testing.assert_close(model(tokens)[0], expected, atol=1e-5, rtol=1e-5)
+    out, states = model(tokens)
+    expected, expected_states = library(model.embed(tokens))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for i, state in enumerate(states):
+        for a, b in zip(as_list(state), as_list(expected_states)):
+            torch.testing.assert_close(a, b[i], atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(out)
+    ours = torch.autograd.grad((out * weight).sum(), [model.embed.weight, *model.layers.parameters()])
+    theirs = torch.autograd.grad((expected * weight).sum(), [model.embed.weight, *library.parameters()])
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def check_state_is_carried(model_type, config_type):

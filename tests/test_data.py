@@ -150,14 +150,27 @@ class SourceModel(torch.nn.Module):
         return -hidden.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0).float()
 
 
-@pytest.mark.parametrize("domain", ["finance", "reviews"])
-def test_the_source_as_a_model_gives_exactly_the_floor(domain):
-    tokenizer = data.WordTokenizer(data.embedded_vocabulary())
-    words = [w for doc, _ in data.embedded_documents(domain, "test")[:25] for w in doc]
-    expected = math.exp(np.mean(data.language(domain).nll(words)))
-    ids = torch.tensor([tokenizer.eos] + [tokenizer.ids[w] for w in words])
-    got = train.perplexity(SourceModel(domain, tokenizer), ids)
-    assert got["tokens"] == len(words) and abs(got["ppl"] / expected - 1) < 1e-6
+@pytest.fixture
+def small_splits(monkeypatch):
+    """Embedded corpora of 25 documents."""
+    monkeypatch.setattr(data, "DOCUMENTS", {"train": 25, "valid": 25, "test": 25})
+    data.embedded_documents.cache_clear()
+    yield
+    data.embedded_documents.cache_clear()
+
+
+@pytest.mark.parametrize("domain", data.DOMAINS)
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_the_source_as_a_model_gives_exactly_the_floor(domain, split, small_splits):
+    corpus = data.load(domain)
+    ids = train.with_context(corpus.tokenizer, corpus.ids[split])
+    got = train.perplexity(SourceModel(domain, corpus.tokenizer), ids)
+    assert got["tokens"] == len(corpus.ids[split]) > 500 and abs(got["ppl"] / corpus.floor[split] - 1) < 1e-6
+
+
+def test_the_floor_is_of_words_and_not_of_other_tokens(monkeypatch, small_splits):
+    corpus = data.load("finance", made_up_gpt2(monkeypatch))
+    assert corpus.floor == {"valid": None, "test": None}
 
 
 # --------------------------------------------------------------------------------------------------- tokenizers
@@ -364,12 +377,26 @@ def test_encoding_a_large_file_takes_bounded_memory(tmp_path):
     with open(path, "w") as f:
         for _ in range(100):                                                    # 38 MB, 6 million words
             f.write(block)
-    program = ("import resource, data\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-               f"corpus = data.load({str(path)!r})\n"
-               "print(len(corpus.ids['train']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    program = ("import re, data\n"
+               "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+               f"before = peak()\ncorpus = data.load({str(path)!r})\nafter = peak()\n"
+               f"text = open({str(path)!r}).read()\nprint(len(corpus.ids['train']), after - before, peak() - before)")
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
-                         env={"PATH": "", "DATA_DIR": str(tmp_path)}).stdout.split()
-    assert int(out[0]) > 5_400_000 and int(out[1]) < 30_000, out                # kilobytes: less than the file
+                         env={"PATH": "", "DATA_DIR": str(tmp_path)})
+    tokens, grown, read_whole = map(int, out.stdout.split())
+    assert tokens > 5_400_000 and grown < 30_000 < read_whole, (out.stdout, out.stderr)     # kilobytes
+
+
+def test_a_text_in_one_line_is_cut_into_pieces_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONG_LINE", 100)
+    for text in ("word " * 999 + "end", "\u4e2d\u6587\U0001f600" * 500, "short\nlines\n" * 50 + "x" * 1000 + "\nlast"):
+        path = tmp_path / "one.txt"
+        path.write_text(text)
+        pieces = list(data.read_lines(path))
+        assert "".join(line for _, line in pieces) == text + "\n" and max(len(line) for _, line in pieces) <= 201
+        assert [o for o, _ in pieces] == [len("".join(line for _, line in pieces[:k]).encode()) for k in range(len(pieces))]
+        parts = {s: "".join(data.documents(str(path), s)) for s in ("train", "valid", "test")}
+        assert all(parts.values()) and "".join(parts.values()) == text + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------- downloads
@@ -392,9 +419,11 @@ class Server:
                 start = int(asked[6:-1]) if asked and how != "ignore range" else 0
                 if how.isdigit():
                     return self.send_error(int(how))
-                if how == "redirect":
+                if how.startswith("redirect"):
                     self.send_response(302)
                     self.send_header("Location", "/elsewhere")
+                    if how != "redirect":
+                        self.send_header("X-Linked-ETag", f'"{how.split()[1]}"')
                     self.send_header("Content-Length", "0")
                     return self.end_headers()
                 if start >= len(server.body) and start:
@@ -454,6 +483,16 @@ def test_download_gives_up_with_a_line_that_says_what_to_do(tmp_path, quick, beh
         with pytest.raises(UserError, match=f"{reason}.*Place it by hand at .*file.bin"):
             data.download(server.url, path, sha256=SHA)
     assert not path.exists() and len(server.ranges) == requests_made
+
+
+def test_download_checks_the_sum_that_the_publisher_sends(tmp_path, quick):
+    with Server(BODY, f"redirect {SHA}", "wrong byte", f"redirect {SHA}") as server:
+        assert data.download(server.url, tmp_path / "a").read_bytes() == BODY
+        assert len(server.ranges) == 4
+    with Server(BODY, *[f"redirect {'0' * 64}", "serve"] * 3) as server:
+        with pytest.raises(UserError, match="sha256"):
+            data.download(server.url, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_download_resumes_what_an_earlier_run_left(tmp_path, quick):

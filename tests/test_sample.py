@@ -142,8 +142,15 @@ def test_the_transformer_goes_on_beyond_its_context():
 def test_bad_prompts_are_refused():
     with pytest.raises(ValueError, match="at least one token"):
         sample.generate(make("rnn"), [[]], 5)
-    with pytest.raises(ValueError, match="context"):
-        sample.generate(make("transformer"), [[1] * 49], 5)
+    for prompts in ([[1] * 49], [[1], [1] * 49]):
+        with pytest.raises(ValueError, match="49 tokens, the model's context 48"):
+            sample.generate(make("transformer"), prompts, 5)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
+def test_extreme_temperatures_do_not_break(temperature):
+    token, log_p = sample.choose(torch.randn(500, 7) * 50, temperature, None, None, torch.Generator().manual_seed(0))
+    assert log_p.isfinite().all() and 0 <= token.min() and token.max() < 7
 
 
 def test_streaming_holds_back_half_a_character(capsys):

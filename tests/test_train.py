@@ -28,8 +28,9 @@ KINDS = ["rnn", "lstm", "transformer"]
 
 
 def tiny(kind, *more, dropout="0.2"):
-    heads = ["--n-head", "2", "--n-layer", "2"] if kind == "transformer" else []
-    return ["--model", kind, *TINY, *heads, "--dropout", dropout, *more]
+    own = ["--n-head", "2", "--n-layer", "2"] if kind == "transformer" else \
+        [word for name in ("hidden", "input", "embed") for word in (f"--dropout-{name}", dropout)]
+    return ["--model", kind, *TINY, *own, "--dropout", dropout, "--data", "small.txt", *more]
 
 
 def rows(run, drop=("seconds", "tokens_per_second")):
@@ -41,6 +42,7 @@ def rows(run, drop=("seconds", "tokens_per_second")):
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("small.txt").write_text("".join(f"the w{i % 17} of w{i * i % 23} is w{i % 5} here\n" for i in range(600)))
 
 
 # --------------------------------------------------------------------------------------------------- perplexity
@@ -141,7 +143,8 @@ def test_weight_decay_spares_vectors():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_leaves_what_it_promises(kind, dtype):
-    train.main(tiny(kind, "--steps", "12", "--eval-every", "5", "--also", "climate", "--run", "r", "--dtype", dtype))
+    train.main(tiny(kind, "--steps", "12", "--eval-every", "5", "--data", "finance", "--also", "climate",
+                    "--run", "r", "--dtype", dtype))
     result = json.loads(Path("r/result.json").read_text())
     assert {"model", "data", "params", "val_ppl", "test_ppl", "floor_ppl", "tokens_per_second", "seconds", "epochs",
             "dtype", "device", "seed"} <= result.keys()
@@ -202,7 +205,8 @@ def test_minutes_plans_steps_that_steps_repeats(monkeypatch):
     train.main(tiny("lstm", "--steps", str(planned["steps"]), "--run", "b"))
     a, b = ([r["train_loss"] for r in rows(run)] for run in "ab")
     assert a == b
-    assert json.loads(Path("b/result.json").read_text())["test_ppl"] == planned["test_ppl"]
+    a, b = (torch.load(f"{run}/last.pt", weights_only=True)["model"] for run in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ------------------------------------------------------------------------------------------------- nothing is lost
@@ -237,16 +241,49 @@ def test_ctrl_c_saves_and_resume_is_bitwise(kind, monkeypatch, capsys):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def command(*args, **kw):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stderr=subprocess.PIPE, text=True,
-                            stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"), **kw)
+CRASH = """
+import os, sys, train
+replace, calls = os.replace, 0
+def crash(source, target):
+    global calls
+    calls += str(target).endswith(".pt")
+    if calls == int(sys.argv[1]) and sys.argv[2] == "before":
+        os._exit(9)
+    replace(source, target)
+    if calls == int(sys.argv[1]):
+        os._exit(9)
+os.replace = crash
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("call, moment", [(1, "before"), (1, "after"), (2, "after"), (4, "after"), (5, "before")])
+def test_a_crash_at_any_point_of_saving_loses_nothing(call, moment):
+    """The process ends (as by kill -9) just before or just after the call-th checkpoint gets its name: the first
+    one of all, between best.pt and last.pt, and so on."""
+    options = tiny("lstm", "--steps", "9", "--eval-every", "3", "--dtype", "float32")
+    train.main([*options, "--run", "whole"])
+    crashed = subprocess.run([sys.executable, "-c", CRASH, str(call), moment, *options, "--run", "cut"],
+                             env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert crashed.returncode == 9, crashed.stderr
+    for file in Path("cut").glob("*.pt"):
+        assert "model" in torch.load(file, weights_only=True)
+    # before the very first checkpoint there is nothing to go on from, and the run can be started again
+    train.main([*options, "--run", "cut"] if (call, moment) == (1, "before") else ["--resume", "--run", "cut"])
+    assert rows("cut") == rows("whole")
+    for file in ("best.pt", "last.pt"):
+        a, b = (torch.load(f"{run}/{file}", weights_only=True) for run in ("cut", "whole"))
+        assert a["step"] == b["step"] and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
 def test_kill_9_at_random_moments_loses_nothing():
-    """Killed five times, mostly while saving (every step does); each time every file is readable, and the resumed
-    run's losses are those of the run that was left alone."""
-    options = tiny("lstm", "--steps", "120", "--eval-every", "4", "--dtype", "float32", "--data", "my.txt")
-    Path("my.txt").write_text("".join(f"the w{i % 17} of w{i * i % 23} is w{i % 5} here\n" for i in range(600)))
+    """Killed at random moments; each time every file is readable, and the resumed run's losses are those of the run
+    that was left alone."""
+    options = tiny("lstm", "--steps", "120", "--eval-every", "4", "--dtype", "float32")
+
+    def command(*args):
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stderr=subprocess.PIPE, text=True,
+                                stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
     process = command(*options, "--run", "whole")
     assert process.wait(60) == 0, process.stderr.read()
     rng, killed = random.Random(4), 0
@@ -258,7 +295,7 @@ def test_kill_9_at_random_moments_loses_nothing():
         while process.poll() is None and Path("cut/log.csv").stat().st_size <= before:     # until it trains again
             time.sleep(0.002)
         time.sleep(rng.random() * 0.15)
-        if killed < 5:
+        if killed < 4:
             process.send_signal(signal.SIGKILL)
         killed += process.wait(60) == -signal.SIGKILL
         for file in Path("cut").glob("*.pt"):
@@ -267,8 +304,26 @@ def test_kill_9_at_random_moments_loses_nothing():
         if process.returncode == 0:
             break
         process = command("--resume", "--run", "cut")
-    assert killed >= 3 and process.returncode == 0, process.stderr.read()
+    assert killed >= 2 and process.returncode == 0, process.stderr.read()
     assert rows("cut") == rows("whole")
+
+
+def test_minutes_can_be_interrupted_before_they_are_planned(monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(8))
+        with pytest.raises(SystemExit):
+            train.main(tiny("lstm", "--minutes", "0.03", "--run", "r"))
+    train.main(["--resume", "--run", "r"])
+    steps = json.loads(Path("r/result.json").read_text())["steps"]
+    assert steps > train.MEASURED and [int(r["step"]) for r in rows("r")] == list(range(steps + 1))
+
+
+def test_a_text_that_has_changed_is_not_gone_on_with(capsys, monkeypatch):
+    Path("my.txt").write_text("some words to learn from here\n" * 300)
+    train.main(tiny("lstm", "--steps", "3", "--run", "r", "--data", "my.txt"))
+    Path("my.txt").write_text("some words to learn from there\n" * 300)
+    capsys.readouterr()
+    assert "no longer the text" in fails(capsys, "--resume", "--run", "r")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
@@ -285,6 +340,20 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     assert Path("r/last.pt").read_bytes() == before and not list(Path("r").glob("*.part"))
 
 
+def test_a_validation_loss_that_is_not_finite_is_not_saved(monkeypatch):
+    original = train.Trainer.train_step
+
+    def overflow(self):
+        loss = original(self)
+        if self.step == 10:
+            self.model.head.bias.data.fill_(math.nan)
+        return loss
+    monkeypatch.setattr(train.Trainer, "train_step", overflow)
+    with pytest.raises(UserError, match="validation loss is not finite at step 10"):
+        train.main(tiny("lstm", "--steps", "20", "--eval-every", "5", "--run", "r"))
+    assert torch.load("r/last.pt", weights_only=True)["step"] == 5
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(monkeypatch):
     original = LSTMLM.loss
 
@@ -298,6 +367,101 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(monkeypat
     assert checkpoint["step"] == 5 and all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
+# ------------------------------------------------------------------------------------------------------- search
+
+def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, capsys):
+    space = dict(lr=(1e-3, 1e-2), n_embd=[8, 16], n_layer=[1, 2], batch_size=[4], block_size=[8, 16], dropout=[0.0, 0.5])
+    monkeypatch.setitem(train.SEARCH_SPACE, "lstm", space)
+    monkeypatch.setattr(train, "perplexity", lambda model, ids, **kw: {"nll": 3.0 + model.config.n_embd / 100, "ppl": 9.0})
+    trials, tried, original = "s/trials.csv", [], train.run_trial
+
+    def run_trial(args, config, minutes, *more):
+        if len(tried) == 5:
+            tried.append(None)
+            raise KeyboardInterrupt
+        tried.append(config)
+        return original(args, config, minutes, *more)
+    monkeypatch.setattr(train, "run_trial", run_trial)
+    options = ["--search", "7", "--minutes", "0.06", "--run", "s", "--data", "small.txt"]
+    with pytest.raises(KeyboardInterrupt):
+        train.main(options)
+    with open(trials) as f:
+        assert sum(bool(row["val_ppl_1"]) for row in csv.DictReader(f)) == 5
+    capsys.readouterr()
+    train.main(options)
+    assert len(tried) == 1 + 7 + 3 + 1                          # nothing twice: 7 trials, then 3, then 1
+    with open(trials) as f:
+        table = list(csv.DictReader(f))
+    assert len(table) == 7 and [sum(bool(r[f"val_ppl_{k}"]) for r in table) for k in (1, 2, 3)] == [7, 3, 1]
+    first = sorted(float(r["val_ppl_1"]) for r in table)
+    assert sorted(float(r["val_ppl_1"]) for r in table if r["val_ppl_2"]) == first[:3]
+    out = capsys.readouterr().out
+    assert "the best: python train.py --model lstm --data small.txt --minutes 0.06 --lr" in out and "--n-embd 8" in out
+    assert not Path("s/current").exists()
+
+
+def test_a_search_of_other_configurations_is_not_mixed_in(capsys):
+    Path("s").mkdir()
+    Path("s/trials.csv").write_text("trial,lr\n0,99\n")
+    assert "is of another search" in fails(capsys, "--search", "2", "--minutes", "0.05", "--run", "s")
+
+
+# --------------------------------------------------------------------------------------------- several processes
+
+def torchrun(n, *args):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port",
+                             str(random.randrange(20_000, 60_000)), "--", str(ROOT / "train.py"), *args], text=True,
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+def test_two_processes_have_the_losses_of_one(kind):
+    options = tiny(kind, "--steps", "12", "--eval-every", "4", "--dtype", "float32", dropout="0")
+    two = torchrun(2, *options, "--run", "two")
+    assert two.wait(120) == 0, two.stderr.read()
+    train.main([*options, "--run", "one"])
+    one, two = rows("one"), rows("two")
+    assert len(one) == len(two) == 13
+    for a, b in zip(one, two):
+        for column in ("train_loss", "val_loss"):
+            assert a[column] == b[column] == "" or float(a[column]) == pytest.approx(float(b[column]), rel=1e-5)
+    # a run goes on with another number of processes: weights, optimizer and recurrent state fit
+    if kind == "lstm":
+        checkpoint = torch.load("two/last.pt", weights_only=True)
+        assert checkpoint["memory"][0][0].shape == (8, 16) and len(checkpoint["rng"]) == 2
+
+
+def test_a_run_of_two_processes_resumes_as_one_and_the_other_way_round():
+    options = tiny("lstm", "--steps", "9", "--eval-every", "3", "--dtype", "float32", dropout="0")
+    train.main([*options, "--run", "whole"])
+    for run, first, second in (("a", 1, 2), ("b", 2, 1)):
+        process = torchrun(first, *options, "--run", run)
+        while not Path(run, "last.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+        process = torchrun(second, "--resume", "--run", run)
+        assert process.wait(120) == 0, process.stderr.read()
+        for a, b in zip(rows("whole"), rows(run)):
+            assert a["train_loss"] == b["train_loss"] == "" or \
+                float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-5)
+
+
+def test_a_killed_process_ends_the_job_with_a_line_and_a_usable_checkpoint():
+    options = tiny("lstm", "--steps", "100000", "--eval-every", "20", "--run", "r")
+    process = torchrun(2, *options)
+    while process.poll() is None and (not Path("r/log.csv").exists() or len(rows("r")) < 40):
+        time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "another process of this job was gone" in errors, errors[-2000:]
+    assert "checkpoint in r is whole" in errors
+    train.load_run("r")
+    assert torch.load("r/last.pt", weights_only=True)["step"] % 20 == 0
+
+
 # ------------------------------------------------------------------------------------------------- errors for people
 
 def fails(capsys, *args):
@@ -306,14 +470,15 @@ def fails(capsys, *args):
     with pytest.raises(SystemExit) as stopped:
         data.run_main(lambda: train.main(list(args)))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and lines and "Traceback" not in "".join(lines)
-    return lines[-1]
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
 
 
 def test_bad_input_ends_with_one_clear_line(capsys):
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("only a few words\nand one more line\n")
     Path("binary.txt").write_bytes(bytes(range(256)) * 40)
+    Path("my.txt").write_text("words that no grammar says\n" * 400)
     for args, message in ((["--model", "gru"], "invalid choice: 'gru'"), (["--data", "finnance"], "Corpora: finance"),
                           (["--data", "no/such/file.txt"], "no/such/file.txt"), (["--data", "empty.txt"], "is empty"),
                           (["--data", "short.txt"], "short.txt is too short"), (["--data", "binary.txt"], "not UTF-8"),
@@ -321,6 +486,10 @@ def test_bad_input_ends_with_one_clear_line(capsys):
                           (["--steps", "5", "--minutes", "1"], "not allowed with"), (["--device", "cuda:9"], "--device cpu"),
                           (["--model", "transformer", "--n-embd", "30"], "n_embd 30 must be"),
                           (["--model", "lstm", "--n-head", "2"], "--n-head means nothing"),
+                          (["--model", "lstm", "--n-layer", "1", "--n-hidden", "8"], "set --n-embd alone"),
+                          (["--seed", "-1"], "must not be negative"), (["--weight-decay", "-1"], "must not be negative"),
+                          (["--epochs", "inf"], "--epochs must be above 0"), (["--search", "3"], "--search needs --minutes"),
+                          (["--also", "my.txt"], "go with embedded languages"),
                           (["--resume", "--run", "nothing/here"], "train a model first")):
         line = fails(capsys, *args)
         assert message in line, (args, line)
@@ -338,7 +507,26 @@ def test_a_run_is_never_overwritten_silently(capsys):
     before = {f.name: f.read_bytes() for f in Path("r").iterdir()}
     assert "already holds a run" in fails(capsys, *tiny("rnn", "--steps", "2", "--run", "r"))
     assert "started with model lstm, not rnn" in fails(capsys, "--resume", "--run", "r", "--model", "rnn")
-    assert {f.name: f.read_bytes() for f in Path("r").iterdir()} == before
+    assert "started with seed 1, not 2" in fails(capsys, "--resume", "--run", "r", "--seed", "2")
+    train.main(["--resume", "--run", "r", "--model", "lstm"])       # what was typed the first time may be typed again
+    capsys.readouterr()
+    assert all(Path("r", name).read_bytes() == text for name, text in before.items() if name != "result.json")
+
+
+def test_the_default_model_typed_out_does_not_resume_another(capsys):
+    train.main(tiny("rnn", "--steps", "2", "--run", "r"))
+    capsys.readouterr()
+    assert "started with model rnn, not lstm" in fails(capsys, "--resume", "--run", "r", "--model", "lstm")
+
+
+@pytest.mark.parametrize("lost", ["args", "rng", "seconds", "optimizer"])
+def test_a_checkpoint_that_lacks_something_is_not_resumed(capsys, lost):
+    train.main(tiny("lstm", "--steps", "2", "--run", "r"))
+    checkpoint = torch.load("r/last.pt", weights_only=True)
+    del checkpoint[lost]
+    torch.save(checkpoint, "r/last.pt")
+    capsys.readouterr()
+    assert "r/last.pt is not a" in fails(capsys, "--resume", "--run", "r")
 
 
 class Evil:
