@@ -240,6 +240,7 @@ class RNNLM(nn.Module):
     init_state, unembed, and nll with its training form loss."""
     layer_type = RNN
     recurrent = True
+    embed_range = 0.1                                           # embeddings start uniform in +- this
 
     def __init__(self, config):
         super().__init__()
@@ -250,9 +251,7 @@ class RNNLM(nn.Module):
         self.head = nn.Linear(sizes[-1], c.vocab_size)
         if c.tied:
             self.head.weight = self.embed.weight
-        # Wide: with the usual +-0.1, words look so alike at first that a name's trace drowns before its recall is
-        # ever learned (on `finance`, 300 steps: loss at the repeated name 3.0 nats, with +-1 0.2).
-        nn.init.uniform_(self.embed.weight, -1, 1)
+        nn.init.uniform_(self.embed.weight, -self.embed_range, self.embed_range)
         if not c.tied:
             nn.init.uniform_(self.head.weight, -0.1, 0.1)
         nn.init.zeros_(self.head.bias)
