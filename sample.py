@@ -11,7 +11,6 @@ most likely token. What the model remembers between steps is its state: h, or h 
 Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a row
 whose prompt goes on is given its next prompt token instead of the sampled one.
 """
-import argparse
 import sys
 
 import torch
@@ -126,22 +125,24 @@ class Printer:
 
 def arguments(argv=None):
     p = data.Parser(description="Generate text from a trained run.",
-                    epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7',
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", default="runs/lstm-finance", help="folder of a run, as train.py wrote it")
-    p.add_argument("--prompt", default="", help="what the text begins with")
-    p.add_argument("--temperature", type=float, default=0.8, help="below 1: safer, above 1: wilder, 0: always the likeliest")
-    p.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
-    p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up this probability")
-    p.add_argument("--tokens", type=int, default=100, help="at most so many new tokens a sample")
-    p.add_argument("--n", type=int, default=1, help="how many samples")
+                    epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7')
+    p.add_argument("--run", default="runs/lstm-finance", help="folder of a run, as train.py wrote it (default: %(default)s)")
+    p.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
+    p.add_argument("--temperature", type=float, default=0.8, metavar="X",
+                   help="below 1: safer, above 1: wilder, 0: always the likeliest (default: %(default)s)")
+    p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up probability P")
+    p.add_argument("--tokens", type=int, default=100, metavar="N", help="at most so many new tokens (default: %(default)s)")
+    p.add_argument("--n", type=int, default=1, metavar="N", help="how many samples (default: %(default)s)")
     p.add_argument("--stop", action="store_true", help="end a sample at the end of its document or line")
-    p.add_argument("--seed", type=int, help="the same seed gives the same text (default: another one every time)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (default: another one every time)")
+    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
     args = p.parse_args(argv)
     for name in ("tokens", "n", "top_k", "top_p"):
         if (value := getattr(args, name)) is not None and not value > 0:
             p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.seed is not None and not 0 <= args.seed < 2 ** 62:
+        p.error("--seed must be at least 0 and below 2^62")
     if not 0 <= args.temperature < float("inf") or (args.top_p or 0) > 1:
         p.error("--temperature must be at least 0 and --top-p at most 1")
     return args

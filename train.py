@@ -24,6 +24,7 @@ import random
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,7 @@ from transformer import Transformer, TransformerConfig
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig), "transformer": (Transformer, TransformerConfig)}
 
 # Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes.
+COMMON = dict(weight_decay=0.01, dropout=0.0)
 DEFAULTS = {
     "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
     "lstm": dict(n_embd=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, epochs=3.0),
@@ -632,35 +634,56 @@ def run_trial(args, config, minutes, folder, corpora, device, dtype, score):
 
 # ------------------------------------------------------------------------------------------------------ command line
 
+def defaults_text():
+    """The tables at the top of this file, for --help."""
+    lines = []
+    for title, table in (("embedded languages", {m: COMMON | d for m, d in DEFAULTS.items()}),
+                         ("real text", {m: COMMON | DEFAULTS[m] | d for m, d in REAL_TEXT.items()})):
+        lines.append(f"defaults for {title}:")
+        for model, values in table.items():
+            lines += textwrap.wrap(f"{model}: " + ", ".join(f"{k} {v:g}" for k, v in values.items()), 100,
+                                   initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
 def parser():
-    p = data.Parser(
-        description="Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a file.",
-        epilog="example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", choices=list(MODELS), default="lstm")
-    p.add_argument("--data", default="finance", help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
-    p.add_argument("--tokenizer", choices=("word", "gpt2"), default="word")
+    p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a "
+                                "corpus or a file.",
+                    epilog=f"{defaults_text()}\n\nexample: python train.py --model lstm --data ptb --minutes 15 --also wikitext2")
+    p.add_argument("--model", choices=list(MODELS), default="lstm", help="default: %(default)s")
+    p.add_argument("--data", default="finance",
+                   help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file (default: %(default)s)")
+    p.add_argument("--tokenizer", choices=("word", "gpt2"), default="word",
+                   help="whole words, or GPT-2's byte-pair encoding (default: %(default)s)")
     p.add_argument("--run", help="folder of the run (default: runs/MODEL-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --run, with the arguments it was started with")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
     p.add_argument("--also", nargs="*", default=[], metavar="DATA", help="other corpora to log the perplexity of")
-    p.add_argument("--search", type=int, metavar="N", help="try N random configurations within --minutes, narrowed by thirds; "
-                   "look at the validation split only")
+    p.add_argument("--search", type=int, metavar="N", help="try N random configurations within --minutes, narrowed by "
+                   "thirds; looks at the validation split only")
     how_long = p.add_mutually_exclusive_group()
-    how_long.add_argument("--epochs", type=float, help="passes over the training text (default: by model)")
-    how_long.add_argument("--steps", type=int, help="optimizer steps")
-    how_long.add_argument("--minutes", type=float, help="measure the speed, then plan as many steps as fit")
-    auto = dict(default=argparse.SUPPRESS)                  # the default depends on model and corpus: see DEFAULTS
-    for name, kind in (("--batch-size", int), ("--block-size", int), ("--lr", float), ("--n-layer", int), ("--n-head", int),
-                       ("--n-embd", int), ("--n-hidden", int), ("--dropout", float), ("--dropout-hidden", float),
-                       ("--dropout-input", float), ("--dropout-embed", float), ("--weight-decay", float)):
-        p.add_argument(name, type=kind, help="by model and corpus", **auto)
-    p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations (default: a 20th of the run)")
-    p.add_argument("--log-every", type=int, default=50, help="steps between rows of log.csv")
-    p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the matmuls; weights are float32")
+    how_long.add_argument("--epochs", type=float, metavar="E", help="passes over the training text")
+    how_long.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
+    how_long.add_argument("--minutes", type=float, metavar="M", help="measure the speed, then plan as many steps as fit")
+    sizes = p.add_argument_group("by model and corpus (see below for the defaults)", argument_default=argparse.SUPPRESS)
+    for name, kind, text in (
+            ("--batch-size", int, "rows of a batch"), ("--block-size", int, "tokens of a row: back-propagation through time goes "
+             "so far, or the Transformer's context"), ("--lr", float, "highest learning rate"),
+            ("--n-layer", int, "layers"), ("--n-head", int, "attention heads"), ("--n-embd", int, "width"),
+            ("--n-hidden", int, "width inside: of all recurrent layers but the last (default: n_embd), of the "
+             "Transformer's MLP (default: 3 n_embd)"),
+            ("--dropout", float, "on what the last recurrent layer, or each half-block, puts out"),
+            ("--dropout-hidden", float, "between recurrent layers"), ("--dropout-input", float, "on the embedded input"),
+            ("--dropout-embed", float, "of whole words"), ("--weight-decay", float, "AdamW's, on matrices")):
+        sizes.add_argument(name, type=kind, metavar="X" if kind is float else "N", help=text)
+    for name, kind, default, text in (("--warmup", int, 100, "steps of linear warm-up"), ("--clip", float, 1.0, "largest gradient norm"),
+                                      ("--log-every", int, 50, "steps between rows of log.csv"), ("--seed", int, 1, "of weights, "
+                                       "batches and dropout")):
+        p.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: a 20th of the run)")
+    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the matmuls, weights are float32 (default: bfloat16 where the hardware multiplies it)")
     return p
 
 
@@ -694,10 +717,9 @@ def default_run(args):
 def fill_defaults(args):
     """Settle what depends on model and corpus."""
     small = args.data in data.DOMAINS
-    defaults = dict(weight_decay=0.01) | DEFAULTS[args.model] | ({} if small else REAL_TEXT[args.model])
+    defaults = COMMON | DEFAULTS[args.model] | ({} if small else REAL_TEXT[args.model])
     if args.model != "transformer":
-        defaults |= {k: defaults.get(k, 0.0) for k in ("dropout_hidden", "dropout_input", "dropout_embed")}
-    defaults.setdefault("dropout", 0.0)
+        defaults = dict.fromkeys(("dropout_hidden", "dropout_input", "dropout_embed"), 0.0) | defaults
     if args.epochs or args.steps or args.minutes:
         defaults.pop("epochs")
     for name, value in defaults.items():
