@@ -45,12 +45,13 @@ def choose(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None):
+def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=()):
     """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
 
     Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new: its
     prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens. log_prob is
     under the distribution the token was drawn from (temperature and truncation included), 0 for temperature 0.
+    banned: ids that are never drawn.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
@@ -68,7 +69,9 @@ def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=Non
     state = model.init_state(len(prompts), window)
     hidden, state = model(text[:, :shortest], state)
     for at in range(shortest, total):
-        token, log_prob = choose(model.unembed(hidden[:, -1]), temperature, top_k, top_p, generator)
+        logits = model.unembed(hidden[:, -1])                               # [B, V]
+        logits[:, list(banned)] = float("-inf")
+        token, log_prob = choose(logits, temperature, top_k, top_p, generator)
         in_prompt = at < lengths
         new = ~in_prompt & ~done
         text[:, at] = torch.where(in_prompt, text[:, at], token)
@@ -85,10 +88,10 @@ def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=Non
             hidden, state = model(text[:, at:at + 1], state)
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=()):
     """The new ids of each prompt as lists, the end token excluded. Arguments as for `steps`."""
     out = [[] for _ in prompts]
-    for token, _, _ in steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed):
+    for token, _, _ in steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed, banned):
         for row, t in enumerate(token.tolist()):
             if t >= 0 and t != eos:
                 out[row].append(t)
@@ -154,12 +157,13 @@ def main(argv=None):
     prompt = encode_prompt(tokenizer, args.prompt)
     if not model.recurrent and len(prompt) > model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}; shorten it")
+    banned = [] if getattr(tokenizer, "unk", None) is None else [tokenizer.unk]     # <unk> is no word: not drawn
     seed = torch.seed() % (1 << 31) if args.seed is None else args.seed
     for n in range(args.n):
         printer = Printer(tokenizer, prompt[1:])
         printer.add()
         for token, _, _ in steps(model, [prompt], args.tokens, args.temperature, args.top_k, args.top_p,
-                                 tokenizer.eos if args.stop else None, seed + n):
+                                 tokenizer.eos if args.stop else None, seed + n, banned):
             printer.add(token.item())
         printer.add()                                                       # a character cut off by the end
         print("\n" if n + 1 < args.n else "")

@@ -183,3 +183,15 @@ def test_unknown_words_of_a_prompt_are_named(capsys):
     tokenizer = data.WordTokenizer(["<eos>", "the", "bank"])
     assert sample.encode_prompt(tokenizer, "the zebra bank") == [0, 1, 2]
     assert "zebra" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_banned_tokens_are_never_drawn(kind):
+    model = make(kind, vocab_size=7)
+    free = sample.generate(model, [[1]] * 4, 40, seed=0)
+    assert {2, 5} <= {t for row in free for t in row}
+    assert not {2, 5} & {t for row in sample.generate(model, [[1]] * 4, 40, seed=0, banned=[2, 5]) for t in row}
+    logits = torch.randn(7)
+    kept = torch.where(torch.isin(torch.arange(7), torch.tensor([2, 5])), float("-inf"), logits)
+    _, log_p = sample.choose(kept.expand(50, -1), 1.0, None, None, torch.Generator().manual_seed(1))
+    assert log_p.isfinite().all()
