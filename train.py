@@ -120,7 +120,7 @@ def read_checkpoint(path):
     except FileNotFoundError as e:
         raise UserError(f"{path} is not there; train a model first, for example: python train.py --model lstm "
                         f"--run {Path(path).parent}") from e
-    except (OSError, MemoryError) as e:
+    except (PermissionError, IsADirectoryError, MemoryError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     except Exception as e:                                  # truncated zip, hostile pickle, wrong content: many types
         raise UserError(f"{path} cannot be loaded: it is damaged or not a checkpoint of this project "
