@@ -89,12 +89,13 @@ class LibraryTransformer(nn.Module):
         return F.linear(self.body(x, mask, is_causal=True), self.embed.weight), None
 
 
-def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours):
-    """A whole training step: forward, loss, backward, clipping, optimizer; the recurrent state carried."""
+def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours, fused):
+    """A whole training step: forward, loss, backward, clipping, optimizer; the recurrent state carried. fused: the
+    library's side takes AdamW's fused form too, as ours does, so that "same dtype" compares the models alone."""
     model.to(device).train()
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
     x, y = tokens[:, :-1], tokens[:, 1:]
-    optimizer = train.make_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = train.make_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
     state = None
 
     def step():
@@ -117,11 +118,11 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
 
 def step_rows(name, make_ours, make_theirs, batch_size, block_size, vocab_size, device):
     default = "bf16" if train.pick_dtype("auto", device) == torch.bfloat16 else "float32"
-    pairs = [(n, n, "same dtype") for n in DTYPES] + [(default, "float32", "defaults")]
-    for ours, theirs, label in pairs:
+    pairs = [(n, n, "same dtype", True) for n in DTYPES] + [(default, "float32", "defaults", None)]
+    for ours, theirs, label, fused in pairs:
         row(f"{name}, {label}", ours, theirs,
-            step_function(make_ours(), batch_size, block_size, vocab_size, DTYPES[ours], device, True),
-            step_function(make_theirs(), batch_size, block_size, vocab_size, DTYPES[theirs], device, False))
+            step_function(make_ours(), batch_size, block_size, vocab_size, DTYPES[ours], device, True, fused),
+            step_function(make_theirs(), batch_size, block_size, vocab_size, DTYPES[theirs], device, False, fused))
 
 
 def step(device):
