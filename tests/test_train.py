@@ -414,6 +414,7 @@ def torchrun(n, *args):
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "transformer"])
 def test_two_processes_have_the_losses_of_one(kind):
     options = tiny(kind, "--steps", "12", "--eval-every", "4", "--dtype", "float32", dropout="0")
@@ -431,6 +432,7 @@ def test_two_processes_have_the_losses_of_one(kind):
         assert checkpoint["memory"][0][0].shape == (8, 16) and len(checkpoint["rng"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_as_one_and_the_other_way_round():
     options = tiny("lstm", "--steps", "9", "--eval-every", "3", "--dtype", "float32", dropout="0")
     train.main([*options, "--run", "whole"])
@@ -447,6 +449,7 @@ def test_a_run_of_two_processes_resumes_as_one_and_the_other_way_round():
                 float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_with_a_line_and_a_usable_checkpoint():
     options = tiny("lstm", "--steps", "100000", "--eval-every", "20", "--run", "r")
     process = torchrun(2, *options)
