@@ -259,6 +259,16 @@ class NotFinite(UserError):
     """The loss or the gradient has left the finite numbers."""
 
 
+def clip_gradients(parameters, limit):
+    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a training need no
+    scaling, and then this passes over them once instead of twice, as clip_grad_norm_ does."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if not norm <= limit:                                           # also where it is not a number
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()
+
+
 class LossModule(torch.nn.Module):
     """(inputs, targets, state) -> (sum of nats, state): what DistributedDataParallel needs, which sees forward only."""
 
@@ -397,8 +407,7 @@ class Trainer:
             loss = loss / y.numel()
         loss.backward()
         self.memory = detach(memory)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        loss, self.grad_norm = loss.item(), norm.item()
+        loss, self.grad_norm = loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             raise NotFinite(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm {self.grad_norm}). "
                             f"The last good checkpoint is kept in {self.run}; train anew with a smaller --lr and another --run")

@@ -1,15 +1,26 @@
 """LSTM layer and language model against torch.nn.LSTM, autograd and finite differences."""
+import shutil
+
 import pytest
 import torch
 
+import lstm
 from lstm import LSTM, LSTMConfig, LSTMLM
 from tests.recurrent import (check_against_library, check_gradcheck, check_plain_equals_fast, check_stack,
                              check_state_is_carried, check_bf16_close)
 
+LSTM_CELL = lstm.compiled_cell                              # the real one, whatever both_cells puts in its place
 SHAPES = [(1, 1, 1, 1), (1, 7, 3, 5), (4, 1, 6, 2), (3, 9, 8, 8), (5, 20, 17, 33)]      # B, T, I, H
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.fixture(autouse=True, params=["compiled cell", "torch operations"])
+def both_cells(request, monkeypatch):
+    """Every test here runs twice: with the cell in C, and as on a machine without a compiler."""
+    if request.param == "torch operations":
+        monkeypatch.setattr(lstm, "compiled_cell", lambda device_type, dtype: None)
+
+
+@pytest.mark.parametrize("shape", SHAPES + [(40, 3, 9, 70)])                # the last is large enough for two threads
 @pytest.mark.parametrize("with_state", [False, True])
 def test_lstm_matches_the_library_forward_and_backward(shape, with_state):
     check_against_library(LSTM, torch.nn.LSTM, shape, with_state)
@@ -42,3 +53,30 @@ def test_forget_gates_start_at_many_time_scales():
     layer = LSTMLM(LSTMConfig(11, 64, 64, 1)).layers[0]
     i, f, _, _ = (layer.bias_ih + 0).chunk(4)
     assert torch.equal(i, -f) and f.min() >= 0 and f.max() < 4.2 and f.std() > 0.5
+
+
+def test_gates_saturate_and_nan_is_not_hidden():
+    layer, x = LSTM(3, 5), 1e4 * torch.randn(2, 6, 3)
+    torch.testing.assert_close(layer(x)[0], layer.plain(x)[0], atol=1e-6, rtol=1e-6)
+    x[0, 2, 1] = float("nan")
+    out = layer(x)[0]
+    assert out[0, 2:].isnan().all() and not out[0, :2].isnan().any() and not out[1].isnan().any()
+
+
+def test_a_graph_can_be_walked_twice():
+    layer, x = LSTM(3, 5), torch.randn(2, 6, 3, requires_grad=True)
+    loss = layer(x)[0].square().sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, x)[0])
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cell_compiles_where_there_is_a_compiler(dtype):
+    assert LSTM_CELL("cpu", dtype) is not None
+
+
+def test_without_a_compiler_the_cell_is_none(monkeypatch):
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert LSTM_CELL.__wrapped__("cpu", torch.float32) is None
+    assert LSTM_CELL("cpu", torch.float64) is None and LSTM_CELL("cuda", torch.float32) is None
