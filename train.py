@@ -294,6 +294,7 @@ class Trainer:
         self.evaluate, self.device, self.dtype = evaluate, device, dtype
         self.device_random = None if device.type == "cpu" else torch.get_device_module(device)
         self.run = Path(args.run)
+        self.go_on = f"python train.py --resume --run {self.run}"   # after an interruption
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.batch_size % self.world:
             raise UserError(f"--batch-size {args.batch_size} cannot be shared out among {self.world} processes equally")
@@ -493,7 +494,7 @@ class Trainer:
         while self.steps is None or self.step < self.steps:
             if self.stopping:
                 self.save()
-                self.show(f"stopped at step {self.step} and saved. Go on with: python train.py --resume --run {self.run}", "\n")
+                self.show(f"stopped at step {self.step} and saved. Go on with: {self.go_on}", "\n")
                 raise SystemExit(130)
             step_started = time.perf_counter()
             loss = self.train_step()
@@ -575,21 +576,25 @@ SEARCH_SPACE = {
 }
 
 
-def draw(model, rng):
-    """One random configuration, as a dict of arguments."""
+def draw(args, rng):
+    """One random configuration, as a dict of arguments. What the command line says is not drawn."""
     config = {name: float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}") if isinstance(space, tuple) else
-              rng.choice(space) for name, space in SEARCH_SPACE[model].items()}
-    return config | {"n_hidden": config["n_embd"] * (3 if model == "transformer" else 1)}
+              rng.choice(space) for name, space in SEARCH_SPACE[args.model].items()}
+    config |= {name: getattr(args, name) for name in config if name in args.typed}
+    wider = 3 if args.model == "transformer" else 1
+    return config | {"n_hidden": args.n_hidden if "n_hidden" in args.typed else wider * config["n_embd"]}
 
 
 def search(args, corpora, device, dtype):
     """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time each, the best
-    third again for three times as long, and so on, every rung for an equal share of --minutes. Each training is
-    complete, with its own cosine, because a half-finished schedule says little about a finished one. Only the
+    third again for three times as long, and so on, every rung for an equal share of --minutes. Trial 0 is what would be
+    trained without a search, so that the table says whether searching paid. Each training is complete, with its own cosine, because a half-finished schedule says little about a finished one. Only the
     validation split is looked at. Finished trainings are kept in trials.csv and not repeated after an interruption."""
     folder = Path(args.run)
-    alive, rng = list(range(args.search)), random.Random(args.seed)
-    configs = [draw(args.model, rng) for _ in alive]
+    rng = random.Random(args.seed)
+    configs = [draw(args, rng) for _ in range(args.search)]
+    configs = [{name: getattr(args, name) for name in configs[0]}] + configs
+    alive = list(range(len(configs)))
     sizes = [len(alive)]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 3))
@@ -630,6 +635,7 @@ def run_trial(args, config, minutes, folder, corpora, device, dtype, score):
     shutil.rmtree(folder, ignore_errors=True)
     trial_args = argparse.Namespace(**vars(args) | config | {"run": str(folder), "minutes": minutes})
     trainer, diverged = make_trainer(trial_args, corpora, device, dtype), False
+    trainer.go_on = "the same search again; finished trials are not repeated"
     trainer.open_log(resumed=False)
     try:
         trainer.fit()
@@ -668,8 +674,8 @@ def parser():
     p.add_argument("--run", help="folder of the run (default: runs/MODEL-DATA)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
     p.add_argument("--also", nargs="*", default=[], metavar="DATA", help="other corpora to log the perplexity of")
-    p.add_argument("--search", type=int, metavar="N", help="try N random configurations within --minutes, narrowed by "
-                   "thirds; looks at the validation split only")
+    p.add_argument("--search", type=int, metavar="N", help="try N random configurations and the default one within "
+                   "--minutes, narrowed by thirds; what else you type is held fixed; looks at the validation split only")
     how_long = p.add_mutually_exclusive_group()
     how_long.add_argument("--epochs", type=float, metavar="E", help="passes over the training text")
     how_long.add_argument("--steps", type=int, metavar="N", help="optimizer steps")

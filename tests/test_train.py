@@ -370,7 +370,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(monkeypat
 # ------------------------------------------------------------------------------------------------------- search
 
 def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, capsys):
-    space = dict(lr=(1e-3, 1e-2), n_embd=[8, 16], n_layer=[1, 2], batch_size=[4], block_size=[8, 16], dropout=[0.0, 0.5])
+    space = dict(lr=(1e-3, 1e-2), n_embd=[8, 16], n_layer=[1, 2], batch_size=[4], block_size=[8, 16], dropout=[0.0, 0.5],
+                 weight_decay=(0.01, 0.1))
     monkeypatch.setitem(train.SEARCH_SPACE, "lstm", space)
     monkeypatch.setattr(train, "perplexity", lambda model, ids, **kw: {"nll": 3.0 + model.config.n_embd / 100, "ppl": 9.0})
     trials, tried, original = "s/trials.csv", [], train.run_trial
@@ -382,7 +383,7 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
         tried.append(config)
         return original(args, config, minutes, *more)
     monkeypatch.setattr(train, "run_trial", run_trial)
-    options = ["--search", "7", "--minutes", "0.06", "--run", "s", "--data", "small.txt"]
+    options = ["--search", "6", "--minutes", "0.06", "--run", "s", "--data", "small.txt", "--weight-decay", "0.2"]
     with pytest.raises(KeyboardInterrupt):
         train.main(options)
     with open(trials) as f:
@@ -393,6 +394,9 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
     with open(trials) as f:
         table = list(csv.DictReader(f))
     assert len(table) == 7 and [sum(bool(r[f"val_ppl_{k}"]) for r in table) for k in (1, 2, 3)] == [7, 3, 1]
+    assert table[0]["n_embd"] == "384" and table[0]["lr"] == "0.006"            # trial 0: the defaults for real text
+    assert all(r["n_embd"] in ("8", "16") for r in table[1:])
+    assert all(r["weight_decay"] == "0.2" for r in table)                      # typed, so not drawn
     first = sorted(float(r["val_ppl_1"]) for r in table)
     assert sorted(float(r["val_ppl_1"]) for r in table if r["val_ppl_2"]) == first[:3]
     out = capsys.readouterr().out
