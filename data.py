@@ -3,6 +3,7 @@
 Corpora (`--data`):
     finance climate stories reviews     embedded languages: made on the spot, with a known floor (below)
     ptb wikitext2 tinystories imdb      real text, downloaded into data/<name>/ on first use ($DATA_DIR elsewhere)
+    wikipedia:TITLE                     an article, as plain text through Wikipedia's API
     a path                              any UTF-8 text file; 90 % is for training, 5 % each for validation and test
 
 The embedded languages. Each is a grammar in Greibach normal form: a rule says one word and then which symbols
@@ -23,6 +24,7 @@ import codecs
 import gzip
 import hashlib
 import itertools
+import json
 import math
 import os
 import random
@@ -31,6 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.parse
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -567,6 +570,7 @@ FILES = {
                     "test": ("TinyStories-valid.txt", STORIES_URL)},
     "imdb": {s: ("aclImdb_v1.tar.gz", "https://ai.stanford.edu/~amaas/data/sentiment/") for s in ("train", "valid", "test")},
 }
+WIKIPEDIA_URL = "https://en.wikipedia.org/w/api.php"
 CORPORA = DOMAINS + tuple(FILES)
 IN_MEMORY_BYTES = 8 << 20               # source files up to this size are encoded in memory, larger ones into a file
 
@@ -577,6 +581,8 @@ def source_file(name, split):
         file, url = FILES[name][split]
         path = data_dir() / name / file
         return path if path.exists() else download(url + file, path)
+    if name.startswith("wikipedia:"):
+        return article(name.removeprefix("wikipedia:"))
     path = Path(name)
     if not path.exists():
         raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give the path of "
@@ -585,6 +591,31 @@ def source_file(name, split):
         raise UserError(f"{name} is not a file; give the path of one UTF-8 text file")
     if path.stat().st_size == 0:
         raise UserError(f"{name} is empty")
+    return path
+
+
+def article(title):
+    """The file with the plain text of a Wikipedia article, downloaded through the API where it is missing."""
+    title = title.replace("_", " ").strip()
+    path = data_dir() / "wikipedia" / (re.sub(r"[^\w(),-]+", "_", title) + ".txt")
+    if path.exists():
+        return path
+    query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json", "formatversion": 2,
+             "titles": title}
+    answer = path.with_suffix(".json")
+    answer.unlink(missing_ok=True)                              # of a download that was cut off before the text was written
+    download(f"{WIKIPEDIA_URL}?{urllib.parse.urlencode(query)}", answer, headers={"User-Agent": "language-modelling-course"})
+    try:
+        text = json.loads(answer.read_text(encoding="utf-8"))["query"]["pages"][0].get("extract", "")
+    except (ValueError, KeyError, IndexError) as e:
+        raise UserError(f"{WIKIPEDIA_URL} did not send an article; try again later") from e
+    finally:
+        answer.unlink(missing_ok=True)
+    if not text.strip():
+        raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its address")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
     return path
 
 

@@ -153,35 +153,32 @@ def load_run(folder, device="cpu"):
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
-    """Mean negative log-likelihood of ids[1:], every token predicted once. ids[0] is context only (put <eos> first).
+def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
+    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1]. ids[0] is context only (put <eos> first). Dropout is off.
 
     A recurrent model reads the text with its state carried from start to end, cut into `rows` pieces side by side
     (1: exact; more: faster, and the first tokens of each piece have less context). The Transformer reads windows of
     `context` tokens that advance by `stride`, and only a window's last `stride` predictions count, so that (after the
     first window) no token is judged with less than context - stride tokens before it.
-    -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}. Dropout is off.
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.long)
     n = len(ids) - 1
     if n < 1:
-        raise ValueError("perplexity needs at least one token after the first")
-    was_training = model.training
+        raise ValueError("at least one token is needed after the first")
+    was_training, losses = model.training, []
     model.eval()
-    total = 0.0
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32):
         if model.recurrent:
             length = -(-n // rows)
-            targets = torch.full((rows * length,), -1)
-            targets[:n] = ids[1:]
-            inputs = torch.zeros(rows * length, dtype=torch.long)
-            inputs[:n] = ids[:-1]
-            inputs, targets = inputs.view(rows, length), targets.view(rows, length)
+            padded = torch.zeros(2, rows * length, dtype=torch.long)
+            padded[0, :n], padded[1, :n] = ids[:-1], ids[1:]
+            inputs, targets = padded.view(2, rows, length)
             state = model.init_state(rows)
             for x, y in zip(inputs.split(256, 1), targets.split(256, 1)):
                 hidden, state = model(x.to(device), state)
-                total += model.nll(hidden, y.to(device)).cpu().double().sum().item()
+                losses.append(model.nll(hidden, y.to(device)).cpu())
+            losses = torch.cat(losses, 1).view(-1)[:n]
         else:
             context = min(context or model.config.block_size, n)
             stride = min(stride or max(1, context // 2), context)
@@ -190,14 +187,22 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
                 block = ends[group:group + 32]
                 x = torch.stack([ids[e - context:e] for e in block])
                 y = torch.stack([ids[e - context + 1:e + 1] for e in block])
+                hidden, _ = model(x.to(device))
+                nll = model.nll(hidden, y.to(device)).cpu()
                 for row, e in enumerate(block):
                     at = group + row
-                    new = e - (ends[at - 1] if at else 0)           # what no earlier window has predicted
-                    y[row, :context - new] = -1
-                hidden, _ = model(x.to(device))
-                total += model.nll(hidden, y.to(device)).cpu().double().sum().item()
+                    losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])     # what no earlier window predicted
+            losses = torch.cat(losses)
     model.train(was_training)
-    return {"nll": total / n, "ppl": math.exp(min(total / n, 700)), "tokens": n}
+    return losses.double()
+
+
+def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
+    """The mean of token_losses, every token of ids[1:] predicted once.
+    -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}."""
+    losses = token_losses(model, ids, rows, context, stride, dtype)
+    nll = losses.mean().item()
+    return {"nll": nll, "ppl": math.exp(min(nll, 700)), "tokens": len(losses)}
 
 
 def with_context(tokenizer, ids):

@@ -1,0 +1,717 @@
+"""Compare trained models across domains: one command turns the runs on disk into a report with tables and figures.
+
+    python eval.py                                                  # every run under runs/ -> runs/report/report.md
+    python eval.py --runs runs/rnn-ptb runs/lstm-ptb --domains wikitext2 wikipedia:Climate_change my.txt --out runs/mine
+    python eval.py --run runs/lstm-ptb --text "the market fell"     # one sentence, token by token
+
+Definitions, with l_i = -log p(token i | all tokens before it in its text), in nats:
+
+    perplexity of a text            exp(mean of l_i)
+    mean of sentence perplexities   every sentence read afresh (after the end token), its perplexity, the plain mean: a few
+                                    strange sentences decide it
+    corpus perplexity               exp(mean of l_i over all tokens of all sentences)
+    bits per character              (sum of l_i + cost of spelling the unknown words) / (ln 2 * characters)
+
+A model that knows few words meets <unk> often and predicts it easily, so perplexity flatters it. Bits per character
+does not: each unknown word is also charged its spelling, under a letter-bigram model fitted on the training vocabulary:
+p(word) = prod_k p(c_k | c_k-1), add-one smoothed, with an end mark; a letter the vocabulary never has is charged 21
+bits more (the size of Unicode). Characters are those of the normalised words, one space after each.
+
+Word frequencies are compared by the log-odds of Monroe, Colaresi & Quinn ("Fightin' Words", 2008, section 3.4): counts
+y_w of n words in a text, plus a prior of a_w = 1000 * p(w in both texts together); d_w = log((y_w + a_w) / (n + 1000 -
+y_w - a_w)) minus the same of the other text, divided by its standard deviation sqrt(1/(y_w + a_w) + 1/(y'_w + a_w)). A
+rare word that happens to differ has a small z; a word of |z| > 2 differs in earnest. The distance between the two
+distributions is the Jensen-Shannon divergence in bits: 0 if equal, 1 if they share no word.
+"""
+import csv
+import json
+import math
+import re
+import statistics
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from data import UserError
+from sample import encode_prompt, generate
+from train import load_run, pick_device, pick_dtype, token_losses, write_atomically
+
+TEXT_CHARACTERS = 1 << 20                       # of a domain's text, this much is read
+STAGES = (0.05, 0.1, 0.25, 0.5, 1.0)            # of the training, for Figure 2
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")      # Okabe & Ito (2008)
+LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+@dataclass
+class Run:
+    """A trained model with what its training left behind."""
+    name: str
+    model: object
+    tokenizer: object
+    log: list                                   # rows of log.csv: {column: number}, empty cells left out
+    result: dict                                # result.json; {} while there is none
+    args: dict = field(default_factory=dict)
+
+    @property
+    def corpus(self):
+        return self.args.get("data", "?")
+
+
+def read_log(path):
+    """The rows of log.csv as {column: float}. A row that was cut off while it was written is left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="", errors="replace") as f:
+        header, *rows = list(csv.reader(f)) or [[]]
+    out = []
+    for row in rows:
+        try:
+            values = {k: float(v) for k, v in zip(header, row) if v}
+        except ValueError:
+            continue
+        if len(row) == len(header) and "step" in values:
+            out.append(values)
+    return out
+
+
+def open_run(folder, device):
+    """UserError if there is no whole run in folder."""
+    model, tokenizer, _ = load_run(folder, device)
+    result = {}
+    if (Path(folder) / "result.json").exists():
+        try:
+            result = json.loads((Path(folder) / "result.json").read_text())
+        except ValueError:
+            print(f"{folder}/result.json is damaged and left out", file=sys.stderr)
+    last = Path(folder) / "last.pt"
+    args = result.get("args") or (torch.load(last, map_location="cpu", weights_only=True).get("args", {}) if last.exists() else {})
+    return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), result, args)
+
+
+def find_runs(folder="runs"):
+    """Folders with weights in them, by name."""
+    return sorted({p.parent for pattern in ("*/best.pt", "*/last.pt") for p in Path(folder).glob(pattern)})
+
+
+# ------------------------------------------------------------------------------------------------- text and sentences
+
+ABBREVIATIONS = set("mr mrs ms dr prof st jr sr vs etc inc corp co ltd no fig figs eq eqs vol ed eds pp cf ca approx est al "
+                    "e.g i.e u.s u.k u.n a.m p.m jan feb mar apr jun jul aug sep sept oct nov dec gen col gov sen rep".split())
+OPENERS = set("The A An In On At It Its This That These Those He She They We I But And However For From By As With When While "
+              "After Since If There".split())
+BOUNDARY = re.compile(r"""([.!?]+)((?:["'\u2019\u201d)\]]|\[[^\]\s]{1,12}\])*)(\s+)(?=(\S+))""")
+
+
+def sentences(text):
+    """Raw or tokenized English text -> its sentences. A full stop ends one unless it belongs to an abbreviation, an
+    initial or a number. A line break always does; headings (= like this =) and empty lines are left out."""
+    found = []
+    for line in text.replace(data.SEPARATOR, "\n").splitlines():
+        line = line.strip()
+        if not line or re.fullmatch(r"=.*=", line):
+            continue
+        start = 0
+        for m in BOUNDARY.finditer(line):
+            before = line[start:m.start()].split(" ")[-1].lstrip("([\"'\u201c\u2018")
+            follows = m[4].lstrip("([\"'\u201c\u2018")
+            standing_alone = line[m.start() - 1:m.start()].isspace()                # tokenized text: " . "
+            ends = standing_alone or not follows[:1].islower()
+            if m[1] == "." and not standing_alone:
+                short = before.lower() in ABBREVIATIONS or re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", before) and before != "I"
+                ends = ends and (not short or "." in before and follows in OPENERS)
+            if ends:
+                found.append(line[start:m.end(2)].strip())
+                start = m.end()
+        if line[start:].strip():
+            found.append(line[start:].strip())
+    return found
+
+
+@dataclass
+class Domain:
+    """A text to read: its name, its sentences as raw text."""
+    name: str
+    sentences: list
+
+
+def read_domain(name):
+    """Held-out text: the test split of an embedded language, the validation split of a downloaded corpus, the whole of a
+    file or article. UserError if it cannot be had or holds no sentence."""
+    if name in data.CORPORA:
+        texts = data.documents(name, "test" if name in data.DOMAINS else "valid")
+    else:
+        texts = (line for _, line in data.read_lines(data.source_file(name, "train")))
+    parts, size = [], 0
+    for text in texts:
+        parts.append(text)
+        size += len(text)
+        if size > TEXT_CHARACTERS:
+            break
+    found = [s for s in sentences("\n".join(parts)) if any(ch.isalnum() for ch in s)]
+    if not found:
+        raise UserError(f"{name} holds no sentence to read")
+    label = name if name in data.CORPORA or name.startswith("wikipedia:") else Path(name).name
+    return Domain(label, found)
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+@torch.no_grad()
+def losses_afresh(model, texts, eos, dtype=None, batch_tokens=4096):
+    """[-log p of every token, float64 array] for each of texts (lists of ids), each read afresh after the end token.
+    Texts of like length are read side by side, padded on the right, where a causal model cannot see it."""
+    device = next(model.parameters()).device
+    limit = math.inf if model.recurrent else model.config.block_size
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
+    out, group = [None] * len(texts), []
+    for position, k in enumerate(order):
+        if len(texts[k]) > limit:
+            out[k] = token_losses(model, [eos, *texts[k]], dtype=dtype).numpy()
+            continue
+        group.append(k)
+        following = order[position + 1] if position + 1 < len(order) else None
+        if following is None or len(texts[following]) > limit or (len(group) + 1) * len(texts[following]) > batch_tokens:
+            targets = torch.full((len(group), max(1, len(texts[k]))), -1)
+            for row, g in enumerate(group):
+                targets[row, :len(texts[g])] = torch.tensor(texts[g], dtype=torch.long)
+            inputs = torch.cat([torch.full((len(group), 1), eos), targets[:, :-1].clamp(min=0)], 1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                nll = model.nll(model(inputs.to(device))[0], targets.to(device)).cpu().double().numpy()
+            for row, g in enumerate(group):
+                out[g] = nll[row, :len(texts[g])]
+            group = []
+    return out
+
+
+class Speller:
+    """Bits to spell a word: a letter-bigram model of a vocabulary, add-one smoothed; see the top of this file."""
+
+    def __init__(self, words):
+        self.pairs, self.firsts = Counter(), Counter()
+        for word in words:
+            for a, b in zip("\n" + word, word + "\n"):
+                self.pairs[a, b] += 1
+                self.firsts[a] += 1
+        self.letters = {b for _, b in self.pairs}
+
+    def bits(self, word):
+        size = len(self.letters) + 1                                        # and one for all other letters
+        chain = zip("\n" + word, word + "\n")
+        return sum(-math.log2((self.pairs[a, b] + 1) / (self.firsts[a] + size)) + 21 * (b not in self.letters) for a, b in chain)
+
+
+def read_sentence(tokenizer, sentence):
+    """-> (ids, unknown words, characters) of a sentence in this tokenizer's conventions; ValueError for a word that a
+    vocabulary without <unk> does not have."""
+    if tokenizer.kind != "word":
+        ids = tokenizer.encode(sentence)
+        return ids, [], len(sentence) + 1
+    words = [w for w in tokenizer.normalize(sentence) if w != "<eos>"]
+    unknown = [w for w in words if w not in tokenizer.ids or w == "<unk>"]
+    if unknown and tokenizer.unk is None:
+        raise ValueError(f"its vocabulary has no {unknown[0]!r}")
+    return [tokenizer.ids.get(w, tokenizer.unk) for w in words], unknown, sum(len(w) + 1 for w in words)
+
+
+def score(run, sentence_list, dtype):
+    """The perplexities of sentences under a run's model: the definitions at the top of this file. ValueError if they
+    cannot be read with its vocabulary, or nothing is left of them."""
+    read = [read_sentence(run.tokenizer, s) for s in sentence_list]
+    kept = [k for k, (ids, _, _) in enumerate(read) if ids]
+    if not kept:
+        raise ValueError("nothing in it is a word of its vocabulary")
+    speller = Speller([w for w in run.tokenizer.words if w not in ("<unk>", "<eos>")]) if run.tokenizer.kind == "word" else None
+    losses = losses_afresh(run.model, [read[k][0] for k in kept], run.tokenizer.eos, dtype)
+    nats, tokens = sum(v.sum() for v in losses), sum(len(v) for v in losses)
+    unknown = [w for k in kept for w in read[k][1]]
+    spelling = sum(speller.bits(w) for w in unknown)
+    each = [None] * len(sentence_list)
+    for k, v in zip(kept, losses):
+        each[k] = math.exp(min(v.mean(), 700))
+    ids = [i for k in kept for i in read[k][0]]
+    return {"sentences": each, "mean": statistics.fmean(each[k] for k in kept), "corpus": math.exp(min(nats / tokens, 700)),
+            "tokens": tokens, "unknown": len(unknown) / tokens,
+            "bits_per_character": (nats / math.log(2) + spelling) / sum(read[k][2] for k in kept),
+            "ids": ids, "losses": np.concatenate(losses)}
+
+
+def whole_documents(run, domain_name, dtype):
+    """Perplexity of an embedded language's test documents, names and end tokens included, to hold beside its floor."""
+    ids = [run.tokenizer.encode(text) for text in data.documents(domain_name, "test")]
+    losses = losses_afresh(run.model, ids, run.tokenizer.eos, dtype)
+    return math.exp(np.concatenate(losses).mean())
+
+
+# -------------------------------------------------------------------------------------------------- word frequencies
+
+def compare_frequencies(train, domain, n_words=12):
+    """Two Counters of words -> the distance of their distributions, and the words that differ most."""
+    n, m = sum(train.values()), sum(domain.values())
+    words = list(train | domain)
+    y, x = (np.array([c[w] for w in words], float) for c in (train, domain))
+    prior = 1000 * (y + x) / (n + m)
+
+    def log_odds(counts, total):
+        return np.log((counts + prior) / (total + 1000 - counts - prior))
+    z = (log_odds(x, m) - log_odds(y, n)) / np.sqrt(1 / (x + prior) + 1 / (y + prior))
+    p, q = y / n, x / m
+    middle = (p + q) / 2
+    parts = [np.sum(v[v > 0] * np.log2(v[v > 0] / middle[v > 0])) / 2 for v in (p, q)]
+    order = np.argsort(-z)
+    rows = [{"word": words[k], "train_per_million": 1e6 * p[k], "domain_per_million": 1e6 * q[k], "z": float(z[k])}
+            for k in [*order[:n_words], *order[::-1][:n_words]]]
+    return {"divergence_bits": float(sum(parts)), "words": rows}
+
+
+def frequency_and_loss(train, domain, tokenizer, scored):
+    """Pearson's correlation, over the tokens of a text, of how much more frequent a word is there than in training (log
+    ratio, half a count added) with its loss. Negative: words that are rarer in training cost more."""
+    if len(set(scored["ids"])) < 3:
+        return None
+    n, m = sum(train.values()), sum(domain.values())
+    unknown = sum(c for w, c in domain.items() if w not in tokenizer.ids)
+    ratio = []
+    for i in scored["ids"]:
+        word = tokenizer.words[i]
+        in_domain = domain[word] + (unknown if word == "<unk>" else 0)
+        ratio.append(math.log((train[word] + 0.5) / (n + 0.5)) - math.log((in_domain + 0.5) / (m + 0.5)))
+    return float(np.corrcoef(ratio, scored["losses"])[0, 1]) if np.std(ratio) > 0 and np.std(scored["losses"]) > 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------- memory, samples
+
+DISTANCES = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 10 ** 6))
+
+
+def name_memory(run, dtype):
+    """[(mean loss in nats, the grammar's own, how many)] at names that must be repeated, for each range of DISTANCES to
+    where the name was last said; for a run on an embedded language."""
+    documents = [words for words, _ in data.embedded_documents(run.corpus, "test")]
+    losses = losses_afresh(run.model, [[run.tokenizer.ids[w] for w in words] for words in documents], run.tokenizer.eos, dtype)
+    names, found = set(data.NAMES.split()), defaultdict(list)
+    for words, loss in zip(documents, losses):
+        source, last = data.language(run.corpus).nll(words), {}
+        for at, word in enumerate(words):
+            if word in names:
+                if word in last:
+                    found[next(r for r in DISTANCES if at - last[word] <= r[1])].append((loss[at], source[at]))
+                last[word] = at
+    return [[*np.mean(found[r], 0).tolist(), len(found[r])] if found[r] else None for r in DISTANCES]
+
+
+def distinct(texts, n):
+    """Distinct n-grams over all n-grams of texts (lists of ids): 1 if nothing is ever said twice."""
+    grams = [tuple(t[k:k + n]) for t in texts for k in range(len(t) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
+    """Continuations of a prompt at a low and a high temperature, how varied they are, and their perplexity under the
+    model that wrote them."""
+    ids = encode_prompt(run.tokenizer, prompt)
+    banned = [] if getattr(run.tokenizer, "unk", None) is None else [run.tokenizer.unk]
+    out = []
+    for temperature in temperatures:
+        texts = [t for t in generate(run.model, [ids] * n, tokens, temperature, seed=1, banned=banned)]
+        losses = losses_afresh(run.model, [ids[1:] + t for t in texts], run.tokenizer.eos, dtype)
+        own = np.concatenate([v[len(ids) - 1:] for v in losses])
+        out.append({"temperature": temperature, "text": run.tokenizer.decode(ids[1:] + texts[0]), "distinct_1": distinct(texts, 1),
+                    "distinct_2": distinct(texts, 2), "self_perplexity": math.exp(min(own.mean(), 700))})
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+class Figures:
+    """Draws into a folder with matplotlib where it is installed; draw() returns the line of the report."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+            plt.rcParams.update({"figure.dpi": 150, "savefig.bbox": "tight", "font.size": 9, "axes.grid": True,
+                                 "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+            self.plt = plt
+        except ImportError:
+            self.plt = None
+
+    def draw(self, name, title, paint, panels=1, width=4.2, height=3.2):
+        """paint(axes...) draws; -> markdown."""
+        if not self.plt:
+            return f"({title}: no figure, because matplotlib is not installed: pip install matplotlib)\n"
+        figure, axes = self.plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False)
+        paint(*axes[0])
+        write_atomically(self.folder / f"{name}.png", lambda f: figure.savefig(f, format="png"))
+        self.plt.close(figure)
+        return f"![{title}]({name}.png)\n"
+
+
+def style(k):
+    return {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
+
+
+def paint_curves(runs):
+    def paint(by_tokens, by_time):
+        for k, run in enumerate(runs):
+            rows = [r for r in run.log if r.get("tokens", 0) > 0]
+            for axes, column, scale in ((by_tokens, "tokens", 1e-6), (by_time, "seconds", 1 / 60)):
+                for what, look in (("train_loss", {"alpha": 0.45, "linewidth": 0.8}), ("val_loss", {"marker": MARKERS[k % len(MARKERS)], "markersize": 3})):
+                    points = [(r[column] * scale, r[what]) for r in rows if what in r and column in r]
+                    if points:
+                        axes.plot(*zip(*points), **style(k), **look, label=run.name if what == "val_loss" else None)
+        by_tokens.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title="validation (marked) and training (thin)")
+        by_time.set(xlabel="minutes of training", ylabel="loss (nats per token)")
+        by_tokens.legend(fontsize=7)
+    return paint
+
+
+def paint_bars(groups, labels, ylabel, log=True, floor=None):
+    """groups: {series: [value or None per label]}."""
+    def paint(axes):
+        width = 0.8 / len(groups)
+        for k, (name, values) in enumerate(groups.items()):
+            at = [j + (k - (len(groups) - 1) / 2) * width for j, v in enumerate(values) if v is not None]
+            axes.bar(at, [v for v in values if v is not None], width, label=name, color=COLOURS[k % len(COLOURS)],
+                     hatch=("", "//", "..", "xx")[k % 4], edgecolor="white")
+        if floor:
+            axes.plot(range(len(labels)), floor, "k_", markersize=22, label="floor")
+        if log:
+            axes.set_yscale("log")
+        axes.set_xticks(range(len(labels)), labels, fontsize=7)
+        axes.set_ylabel(ylabel)
+        axes.legend(fontsize=7)
+    return paint
+
+
+def paint_frequencies(train, domain, train_name, domain_name, words):
+    def paint(ranks, apart):
+        for k, (name, counts) in enumerate(((train_name, train), (domain_name, domain))):
+            values = sorted(counts.values(), reverse=True)
+            ranks.loglog(range(1, len(values) + 1), np.array(values) / sum(values), **style(k), label=name)
+        ranks.set(xlabel="rank of the word", ylabel="share of all words")
+        ranks.legend(fontsize=7)
+        rows = sorted(words, key=lambda r: r["z"])
+        apart.barh(range(len(rows)), [r["z"] for r in rows], color=[COLOURS[int(r["z"] > 0)] for r in rows])
+        apart.set_yticks(range(len(rows)), [r["word"].replace("$", r"\$") for r in rows], fontsize=6)
+        apart.set(xlabel=f"log-odds z: {train_name} < 0 < {domain_name}")
+    return paint
+
+
+def paint_search(rows, rungs, columns):
+    def paint(*panels):
+        for axes, column in zip(panels, columns):
+            for k, rung in enumerate(rungs):
+                points = [(float(r[column]), float(r[rung])) for r in rows if r[rung] and math.isfinite(float(r[rung]))]
+                axes.scatter(*zip(*points), s=18, color=COLOURS[k], marker=MARKERS[k], label=f"rung {k + 1}")
+            axes.set_xlabel(column)
+            if column in ("lr", "weight_decay"):
+                axes.set_xscale("log")
+        panels[0].set_ylabel("validation perplexity")
+        panels[0].legend(fontsize=7)
+    return paint
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+def number(value, digits=2):
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def table(header, rows):
+    """A markdown table; None is a dash."""
+    cells = [[str(h) for h in header]] + [[number(v).replace("|", "\\|").replace("\n", " / ") for v in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
+
+
+def spread(values):
+    """`mean ± deviation` of several seeds' values; one value stays a number."""
+    values = [v for v in values if v is not None]
+    if len(values) < 2:
+        return values[0] if values else None
+    return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values))}"
+
+
+def summary(runs):
+    """One row per configuration; runs that differ in their seed alone are one row."""
+    groups = defaultdict(list)
+    for run in runs:
+        same = {k: v for k, v in run.args.items() if k not in ("seed", "run", "text")}
+        groups[json.dumps([run.corpus, same or run.name], sort_keys=True, default=str)].append(run)
+    rows = []
+    for members in groups.values():
+        results = [r.result for r in members]
+        get = lambda key: [r.get(key) for r in results]
+        best = [min((row["val_ppl"] for row in r.log if "val_ppl" in row), default=None) for r in members]
+        rows.append([members[0].name, members[0].args.get("model", "?"), members[0].corpus,
+                     sum(p.numel() for p in members[0].model.parameters()),
+                     spread([r.get("val_ppl") or b for r, b in zip(results, best)]), spread(get("test_ppl")), results[0].get("floor_ppl"),
+                     spread(get("tokens_per_second")), spread(get("seconds")), " ".join(str(r.args.get("seed", "?")) for r in members)])
+    return ["run", "model", "trained on", "parameters", "validation", "test", "floor", "tokens/s", "seconds", "seeds"], rows
+
+
+def at_stages(run):
+    """{column: [perplexity at each of STAGES]} from the log: the last evaluation up to that share of the training."""
+    rows = [r for r in run.log if "val_ppl" in r]
+    columns = sorted({k for r in rows for k in r if k == "val_ppl" or k.startswith("ppl_")}, reverse=True)
+    end = max((r["step"] for r in run.log), default=0)
+    return {c: [next((r[c] for r in reversed(rows) if c in r and 0 < r["step"] <= s * end * 1.001), None) for s in STAGES]
+            for c in columns} if end else {}
+
+
+def section_summary(runs, figures, js):
+    header, rows = summary(runs)
+    js["summary"] = [dict(zip(header, row)) for row in rows]
+    return ["## Summary\n", table(header, rows)]
+
+
+def section_curves(runs, figures, js):
+    logged = [run for run in runs if any("val_loss" in r for r in run.log)]
+    md = ["## Loss curves (Figure 1)\n"] + [f"{run.name} has no readable log.\n" for run in runs if run not in logged]
+    return md + ([figures.draw("loss_curves", "Loss while training", paint_curves(logged), panels=2)] if logged else [])
+
+
+def section_stages(runs, figures, js):
+    by_run = {run.name: at_stages(run) for run in runs}
+    js["stages"] = {"share of the training": STAGES, **by_run}
+    series = {(name, "in domain" if c == "val_ppl" else c.removeprefix("ppl_")): values
+              for name, by_text in by_run.items() for c, values in by_text.items()}
+    labels = [f"{s:.0%}" for s in STAGES]
+    md = ["## Perplexity at stages of the training (Figure 2)\n", table(["run", "text", *labels], [[*k, *v] for k, v in series.items()])]
+    if 0 < len(series) <= 12:
+        bars = {f"{name}, {text}": values for (name, text), values in series.items()}
+        md.append(figures.draw("stages", "Perplexity at stages", paint_bars(bars, labels, "perplexity"), width=6.5))
+    return md
+
+
+def section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js):
+    md, js["domains"] = ["## Other domains (Table 1)\n"], {}
+    for domain in domains:
+        able = [run for run in runs if (run.name, domain.name) in scores]
+        floor = data.floor(domain.name, "test")
+        header = ["run", "mean of sentence perplexities", "corpus perplexity", "tokens", "unknown words", "bits per character"]
+        rows = []
+        for run in able:
+            s = scores[run.name, domain.name]
+            rows.append([run.name, s["mean"], s["corpus"], s["tokens"], f"{s['unknown']:.1%}", s["bits_per_character"]])
+            if floor:
+                rows[-1].append(whole_documents(run, domain.name, dtype) if run.tokenizer.kind == "word" else None)
+        kept = domain.sentences[:n_sentences]
+        md += [f"### {domain.name}\n"]
+        if able:
+            each = [[text, *(scores[run.name, domain.name]["sentences"][k] for run in able)] for k, text in enumerate(kept[:20])]
+            md += [table(header + ([f"whole documents (floor {floor:.2f})"] if floor else []), rows),
+                   f"The first {len(each)} of {len(kept)} sentences (all are in report.json):\n",
+                   table(["sentence", *(run.name for run in able)], each)]
+        md += [f"{run.name}: – ({gaps[run.name, domain.name]}).\n" for run in runs if run not in able]
+        js["domains"][domain.name] = {"sentences": kept, "floor": floor, "gaps": {r.name: gaps[r.name, domain.name] for r in runs if r not in able},
+                                      "runs": {run.name: {k: v for k, v in scores[run.name, domain.name].items() if k not in ("ids", "losses")}
+                                               for run in able}}
+    if scores:
+        bits = {run.name: [scores.get((run.name, d.name), {}).get("bits_per_character") for d in domains] for run in runs}
+        md.append(figures.draw("domains", "Bits per character in each domain", width=6.5,
+                               paint=paint_bars(bits, [d.name for d in domains], "bits per character", log=False)))
+    return md
+
+
+def section_frequencies(runs, domains, scores, figures, js):
+    md, js["frequencies"], groups = ["## Word frequencies (Figure 3)\n"], {}, {}
+    for run in runs:
+        if run.tokenizer.kind == "word" and run.corpus != "?":
+            groups.setdefault((run.corpus, tuple(run.tokenizer.words)), []).append(run)
+    for (corpus, words), members in groups.items():
+        tokenizer, corpus_name = members[0].tokenizer, Path(corpus).stem
+        try:
+            counts = np.bincount(data.encode_split(corpus, "train", tokenizer), minlength=len(words))
+        except UserError as e:
+            md.append(f"The text of {corpus} cannot be read: {e}.\n")
+            continue
+        train = Counter({w: int(c) for w, c in zip(words, counts) if c and w != "<eos>"})
+        for domain in domains:
+            able = [run for run in members if (run.name, domain.name) in scores]
+            said = Counter(w for s in domain.sentences for w in tokenizer.normalize(s) if w != "<eos>")
+            if not able or not said:
+                continue
+            compared = compare_frequencies(train, said)
+            links = {run.name: frequency_and_loss(train, said, tokenizer, scores[run.name, domain.name]) for run in able}
+            js["frequencies"][f"{corpus_name} and {domain.name}"] = compared | {"correlation": links}
+            md += [f"### {corpus_name} and {domain.name}\n",
+                   f"Jensen-Shannon divergence {compared['divergence_bits']:.3f} bits. The correlation of a token's loss with how much "
+                   "rarer its word was in training than it is here: " + ", ".join(f"{k} {number(v)}" for k, v in links.items()) + ".\n",
+                   figures.draw(re.sub(r"\W+", "_", f"frequencies_{corpus_name}_{domain.name}"), "Word frequencies", panels=2, height=3.8,
+                                paint=paint_frequencies(train, said, corpus_name, domain.name, compared["words"])),
+                   table(["word", f"per million in {corpus_name}", f"in {domain.name}", "z"], [list(r.values()) for r in compared["words"]])]
+    return md
+
+
+def section_memory(runs, dtype, figures, js):
+    runs = [run for run in runs if run.corpus in data.DOMAINS and run.tokenizer.kind == "word"]
+    if not runs:
+        return []
+    memory = {run.name: name_memory(run, dtype) for run in runs}
+    js["memory"] = {"distances": DISTANCES, **memory}
+    labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
+    losses = {name: [cell and cell[0] for cell in cells] for name, cells in memory.items()}
+    floor = [cell and cell[1] for cell in next(iter(memory.values()))]
+    cases = [cell and cell[2] for cell in next(iter(memory.values()))]
+    return ["## Memory: the loss where a name must be repeated\n",
+            "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is the floor. A guess "
+            "among the 20 names costs ln 20 = 3.00.\n",
+            table(["run", *labels], [[name, *row] for name, row in losses.items()] + [["floor", *floor], ["cases", *cases]]),
+            figures.draw("memory", "Loss at the repeated name", paint_bars(losses, labels, "nats at the repeated name", log=False), width=5.5)]
+
+
+def section_samples(runs, prompt, dtype, js):
+    js["samples"] = {run.name: samples(run, prompt, dtype) for run in runs}
+    return ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{prompt}\"; the first is shown.\n",
+            table(["run", "temperature", "text", "distinct-1", "distinct-2", "perplexity under itself"],
+                  [[name, *row.values()] for name, rows in js["samples"].items() for row in rows])]
+
+
+def section_search(path, figures, js):
+    """The trials of one search, best first: those that reached the last rung, then those of the rung before."""
+    with open(path, newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r.get("val_ppl_1")]
+    if not rows:
+        return []
+    rungs = sorted(k for k in rows[0] if k.startswith("val_ppl_"))
+    rows.sort(key=lambda r: [float(r[k] or "inf") for k in reversed(rungs)])
+    columns = [c for c in rows[0] if c not in ("trial", "diverged") and len({r[c] for r in rows}) > 1]
+    drawn = [c for c in columns if c not in (*rungs, "tokens", "seconds", "params")]
+    js.setdefault("search", {})[path.parent.name] = rows
+    md = [f"## Search: {path.parent.name}\n", table(["trial", *columns], [[r["trial"], *(r[c] or None for c in columns)] for r in rows])]
+    if drawn:
+        md.append(figures.draw(path.parent.name, "Validation perplexity against each hyperparameter", paint_search(rows, rungs, drawn),
+                               panels=len(drawn), width=2.2))
+    return md
+
+
+def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
+    """Write report.md, report.json and the figures into the folder `out`; -> the rows of the summary."""
+    scores, gaps = {}, {}
+    for domain in domains:
+        for run in runs:
+            try:
+                scores[run.name, domain.name] = score(run, domain.sentences[:n_sentences], dtype)
+            except ValueError as e:
+                gaps[run.name, domain.name] = str(e)
+    figures, js = Figures(out), {}
+    md = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; the top of eval.py defines every number.\n",
+          *(f"Left out: {reason}.\n" for reason in missing)]
+    md += section_summary(runs, figures, js) + section_curves(runs, figures, js) + section_stages(runs, figures, js)
+    md += section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js)
+    md += section_frequencies(runs, domains, scores, figures, js)
+    md += section_memory(runs, dtype, figures, js) + section_samples(runs, prompt, dtype, js)
+    for path in trials:
+        md += section_search(path, figures, js)
+    write_atomically(out / "report.json", lambda f: f.write((json.dumps(js, indent=1, ensure_ascii=False) + "\n").encode()))
+    write_atomically(out / "report.md", lambda f: f.write("\n".join(md).encode()))
+    return js["summary"]
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+def token_table(run, text, dtype):
+    """The loss of every token of a sentence, and what the model would have said."""
+    try:
+        ids, _, _ = read_sentence(run.tokenizer, text)
+    except ValueError as e:
+        raise UserError(f"{run.name} cannot read this: {e}; take words it was trained on") from e
+    if not ids:
+        raise UserError("nothing in this text is a word of the run's vocabulary")
+    losses = losses_afresh(run.model, [ids], run.tokenizer.eos, dtype)[0]
+    with torch.no_grad():
+        device = next(run.model.parameters()).device
+        limit = len(ids) if run.model.recurrent else run.model.config.block_size
+        hidden, _ = run.model(torch.tensor([[run.tokenizer.eos, *ids[:-1]][:limit]], device=device))
+        likeliest = run.model.unembed(hidden)[0].argmax(-1).tolist() + [None] * (len(ids) - limit)
+    piece = lambda i: "" if i is None else run.tokenizer.words[i] if run.tokenizer.kind == "word" else repr(run.tokenizer.decode([i]))[1:-1]
+    print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
+    for i, loss, guess in zip(ids, losses, likeliest):
+        print(f"{piece(i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {piece(guess)}")
+    print(f"{len(ids)} tokens, {losses.mean():.3f} nats per token, perplexity {math.exp(min(losses.mean(), 700)):.2f}")
+
+
+def parser():
+    p = data.Parser(description="Compare trained models across domains: tables, figures, one report.",
+                    epilog='examples: python eval.py --domains climate wikitext2 my.txt;  python eval.py --run runs/lstm-ptb --text "the market fell"')
+    p.add_argument("--runs", nargs="+", metavar="RUN", help="folders of runs (default: all under runs/)")
+    p.add_argument("--domains", nargs="+", metavar="TEXT", help=f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, or a UTF-8 "
+                   "file (default: the other embedded languages; for runs on real text, wikitext2 where it is on disk)")
+    p.add_argument("--out", help="folder of the report (default: runs/report)")
+    p.add_argument("--sentences", type=int, default=200, metavar="N", help="sentences read of each domain (default: %(default)s)")
+    p.add_argument("--prompt", default="the meaning of life is", help="what the samples continue (default: %(default)s)")
+    p.add_argument("--run", help="with --text: one run")
+    p.add_argument("--text", help="with --run: a sentence, whose loss is printed token by token")
+    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
+                   help="of the matmuls (default: %(default)s, so that numbers do not depend on the machine)")
+    return p
+
+
+def default_domains(runs):
+    trained = {run.corpus for run in runs}
+    names = [d for d in data.DOMAINS if trained & set(data.DOMAINS) and d not in trained]
+    if trained - set(data.DOMAINS) and "wikitext2" not in trained and (data.data_dir() / "wikitext2" / "valid.txt").exists():
+        names.append("wikitext2")
+    return names
+
+
+def main(argv=None):
+    p = parser()
+    args = p.parse_args(argv)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if (args.run is None) != (args.text is None):
+        p.error("--run and --text go together; for a report of some runs write --runs")
+    if args.sentences < 1:
+        p.error(f"--sentences must be above 0, not {args.sentences}")
+    if args.run:
+        return token_table(open_run(args.run, device), args.text, dtype)
+    out = Path(args.out or "runs/report")
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
+        raise UserError(f"{out} is a folder with other files in it; choose another with --out")
+    runs, missing = [], []
+    for folder in args.runs or find_runs():
+        try:
+            runs.append(open_run(folder, device))
+        except UserError as e:
+            if args.runs:
+                raise
+            missing.append(str(e))
+    if not runs:
+        raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError("two of these runs have the same name, and the tables could not tell them apart; rename one folder")
+    domains = []
+    for name in args.domains or default_domains(runs):
+        try:
+            domains.append(read_domain(name))
+        except UserError as e:
+            if args.domains:
+                raise
+            missing.append(str(e))
+    out.mkdir(parents=True, exist_ok=True)
+    trials = sorted(Path("runs").glob("search-*/trials.csv")) if not args.runs else []
+    for row in report(runs, domains, missing, out, args.prompt, args.sentences, dtype, trials):
+        print("  ".join(f"{k} {number(v)}" for k, v in row.items() if k in ("run", "validation", "test", "floor")))
+    print(f"written to {out}/report.md")
+
+
+if __name__ == "__main__":
+    data.run_main(main)

@@ -1,0 +1,365 @@
+"""Evaluation: every number against a reference written out here, and a report that survives whatever it is given."""
+import json
+import math
+import shutil
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+from data import UserError, WordTokenizer
+from tests.conftest import ROOT
+from tests.test_train import KINDS, make
+
+CLIMATE = ROOT / "tests" / "climate.txt"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def words_run(kind="lstm", model=None, corpus="?"):
+    """A run with an untrained model on a vocabulary of 31 words, <unk> among them."""
+    tokenizer = WordTokenizer(["<eos>", "<unk>", "N"] + [f"w{chr(97 + i)}" for i in range(28)])
+    return evaluation.Run(kind, model or make(kind), tokenizer, [], {}, {"data": corpus, "model": kind})
+
+
+def reference_losses(model, ids, eos):
+    """-log p of each token, one forward pass per token."""
+    out = []
+    for k in range(len(ids)):
+        limit = len(ids) if model.recurrent else model.config.block_size
+        text = torch.tensor([[eos, *ids[:k]][-limit:]])
+        log_p = torch.log_softmax(model.unembed(model(text)[0][0, -1]).float(), -1)
+        out.append(-log_p[ids[k]].item())
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_losses_equal_a_pass_per_token(kind, batch_tokens):
+    model = make(kind)
+    texts = [torch.randint(31, (n,)).tolist() for n in (3, 1, 11, 7, 7, 12, 2)]
+    with torch.no_grad():
+        for text, got in zip(texts, evaluation.losses_afresh(model, texts, 0, batch_tokens=batch_tokens)):
+            np.testing.assert_allclose(got, reference_losses(model, text, 0), atol=1e-5)
+
+
+def test_a_text_longer_than_the_context_is_read_in_windows():
+    model, long = make("transformer"), torch.randint(31, (40,)).tolist()
+    got = evaluation.losses_afresh(model, [long, long[:5]], 0)
+    assert len(got[0]) == 40 and np.allclose(got[0][:5], got[1], atol=1e-5)
+    np.testing.assert_allclose(got[0], train.token_losses(model, [0, *long]).numpy())
+
+
+def test_scores_equal_the_definitions():
+    run, text = words_run(), ["wa wb wc wd", "we 17 zebra wf", "wg"]
+    ids = [[3, 4, 5, 6], [7, 2, 1, 8], [9]]
+    with torch.no_grad():
+        losses = [reference_losses(run.model, i, 0) for i in ids]
+    got, all_losses = evaluation.score(run, text, None), sum(losses, [])
+    each = [math.exp(sum(v) / len(v)) for v in losses]
+    assert got["sentences"] == pytest.approx(each, rel=1e-5) and got["mean"] == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert got["corpus"] == pytest.approx(math.exp(sum(all_losses) / 9), rel=1e-5)
+    assert got["tokens"] == 9 and got["unknown"] == pytest.approx(1 / 9)
+    spelled = evaluation.Speller(["N"] + [f"w{chr(97 + i)}" for i in range(28)]).bits("zebra")
+    characters = len("wa wb wc wd ") + len("we N zebra wf ") + len("wg ")
+    assert got["bits_per_character"] == pytest.approx((sum(all_losses) / math.log(2) + spelled) / characters, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_uniform_model_has_the_size_of_its_vocabulary_as_perplexity(kind):
+    run = words_run(kind)
+    for p in run.model.parameters():
+        torch.nn.init.zeros_(p)
+    got = evaluation.score(run, ["wa wb", "wc", "wd we wf wg zebra"], None)
+    assert got["corpus"] == pytest.approx(31, rel=1e-5) and got["mean"] == pytest.approx(31, rel=1e-5)
+
+
+class Source(torch.nn.Module):
+    """An embedded language's own grammar as a model with the four members; hidden holds the log-probabilities."""
+    recurrent = True
+
+    def __init__(self, domain):
+        super().__init__()
+        self.language, self.words = data.language(domain), data.embedded_vocabulary()
+        self.ids = {w: i for i, w in enumerate(self.words)}
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, state=None):
+        hidden = torch.full((*tokens.shape, len(self.words)), -1e9, dtype=torch.double)
+        for row, text in enumerate(tokens.tolist()):
+            for k in range(len(text)):
+                said = [self.words[i] for i in text[1:k + 1]]               # text[0] is the end token before it
+                if "<eos>" not in said:
+                    for word, p in self.language.next_words(said).items():
+                        hidden[row, k, self.ids[word]] = math.log(p)
+        return hidden, None
+
+    def unembed(self, hidden):
+        return hidden
+
+    def nll(self, hidden, targets):
+        return -hidden.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0.0)
+
+
+@pytest.fixture
+def few_documents(monkeypatch):
+    original = data.embedded_documents
+    monkeypatch.setattr(data, "embedded_documents", lambda domain, split: original(domain, split)[:25])
+
+
+@pytest.mark.parametrize("domain", ["finance", "reviews"])
+def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(domain, few_documents):
+    run = evaluation.Run("source", Source(domain), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": domain})
+    assert evaluation.whole_documents(run, domain, None) == pytest.approx(data.floor(domain, "test"), rel=1e-9)
+    memory = evaluation.name_memory(run, None)
+    assert sum(cell[2] for cell in memory if cell) > 10
+    assert all(abs(cell[0]) < 1e-9 and abs(cell[1]) < 1e-9 for cell in memory if cell)
+
+
+# ---------------------------------------------------------------------------------------------------------- sentences
+
+@pytest.mark.parametrize("text, expected", [
+    ("It rose by 1.1 °C. The sea too.", ["It rose by 1.1 °C.", "The sea too."]),
+    ("Dr. J. R. Larsen drills. She is there.", ["Dr. J. R. Larsen drills.", "She is there."]),
+    ("The U.S. coast is long. In the U.S. The law is new.", ["The U.S. coast is long.", "In the U.S.", "The law is new."]),
+    ("Some, e.g. Rome, fell! Why? No one knows.", ["Some, e.g. Rome, fell!", "Why?", "No one knows."]),
+    ('He said "Stop." Then he left.', ['He said "Stop."', "Then he left."]),
+    ("It was shown.[12] Later it was not.", ["It was shown.[12]", "Later it was not."]),
+    ("No. 5 is 3 km. away, approx. 4 mi. by road. It is far.", ["No. 5 is 3 km. away, approx. 4 mi. by road.", "It is far."]),
+    ("the market fell . the bank rose . it did", ["the market fell .", "the bank rose .", "it did"]),
+    ("= Heading =\n\nOne line\nAnother line.", ["One line", "Another line."]),
+    ("So did I. They went.", ["So did I.", "They went."]),
+    ("Wait... what? 3.5 is a number. 42 is another.", ["Wait... what?", "3.5 is a number.", "42 is another."]),
+    ("", []), ("   \n\n", []), ("no end", ["no end"]), ("...", ["..."])])
+def test_sentences(text, expected):
+    assert evaluation.sentences(text) == expected
+
+
+def test_the_climate_text_has_the_sentences_a_reader_counts():
+    found = evaluation.sentences(CLIMATE.read_text(encoding="utf-8"))
+    assert len(found) == 44 and not any(s.startswith("=") for s in found)
+
+
+# ---------------------------------------------------------------------------------------------------- words and letters
+
+def test_the_speller_is_a_distribution_over_words():
+    speller = evaluation.Speller(["ab", "b"])
+    # after a start: a or b, 1 of 2 each; letters are a, b and the end mark, and one place for all others: 4 in all
+    assert speller.bits("ab") == pytest.approx(-math.log2((1 + 1) / (2 + 4)) - math.log2((1 + 1) / (1 + 4)) - math.log2((2 + 1) / (2 + 4)))
+    assert speller.bits("z") > 21
+    total, texts = 0.0, [""]
+    for _ in range(12):
+        total += sum(2 ** -speller.bits(t) for t in texts)
+        texts = [t + ch for t in texts for ch in "ab"]
+    assert 0.3 < total < 1
+
+
+def test_frequencies_against_the_formulas():
+    a, b = Counter(x=90, y=9, z=1), Counter(x=30, y=60, u=10)
+    got = evaluation.compare_frequencies(a, b, n_words=4)
+    p, q = ({w: c[w] / 100 for w in "xyzu"} for c in (a, b))
+    divergence = sum(v[w] * math.log2(v[w] / ((p[w] + q[w]) / 2)) / 2 for v in (p, q) for w in "xyzu" if v[w])
+    assert got["divergence_bits"] == pytest.approx(divergence)
+    for row in got["words"]:
+        w, prior = row["word"], 1000 * (a[row["word"]] + b[row["word"]]) / 200
+        delta = math.log((b[w] + prior) / (1100 - b[w] - prior)) - math.log((a[w] + prior) / (1100 - a[w] - prior))
+        assert row["z"] == pytest.approx(delta / math.sqrt(1 / (a[w] + prior) + 1 / (b[w] + prior)))
+    assert [r["word"] for r in got["words"]][0] == "y" and got["words"][4]["word"] == "x"
+    assert evaluation.compare_frequencies(a, a)["divergence_bits"] == 0
+    assert evaluation.compare_frequencies(Counter(x=3), Counter(y=5))["divergence_bits"] == pytest.approx(1)
+
+
+def test_the_link_between_frequency_and_loss_is_pearsons():
+    run = words_run()
+    train_counts, said = Counter(wa=50, wb=5), Counter(wa=2, wb=2, wc=3, zebra=1)
+    scored = {"ids": [3, 4, 5, 1, 3], "losses": np.array([1.0, 2.0, 5.0, 4.0, 1.5])}
+    ratio = [math.log((t + 0.5) / 55.5) - math.log((d + 0.5) / 8.5) for t, d in ((50, 2), (5, 2), (0, 3), (0, 1), (50, 2))]
+    got = evaluation.frequency_and_loss(train_counts, said, run.tokenizer, scored)
+    assert got == pytest.approx(np.corrcoef(ratio, scored["losses"])[0, 1]) and got < -0.5
+    assert evaluation.frequency_and_loss(train_counts, said, run.tokenizer, {"ids": [3, 3], "losses": np.ones(2)}) is None
+
+
+def test_distinct_counts_ngrams():
+    assert evaluation.distinct([[1, 1, 1], [2, 3]], 1) == 3 / 5
+    assert evaluation.distinct([[1, 1, 1], [2, 3]], 2) == 2 / 3
+    assert evaluation.distinct([[], [1]], 2) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs of a few steps: three models on an embedded language, a second seed, and two on a text of our own."""
+    folder = tmp_path_factory.mktemp("trained")
+    own = folder / "own.txt"
+    own.write_text("".join(f"the {'cat dog cow'.split()[i % 3]} of {i % 7} towns saw mr. hale {'twice' if i % 5 else 'and left'} .\n"
+                           for i in range(400)))
+    small = ["--n-embd", "16", "--n-hidden", "16", "--batch-size", "8", "--block-size", "16", "--steps", "6", "--warmup", "2",
+             "--log-every", "2", "--eval-every", "3"]
+    for name, *options in (("rnn", "--model", "rnn"), ("lstm", "--model", "lstm"), ("lstm-2", "--model", "lstm", "--seed", "2"),
+                           ("transformer", "--model", "transformer", "--n-head", "2", "--also", "climate"),
+                           ("own-rnn", "--model", "rnn", "--data", str(own)), ("own-bpe", "--model", "lstm", "--data", str(own), "--tokenizer", "gpt2")):
+        if "gpt2" in options and not (ROOT / "data" / "tiktoken").exists():
+            continue
+        train.main([*small, *options, "--run", str(folder / "runs" / name)])
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def test_one_command_makes_the_whole_report(runs, few_documents, capsys):
+    evaluation.main(["--domains", "climate", str(CLIMATE), "--sentences", "30"])
+    md, js = Path("runs/report/report.md").read_text(), json.loads(Path("runs/report/report.json").read_text())
+    for heading in ("Summary", "Loss curves", "Perplexity at stages", "Other domains", "Word frequencies", "Memory", "Samples"):
+        assert f"## {heading}" in md
+    seeds = next(row for row in js["summary"] if row["seeds"] == "1 2")
+    values = [json.loads((runs / n / "result.json").read_text())["test_ppl"] for n in ("lstm", "lstm-2")]
+    assert seeds["test"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):,.2f}"
+    assert set(js["stages"]["transformer"]) == {"val_ppl", "ppl_climate"}
+    climate = js["domains"]["climate"]
+    assert "floor" in climate and climate["gaps"].keys() | climate["runs"].keys() == {p.name for p in runs.iterdir()} - {"report"}
+    for image in ("loss_curves", "stages", "memory", "domains"):
+        assert f"]({image}.png)" in md and (runs / "report" / f"{image}.png").read_bytes().startswith(b"\x89PNG")
+    assert "written to runs/report/report.md" in capsys.readouterr().out
+    evaluation.main(["--domains", "climate", "--sentences", "5"])   # its own report may be replaced
+
+
+def test_a_model_that_cannot_read_a_text_is_a_marked_gap(runs, few_documents):
+    evaluation.main(["--domains", str(CLIMATE), "--runs", "runs/rnn", "runs/own-rnn", "--out", "r", "--sentences", "9"])
+    js, md = json.loads(Path("r/report.json").read_text())["domains"]["climate.txt"], Path("r/report.md").read_text()
+    assert list(js["runs"]) == ["own-rnn"] and "vocabulary has no" in js["gaps"]["rnn"] and "rnn: – (its vocabulary has no" in md
+    assert 0.5 < js["runs"]["own-rnn"]["unknown"] < 1
+
+
+def test_without_matplotlib_the_report_is_complete_but_for_the_figures(runs, few_documents, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r", "--sentences", "5"])
+    assert "pip install matplotlib" in Path("r/report.md").read_text() and not list(Path("r").glob("*.png"))
+
+
+def test_a_log_cut_off_in_the_middle_is_read_as_far_as_it_goes(runs):
+    log = runs / "rnn" / "log.csv"
+    whole = evaluation.read_log(log)
+    text = log.read_text()
+    for cut in range(len(text)):
+        log.write_text(text[:cut])
+        rows = evaluation.read_log(log)
+        assert rows[:-1] == whole[:max(0, len(rows) - 1)]
+        assert not rows or rows[-1] == whole[len(rows) - 1] or rows[-1].keys() <= whole[len(rows) - 1].keys()
+    log.unlink()
+    assert evaluation.read_log(log) == []
+
+
+def test_a_damaged_run_is_left_out_and_named_or_refused_if_asked_for(runs, few_documents):
+    (runs / "rnn" / "best.pt").write_bytes(b"no checkpoint")
+    evaluation.main(["--domains", "climate", "--sentences", "5"])
+    assert "Left out: runs/rnn/best.pt" in Path("runs/report/report.md").read_text()
+    with pytest.raises(UserError, match="rnn/best.pt"):
+        evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r"])
+
+
+def test_a_search_is_a_table_and_a_figure(runs, few_documents):
+    (runs / "search-x").mkdir()
+    (runs / "search-x" / "trials.csv").write_text("trial,params,tokens,seconds,diverged,lr,n_embd,val_ppl_1,val_ppl_2\n"
+                                                  "0,9,9,1.0,0,0.01,16,50.0,\n1,9,9,1.0,0,0.1,32,40.0,30.0\n2,9,9,1.0,1,1.0,32,inf,\n3,,,,,0.2,16,,\n")
+    evaluation.main(["--domains", "climate", "--sentences", "5"])
+    js = json.loads(Path("runs/report/report.json").read_text())
+    assert [row["trial"] for row in js["search"]["search-x"]] == ["1", "0", "2"] and Path("runs/report/search-x.png").exists()
+
+
+@pytest.mark.parametrize("content, message", [("", "is empty"), ("\n\n", "no sentence"), ("... !!! ,\n", "no sentence")])
+def test_a_text_without_words_is_refused(runs, content, message):
+    Path("t.txt").write_text(content)
+    with pytest.raises(UserError, match=message):
+        evaluation.main(["--runs", "runs/own-rnn", "--domains", "t.txt"])
+    assert not Path("runs/report").exists()
+
+
+def test_one_token_and_words_nobody_knows_have_numbers_or_gaps(runs, few_documents):
+    Path("one.txt").write_text("twice")
+    Path("none.txt").write_text("xyzzy plugh frotz")
+    evaluation.main(["--runs", "runs/own-rnn", "runs/rnn", "--domains", "one.txt", "none.txt", "--out", "r"])
+    js = json.loads(Path("r/report.json").read_text())["domains"]
+    assert js["one.txt"]["runs"]["own-rnn"]["tokens"] == 1 and js["none.txt"]["runs"]["own-rnn"]["unknown"] == 1
+    assert list(js["one.txt"]["gaps"]) == ["rnn"]
+
+
+def test_errors_are_one_line(runs, tmp_path):
+    for options, message in ((["--run", "runs/rnn"], "go together"), (["--sentences", "0"], "above 0"),
+                             (["--domains", "nowhere.txt"], "nowhere.txt"), (["--runs", "runs/none"], "no run at runs/none"),
+                             (["--runs", "runs/rnn", "runs/rnn"], "same name"), (["--run", "runs/rnn", "--text", "zebra"], "words it was"),
+                             (["--run", "runs/own-rnn", "--text", "!!!"], "nothing in this text")):
+        with pytest.raises(UserError, match=message):
+            evaluation.main(options)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="other files"):
+        evaluation.main(["--out", "mine"])
+    shutil.rmtree("runs")
+    with pytest.raises(UserError, match="Train one first: python train.py"):
+        evaluation.main([])
+
+
+def test_the_quick_look_shows_every_token(runs, capsys):
+    evaluation.main(["--run", "runs/own-rnn", "--text", "The cat of zebras saw"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["the", "cat", "of", "<unk>", "saw"]
+    nats = [float(line.split()[1]) for line in lines[1:-1]]
+    assert f"5 tokens, {np.mean(nats):.2f}" in lines[-1][:-1] or abs(float(lines[-1].split()[2]) - np.mean(nats)) < 2e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- Wikipedia
+
+@pytest.fixture
+def wikipedia(monkeypatch, data_folder):
+    """A loopback server that answers as Wikipedia's API does."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            page = {"title": "Snow line", "extract": "The line is at 4.5 km. It moves."} if "Snow+line" in self.path else {"missing": True}
+            body = json.dumps({"query": {"pages": [page]}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data, "WIKIPEDIA_URL", f"http://127.0.0.1:{server.server_port}/w/api.php")
+    yield asked
+    server.shutdown()
+
+
+def test_an_article_is_fetched_once_and_split_into_sentences(wikipedia, data_folder):
+    for _ in range(2):
+        domain = evaluation.read_domain("wikipedia:Snow_line")
+        assert domain.sentences == ["The line is at 4.5 km.", "It moves."] and domain.name == "wikipedia:Snow_line"
+    assert len(wikipedia) == 1 and "explaintext=1" in wikipedia[0]
+    assert [p.name for p in (data_folder / "wikipedia").iterdir()] == ["Snow_line.txt"]
+
+
+def test_an_article_that_does_not_exist_is_named(wikipedia, data_folder):
+    with pytest.raises(UserError, match="no article called 'Sno line'"):
+        evaluation.read_domain("wikipedia:Sno_line")
+    assert not list((data_folder / "wikipedia").iterdir())
