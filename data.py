@@ -61,24 +61,37 @@ class Parser(argparse.ArgumentParser):
 
 def run_main(main):
     """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with 130."""
+    script = Path(sys.argv[0]).name
     try:
         main()
+        if "RANK" in os.environ:
+            leave(0)
+    except SystemExit as e:                                     # --help, or stopped and saved
+        leave(e.code)
     except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(f"{script}: {e}", file=sys.stderr)
+        leave(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
     except BrokenPipeError:                                     # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+        leave(1)
     except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: the GPU's memory is full; take a smaller --batch-size or another --device",
-              file=sys.stderr)
-        sys.exit(2)
+        print(f"{script}: the GPU's memory is full; take a smaller --batch-size or another --device", file=sys.stderr)
+        leave(2)
     except OSError as e:                                        # a full disk, a folder that may not be written to
-        print(f"{Path(sys.argv[0]).name}: {e}. Nothing that was saved is lost", file=sys.stderr)
-        sys.exit(2)
+        print(f"{script}: {e}. Nothing that was saved is lost", file=sys.stderr)
+        leave(2)
+
+
+def leave(status):
+    """End the process; a process of a torchrun job at once, because gloo's threads now and then abort a slow exit."""
+    if "RANK" in os.environ and isinstance(status, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def data_dir():

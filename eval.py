@@ -39,7 +39,7 @@ import torch
 import data
 from data import UserError
 from sample import encode_prompt, generate
-from train import load_run, pick_device, pick_dtype, token_losses, write_atomically
+from train import load_run, pick_device, pick_dtype, read_checkpoint, token_losses, write_atomically
 
 TEXT_CHARACTERS = 1 << 20                       # of a domain's text, this much is read
 STAGES = (0.05, 0.1, 0.25, 0.5, 1.0)            # of the training, for Figure 2
@@ -90,9 +90,10 @@ def open_run(folder, device):
             result = json.loads((Path(folder) / "result.json").read_text())
         except ValueError:
             print(f"{folder}/result.json is damaged and left out", file=sys.stderr)
-    last = Path(folder) / "last.pt"
-    args = result.get("args") or (torch.load(last, map_location="cpu", weights_only=True).get("args", {}) if last.exists() else {})
-    return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), result, args)
+    args = result.get("args")
+    if args is None and (Path(folder) / "last.pt").exists():                # not finished
+        args = read_checkpoint(Path(folder) / "last.pt").get("args")
+    return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), result, args or {})
 
 
 def find_runs(folder="runs"):
@@ -203,8 +204,8 @@ class Speller:
 
     def bits(self, word):
         size = len(self.letters) + 1                                        # and one for all other letters
-        chain = zip("\n" + word, word + "\n")
-        return sum(-math.log2((self.pairs[a, b] + 1) / (self.firsts[a] + size)) + 21 * (b not in self.letters) for a, b in chain)
+        return sum(-math.log2((self.pairs[a, b] + 1) / (self.firsts[a] + size)) + 21 * (b not in self.letters)
+                   for a, b in zip("\n" + word, word + "\n"))
 
 
 def read_sentence(tokenizer, sentence):
@@ -227,7 +228,7 @@ def score(run, sentence_list, dtype):
     kept = [k for k, (ids, _, _) in enumerate(read) if ids]
     if not kept:
         raise ValueError("nothing in it is a word of its vocabulary")
-    speller = Speller([w for w in run.tokenizer.words if w not in ("<unk>", "<eos>")]) if run.tokenizer.kind == "word" else None
+    speller = Speller(w for w in getattr(run.tokenizer, "words", ()) if w not in ("<unk>", "<eos>"))
     losses = losses_afresh(run.model, [read[k][0] for k in kept], run.tokenizer.eos, dtype)
     nats, tokens = sum(v.sum() for v in losses), sum(len(v) for v in losses)
     unknown = [w for k in kept for w in read[k][1]]
@@ -294,7 +295,8 @@ def name_memory(run, dtype):
     """[(mean loss in nats, the grammar's own, how many)] at names that must be repeated, for each range of DISTANCES to
     where the name was last said; for a run on an embedded language."""
     documents = [words for words, _ in data.embedded_documents(run.corpus, "test")]
-    losses = losses_afresh(run.model, [[run.tokenizer.ids[w] for w in words] for words in documents], run.tokenizer.eos, dtype)
+    ids = [[run.tokenizer.ids[w] for w in words] for words in documents]
+    losses = losses_afresh(run.model, ids, run.tokenizer.eos, dtype)
     names, found = set(data.NAMES.split()), defaultdict(list)
     for words, loss in zip(documents, losses):
         source, last = data.language(run.corpus).nll(words), {}
@@ -319,11 +321,12 @@ def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     banned = [] if getattr(run.tokenizer, "unk", None) is None else [run.tokenizer.unk]
     out = []
     for temperature in temperatures:
-        texts = [t for t in generate(run.model, [ids] * n, tokens, temperature, seed=1, banned=banned)]
+        texts = generate(run.model, [ids] * n, tokens, temperature, seed=1, banned=banned)
         losses = losses_afresh(run.model, [ids[1:] + t for t in texts], run.tokenizer.eos, dtype)
         own = np.concatenate([v[len(ids) - 1:] for v in losses])
-        out.append({"temperature": temperature, "text": run.tokenizer.decode(ids[1:] + texts[0]), "distinct_1": distinct(texts, 1),
-                    "distinct_2": distinct(texts, 2), "self_perplexity": math.exp(min(own.mean(), 700))})
+        out.append({"temperature": temperature, "text": run.tokenizer.decode(ids[1:] + texts[0]),
+                    "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
+                    "self_perplexity": math.exp(min(own.mean(), 700))})
     return out
 
 
@@ -363,18 +366,19 @@ def paint_curves(runs):
     def paint(by_tokens, by_time):
         for k, run in enumerate(runs):
             rows = [r for r in run.log if r.get("tokens", 0) > 0]
+            marked = {"marker": MARKERS[k % len(MARKERS)], "markersize": 3, "label": run.name}
             for axes, column, scale in ((by_tokens, "tokens", 1e-6), (by_time, "seconds", 1 / 60)):
-                for what, look in (("train_loss", {"alpha": 0.45, "linewidth": 0.8}), ("val_loss", {"marker": MARKERS[k % len(MARKERS)], "markersize": 3})):
+                for what, look in (("train_loss", {"alpha": 0.45, "linewidth": 0.8}), ("val_loss", marked)):
                     points = [(r[column] * scale, r[what]) for r in rows if what in r and column in r]
                     if points:
-                        axes.plot(*zip(*points), **style(k), **look, label=run.name if what == "val_loss" else None)
-        by_tokens.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title="validation (marked) and training (thin)")
+                        axes.plot(*zip(*points), **style(k), **look)
+        by_tokens.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title="marked: validation; thin: training")
         by_time.set(xlabel="minutes of training", ylabel="loss (nats per token)")
         by_tokens.legend(fontsize=7)
     return paint
 
 
-def paint_bars(groups, labels, ylabel, log=True, floor=None):
+def paint_bars(groups, labels, ylabel, log=True):
     """groups: {series: [value or None per label]}."""
     def paint(axes):
         width = 0.8 / len(groups)
@@ -382,8 +386,6 @@ def paint_bars(groups, labels, ylabel, log=True, floor=None):
             at = [j + (k - (len(groups) - 1) / 2) * width for j, v in enumerate(values) if v is not None]
             axes.bar(at, [v for v in values if v is not None], width, label=name, color=COLOURS[k % len(COLOURS)],
                      hatch=("", "//", "..", "xx")[k % 4], edgecolor="white")
-        if floor:
-            axes.plot(range(len(labels)), floor, "k_", markersize=22, label="floor")
         if log:
             axes.set_yscale("log")
         axes.set_xticks(range(len(labels)), labels, fontsize=7)
@@ -448,21 +450,22 @@ def spread(values):
 
 
 def summary(runs):
-    """One row per configuration; runs that differ in their seed alone are one row."""
+    """The table's header and rows: one row per configuration; runs that differ in their seed alone share one."""
     groups = defaultdict(list)
     for run in runs:
         same = {k: v for k, v in run.args.items() if k not in ("seed", "run", "text")}
         groups[json.dumps([run.corpus, same or run.name], sort_keys=True, default=str)].append(run)
     rows = []
     for members in groups.values():
-        results = [r.result for r in members]
-        get = lambda key: [r.get(key) for r in results]
-        best = [min((row["val_ppl"] for row in r.log if "val_ppl" in row), default=None) for r in members]
-        rows.append([members[0].name, members[0].args.get("model", "?"), members[0].corpus,
-                     sum(p.numel() for p in members[0].model.parameters()),
-                     spread([r.get("val_ppl") or b for r, b in zip(results, best)]), spread(get("test_ppl")), results[0].get("floor_ppl"),
-                     spread(get("tokens_per_second")), spread(get("seconds")), " ".join(str(r.args.get("seed", "?")) for r in members)])
-    return ["run", "model", "trained on", "parameters", "validation", "test", "floor", "tokens/s", "seconds", "seeds"], rows
+        def over_seeds(key):
+            return spread([run.result.get(key) for run in members])
+        first = members[0]
+        rows.append([first.name, first.args.get("model", "?"), first.corpus, sum(p.numel() for p in first.model.parameters()),
+                     over_seeds("val_ppl") or spread([min((r["val_ppl"] for r in run.log if "val_ppl" in r), default=None)
+                                                      for run in members]),
+                     over_seeds("test_ppl"), first.result.get("floor_ppl"), over_seeds("tokens_per_second"),
+                     over_seeds("seconds"), " ".join(str(run.args.get("seed", "?")) for run in members)])
+    return ["run", "model", "trained on", "parameters", "best validation", "test", "floor", "tokens/s", "seconds", "seeds"], rows
 
 
 def at_stages(run):
@@ -492,7 +495,8 @@ def section_stages(runs, figures, js):
     series = {(name, "in domain" if c == "val_ppl" else c.removeprefix("ppl_")): values
               for name, by_text in by_run.items() for c, values in by_text.items()}
     labels = [f"{s:.0%}" for s in STAGES]
-    md = ["## Perplexity at stages of the training (Figure 2)\n", table(["run", "text", *labels], [[*k, *v] for k, v in series.items()])]
+    md = ["## Perplexity at stages of the training (Figure 2)\n",
+          table(["run", "text", *labels], [[*k, *v] for k, v in series.items()])]
     if 0 < len(series) <= 12:
         bars = {f"{name}, {text}": values for (name, text), values in series.items()}
         md.append(figures.draw("stages", "Perplexity at stages", paint_bars(bars, labels, "perplexity"), width=6.5))
@@ -505,23 +509,23 @@ def section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js
         able = [run for run in runs if (run.name, domain.name) in scores]
         floor = data.floor(domain.name, "test")
         header = ["run", "mean of sentence perplexities", "corpus perplexity", "tokens", "unknown words", "bits per character"]
-        rows = []
-        for run in able:
-            s = scores[run.name, domain.name]
-            rows.append([run.name, s["mean"], s["corpus"], s["tokens"], f"{s['unknown']:.1%}", s["bits_per_character"]])
-            if floor:
-                rows[-1].append(whole_documents(run, domain.name, dtype) if run.tokenizer.kind == "word" else None)
+        here = {run.name: scores[run.name, domain.name] for run in able}
+        rows = [[name, s["mean"], s["corpus"], s["tokens"], f"{s['unknown']:.1%}", s["bits_per_character"]]
+                for name, s in here.items()]
+        if floor:
+            header.append(f"whole documents (floor {floor:.2f})")
+            for run, row in zip(able, rows):
+                row.append(whole_documents(run, domain.name, dtype) if run.tokenizer.kind == "word" else None)
         kept = domain.sentences[:n_sentences]
         md += [f"### {domain.name}\n"]
         if able:
-            each = [[text, *(scores[run.name, domain.name]["sentences"][k] for run in able)] for k, text in enumerate(kept[:20])]
-            md += [table(header + ([f"whole documents (floor {floor:.2f})"] if floor else []), rows),
-                   f"The first {len(each)} of {len(kept)} sentences (all are in report.json):\n",
-                   table(["sentence", *(run.name for run in able)], each)]
-        md += [f"{run.name}: – ({gaps[run.name, domain.name]}).\n" for run in runs if run not in able]
-        js["domains"][domain.name] = {"sentences": kept, "floor": floor, "gaps": {r.name: gaps[r.name, domain.name] for r in runs if r not in able},
-                                      "runs": {run.name: {k: v for k, v in scores[run.name, domain.name].items() if k not in ("ids", "losses")}
-                                               for run in able}}
+            each = [[text, *(s["sentences"][k] for s in here.values())] for k, text in enumerate(kept[:20])]
+            md += [table(header, rows), f"The first {len(each)} of {len(kept)} sentences (all are in report.json):\n",
+                   table(["sentence", *here], each)]
+        missing = {run.name: gaps[run.name, domain.name] for run in runs if run not in able}
+        md += [f"{name}: – ({reason}).\n" for name, reason in missing.items()]
+        js["domains"][domain.name] = {"sentences": kept, "floor": floor, "gaps": missing, "runs": {
+            name: {k: v for k, v in s.items() if k not in ("ids", "losses")} for name, s in here.items()}}
     if scores:
         bits = {run.name: [scores.get((run.name, d.name), {}).get("bits_per_character") for d in domains] for run in runs}
         md.append(figures.draw("domains", "Bits per character in each domain", width=6.5,
@@ -550,12 +554,14 @@ def section_frequencies(runs, domains, scores, figures, js):
             compared = compare_frequencies(train, said)
             links = {run.name: frequency_and_loss(train, said, tokenizer, scores[run.name, domain.name]) for run in able}
             js["frequencies"][f"{corpus_name} and {domain.name}"] = compared | {"correlation": links}
+            figure = figures.draw(re.sub(r"\W+", "_", f"frequencies_{corpus_name}_{domain.name}"), "Word frequencies",
+                                  paint_frequencies(train, said, corpus_name, domain.name, compared["words"]), 2, height=3.8)
+            correlations = ", ".join(f"{name} {number(value)}" for name, value in links.items())
             md += [f"### {corpus_name} and {domain.name}\n",
-                   f"Jensen-Shannon divergence {compared['divergence_bits']:.3f} bits. The correlation of a token's loss with how much "
-                   "rarer its word was in training than it is here: " + ", ".join(f"{k} {number(v)}" for k, v in links.items()) + ".\n",
-                   figures.draw(re.sub(r"\W+", "_", f"frequencies_{corpus_name}_{domain.name}"), "Word frequencies", panels=2, height=3.8,
-                                paint=paint_frequencies(train, said, corpus_name, domain.name, compared["words"])),
-                   table(["word", f"per million in {corpus_name}", f"in {domain.name}", "z"], [list(r.values()) for r in compared["words"]])]
+                   f"Jensen-Shannon divergence {compared['divergence_bits']:.3f} bits. The correlation of a token's loss with how "
+                   f"much rarer its word was in training than it is here: {correlations}.\n", figure,
+                   table(["word", f"per million in {corpus_name}", f"in {domain.name}", "z"],
+                         [list(row.values()) for row in compared["words"]])]
     return md
 
 
@@ -570,10 +576,11 @@ def section_memory(runs, dtype, figures, js):
     floor = [cell and cell[1] for cell in next(iter(memory.values()))]
     cases = [cell and cell[2] for cell in next(iter(memory.values()))]
     return ["## Memory: the loss where a name must be repeated\n",
-            "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is the floor. A guess "
-            "among the 20 names costs ln 20 = 3.00.\n",
+            "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is the "
+            "floor. A guess among the 20 names costs ln 20 = 3.00.\n",
             table(["run", *labels], [[name, *row] for name, row in losses.items()] + [["floor", *floor], ["cases", *cases]]),
-            figures.draw("memory", "Loss at the repeated name", paint_bars(losses, labels, "nats at the repeated name", log=False), width=5.5)]
+            figures.draw("memory", "Loss at the repeated name",
+                         paint_bars(losses, labels, "nats at the repeated name", log=False), width=5.5)]
 
 
 def section_samples(runs, prompt, dtype, js):
@@ -594,10 +601,11 @@ def section_search(path, figures, js):
     columns = [c for c in rows[0] if c not in ("trial", "diverged") and len({r[c] for r in rows}) > 1]
     drawn = [c for c in columns if c not in (*rungs, "tokens", "seconds", "params")]
     js.setdefault("search", {})[path.parent.name] = rows
-    md = [f"## Search: {path.parent.name}\n", table(["trial", *columns], [[r["trial"], *(r[c] or None for c in columns)] for r in rows])]
+    md = [f"## Search: {path.parent.name}\n",
+          table(["trial", *columns], [[r["trial"], *(r[c] or None for c in columns)] for r in rows])]
     if drawn:
-        md.append(figures.draw(path.parent.name, "Validation perplexity against each hyperparameter", paint_search(rows, rungs, drawn),
-                               panels=len(drawn), width=2.2))
+        md.append(figures.draw(path.parent.name, "Validation perplexity against each hyperparameter",
+                               paint_search(rows, rungs, drawn), len(drawn), width=2.2))
     return md
 
 
@@ -611,7 +619,7 @@ def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
             except ValueError as e:
                 gaps[run.name, domain.name] = str(e)
     figures, js = Figures(out), {}
-    md = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; the top of eval.py defines every number.\n",
+    md = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines every number at its top.\n",
           *(f"Left out: {reason}.\n" for reason in missing)]
     md += section_summary(runs, figures, js) + section_curves(runs, figures, js) + section_stages(runs, figures, js)
     md += section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js)
@@ -640,7 +648,9 @@ def token_table(run, text, dtype):
         limit = len(ids) if run.model.recurrent else run.model.config.block_size
         hidden, _ = run.model(torch.tensor([[run.tokenizer.eos, *ids[:-1]][:limit]], device=device))
         likeliest = run.model.unembed(hidden)[0].argmax(-1).tolist() + [None] * (len(ids) - limit)
-    piece = lambda i: "" if i is None else run.tokenizer.words[i] if run.tokenizer.kind == "word" else repr(run.tokenizer.decode([i]))[1:-1]
+
+    def piece(i):
+        return "" if i is None else run.tokenizer.words[i] if run.tokenizer.kind == "word" else repr(run.tokenizer.decode([i]))
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
     for i, loss, guess in zip(ids, losses, likeliest):
         print(f"{piece(i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {piece(guess)}")
@@ -649,12 +659,14 @@ def token_table(run, text, dtype):
 
 def parser():
     p = data.Parser(description="Compare trained models across domains: tables, figures, one report.",
-                    epilog='examples: python eval.py --domains climate wikitext2 my.txt;  python eval.py --run runs/lstm-ptb --text "the market fell"')
+                    epilog='example: python eval.py --domains wikitext2 my.txt; or: '
+                           'python eval.py --run runs/lstm-ptb --text "the market fell"')
     p.add_argument("--runs", nargs="+", metavar="RUN", help="folders of runs (default: all under runs/)")
-    p.add_argument("--domains", nargs="+", metavar="TEXT", help=f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, or a UTF-8 "
-                   "file (default: the other embedded languages; for runs on real text, wikitext2 where it is on disk)")
+    p.add_argument("--domains", nargs="+", metavar="TEXT", help=f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, "
+                   "or a UTF-8 file (default: the other embedded languages; for runs on real text, wikitext2 if it is on disk)")
     p.add_argument("--out", help="folder of the report (default: runs/report)")
-    p.add_argument("--sentences", type=int, default=200, metavar="N", help="sentences read of each domain (default: %(default)s)")
+    p.add_argument("--sentences", type=int, default=200, metavar="N",
+                   help="sentences read of each domain (default: %(default)s)")
     p.add_argument("--prompt", default="the meaning of life is", help="what the samples continue (default: %(default)s)")
     p.add_argument("--run", help="with --text: one run")
     p.add_argument("--text", help="with --run: a sentence, whose loss is printed token by token")

@@ -826,8 +826,6 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)                                                 # gloo's threads now and then abort a slow exit
 
 
 if __name__ == "__main__":
