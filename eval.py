@@ -143,8 +143,9 @@ class Domain:
 
 
 def read_domain(name):
-    """Held-out text: the test split of an embedded language, the validation split of a downloaded corpus, the whole of a
-    file or article. UserError if it cannot be had or holds no sentence."""
+    """Held-out text: the test split of an embedded language (a document is read as one sentence, because only a document
+    can be read afresh there: it begins by saying who it is about), the validation split of a downloaded corpus, the
+    whole of a file or article. UserError if it cannot be had or holds no sentence."""
     if name in data.CORPORA:
         texts = data.documents(name, "test" if name in data.DOMAINS else "valid")
     else:
@@ -155,7 +156,9 @@ def read_domain(name):
         size += len(text)
         if size > TEXT_CHARACTERS:
             break
-    found = [s for s in sentences("\n".join(parts)) if any(ch.isalnum() for ch in s)]
+    text = re.sub(r" @([-,.])@ ", r"\1", "\n".join(parts))                    # WikiText's marks inside words and numbers
+    found = [s.strip() for s in parts] if name in data.DOMAINS else sentences(text)
+    found = [s for s in found if any(ch.isalnum() for ch in s)]
     if not found:
         raise UserError(f"{name} holds no sentence to read")
     label = name if name in data.CORPORA or name.startswith("wikipedia:") else Path(name).name
@@ -272,17 +275,13 @@ def compare_frequencies(train, domain, n_words=12):
 
 
 def frequency_and_loss(train, domain, tokenizer, scored):
-    """Pearson's correlation, over the tokens of a text, of how much more frequent a word is there than in training (log
-    ratio, half a count added) with its loss. Negative: words that are rarer in training cost more."""
+    """Pearson's correlation, over the tokens of a text, of a word's log-frequency ratio (how much rarer it was in training
+    than it is here; half a count added) with its loss."""
     if len(set(scored["ids"])) < 3:
         return None
     n, m = sum(train.values()), sum(domain.values())
-    unknown = sum(c for w, c in domain.items() if w not in tokenizer.ids)
-    ratio = []
-    for i in scored["ids"]:
-        word = tokenizer.words[i]
-        in_domain = domain[word] + (unknown if word == "<unk>" else 0)
-        ratio.append(math.log((train[word] + 0.5) / (n + 0.5)) - math.log((in_domain + 0.5) / (m + 0.5)))
+    words = [tokenizer.words[i] for i in scored["ids"]]
+    ratio = [math.log((domain[w] + 0.5) / (m + 0.5)) - math.log((train[w] + 0.5) / (n + 0.5)) for w in words]
     return float(np.corrcoef(ratio, scored["losses"])[0, 1]) if np.std(ratio) > 0 and np.std(scored["losses"]) > 0 else None
 
 
@@ -342,7 +341,7 @@ class Figures:
             matplotlib.use("Agg")
             import matplotlib.pyplot as plt
             plt.rcParams.update({"figure.dpi": 150, "savefig.bbox": "tight", "font.size": 9, "axes.grid": True,
-                                 "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+                                 "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False})
             self.plt = plt
         except ImportError:
             self.plt = None
@@ -388,9 +387,23 @@ def paint_bars(groups, labels, ylabel, log=True):
                      hatch=("", "//", "..", "xx")[k % 4], edgecolor="white")
         if log:
             axes.set_yscale("log")
+            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis("{x:,.0f}")
         axes.set_xticks(range(len(labels)), labels, fontsize=7)
         axes.set_ylabel(ylabel)
         axes.legend(fontsize=7)
+    return paint
+
+
+def paint_memory(losses, labels):
+    def paint(axes):
+        for k, (name, row) in enumerate(losses.items()):
+            points = [(j, v) for j, v in enumerate(row) if v is not None]
+            axes.plot(*zip(*points), **style(k), marker=MARKERS[k % len(MARKERS)], label=name)
+        axes.axhline(math.log(20), color="grey", linewidth=0.8, linestyle=":", label="a guess: ln 20")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set(xlabel="words since the name was last said", ylabel="loss at the repeated name (nats)", ylim=(-0.1, 3.4))
+        axes.legend(fontsize=7, loc="center left")
     return paint
 
 
@@ -431,7 +444,7 @@ def number(value, digits=2):
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
+    return f"{value:,.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 
 def table(header, rows):
@@ -469,12 +482,16 @@ def summary(runs):
 
 
 def at_stages(run):
-    """{column: [perplexity at each of STAGES]} from the log: the last evaluation up to that share of the training."""
-    rows = [r for r in run.log if "val_ppl" in r]
-    columns = sorted({k for r in rows for k in r if k == "val_ppl" or k.startswith("ppl_")}, reverse=True)
-    end = max((r["step"] for r in run.log), default=0)
-    return {c: [next((r[c] for r in reversed(rows) if c in r and 0 < r["step"] <= s * end * 1.001), None) for s in STAGES]
-            for c in columns} if end else {}
+    """{column: [perplexity at each of STAGES]} from the log: the evaluation nearest to that share of the training, None
+    where there is none within 3 %."""
+    rows = [r for r in run.log if r["step"] > 0]
+    end = max((r["step"] for r in rows), default=0)
+    columns = sorted({c for r in rows for c in r if c == "val_ppl" or c.startswith("ppl_")}, reverse=True)
+
+    def near(column, share):
+        distance, value = min((abs(r["step"] / end - share), r[column]) for r in rows if column in r)
+        return value if distance <= 0.03 else None
+    return {c: [near(c, share) for share in STAGES] for c in columns}
 
 
 def section_summary(runs, figures, js):
@@ -520,7 +537,8 @@ def section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js
         md += [f"### {domain.name}\n"]
         if able:
             each = [[text, *(s["sentences"][k] for s in here.values())] for k, text in enumerate(kept[:20])]
-            md += [table(header, rows), f"The first {len(each)} of {len(kept)} sentences (all are in report.json):\n",
+            md += [table(header, rows),
+                   f"Perplexity of the first {len(each)} of {len(kept)} sentences (all are in report.json):\n",
                    table(["sentence", *here], each)]
         missing = {run.name: gaps[run.name, domain.name] for run in runs if run not in able}
         md += [f"{name}: – ({reason}).\n" for name, reason in missing.items()]
@@ -548,7 +566,8 @@ def section_frequencies(runs, domains, scores, figures, js):
         train = Counter({w: int(c) for w, c in zip(words, counts) if c and w != "<eos>"})
         for domain in domains:
             able = [run for run in members if (run.name, domain.name) in scores]
-            said = Counter(w for s in domain.sentences for w in tokenizer.normalize(s) if w != "<eos>")
+            said = Counter(w if w in tokenizer.ids else "<unk>" for s in domain.sentences for w in tokenizer.normalize(s)
+                           if w != "<eos>")
             if not able or not said:
                 continue
             compared = compare_frequencies(train, said)
@@ -558,8 +577,8 @@ def section_frequencies(runs, domains, scores, figures, js):
                                   paint_frequencies(train, said, corpus_name, domain.name, compared["words"]), 2, height=3.8)
             correlations = ", ".join(f"{name} {number(value)}" for name, value in links.items())
             md += [f"### {corpus_name} and {domain.name}\n",
-                   f"Jensen-Shannon divergence {compared['divergence_bits']:.3f} bits. The correlation of a token's loss with how "
-                   f"much rarer its word was in training than it is here: {correlations}.\n", figure,
+                   f"Jensen-Shannon divergence {compared['divergence_bits']:.3f} bits. Correlation of a token's loss with how much "
+                   f"rarer its word was in training than it is here: {correlations}.\n", figure,
                    table(["word", f"per million in {corpus_name}", f"in {domain.name}", "z"],
                          [list(row.values()) for row in compared["words"]])]
     return md
@@ -579,8 +598,7 @@ def section_memory(runs, dtype, figures, js):
             "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is the "
             "floor. A guess among the 20 names costs ln 20 = 3.00.\n",
             table(["run", *labels], [[name, *row] for name, row in losses.items()] + [["floor", *floor], ["cases", *cases]]),
-            figures.draw("memory", "Loss at the repeated name",
-                         paint_bars(losses, labels, "nats at the repeated name", log=False), width=5.5)]
+            figures.draw("memory", "Loss at the repeated name", paint_memory(losses, labels), width=5)]
 
 
 def section_samples(runs, prompt, dtype, js):
@@ -619,7 +637,7 @@ def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
             except ValueError as e:
                 gaps[run.name, domain.name] = str(e)
     figures, js = Figures(out), {}
-    md = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines every number at its top.\n",
+    md = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines all at its top.\n",
           *(f"Left out: {reason}.\n" for reason in missing)]
     md += section_summary(runs, figures, js) + section_curves(runs, figures, js) + section_stages(runs, figures, js)
     md += section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js)

@@ -184,11 +184,11 @@ def test_frequencies_against_the_formulas():
 
 def test_the_link_between_frequency_and_loss_is_pearsons():
     run = words_run()
-    train_counts, said = Counter(wa=50, wb=5), Counter(wa=2, wb=2, wc=3, zebra=1)
+    train_counts, said = Counter(wa=50, wb=5), Counter({"wa": 2, "wb": 2, "wc": 3, "<unk>": 1})
     scored = {"ids": [3, 4, 5, 1, 3], "losses": np.array([1.0, 2.0, 5.0, 4.0, 1.5])}
-    ratio = [math.log((t + 0.5) / 55.5) - math.log((d + 0.5) / 8.5) for t, d in ((50, 2), (5, 2), (0, 3), (0, 1), (50, 2))]
+    ratio = [math.log((d + 0.5) / 8.5) - math.log((t + 0.5) / 55.5) for t, d in ((50, 2), (5, 2), (0, 3), (0, 1), (50, 2))]
     got = evaluation.frequency_and_loss(train_counts, said, run.tokenizer, scored)
-    assert got == pytest.approx(np.corrcoef(ratio, scored["losses"])[0, 1]) and got < -0.5
+    assert got == pytest.approx(np.corrcoef(ratio, scored["losses"])[0, 1]) and got > 0.5
     assert evaluation.frequency_and_loss(train_counts, said, run.tokenizer, {"ids": [3, 3], "losses": np.ones(2)}) is None
 
 
