@@ -51,10 +51,10 @@ DEFAULTS = {
 REAL_TEXT = {
     "rnn": dict(n_embd=384, n_layer=1, batch_size=32, block_size=35, lr=3e-3, dropout=0.3,
                 dropout_input=0.2, dropout_embed=0.05, weight_decay=0.02, epochs=10.0),
-    "lstm": dict(n_embd=384, n_layer=2, batch_size=32, block_size=35, lr=6e-3, dropout=0.3,
-                 dropout_hidden=0.2, dropout_input=0.2, dropout_embed=0.05, weight_decay=0.02, epochs=10.0),
-    "transformer": dict(n_embd=256, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=3e-3,
-                        dropout=0.2, weight_decay=0.1, epochs=10.0),
+    "lstm": dict(n_embd=512, n_layer=1, batch_size=32, block_size=70, lr=1.1e-2, dropout=0.3,
+                 dropout_hidden=0.2, dropout_input=0.2, dropout_embed=0.05, weight_decay=0.05, epochs=10.0),
+    "transformer": dict(n_embd=128, n_layer=6, n_head=4, batch_size=16, block_size=64, lr=5e-3,
+                        dropout=0.1, weight_decay=0.6, epochs=10.0),
 }
 
 

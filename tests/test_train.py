@@ -394,7 +394,7 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
     with open(trials) as f:
         table = list(csv.DictReader(f))
     assert len(table) == 7 and [sum(bool(r[f"val_ppl_{k}"]) for r in table) for k in (1, 2, 3)] == [7, 3, 1]
-    assert table[0]["n_embd"] == "384" and table[0]["lr"] == "0.006"            # trial 0: the defaults for real text
+    assert table[0]["n_embd"] == "512" and table[0]["lr"] == "0.011"            # trial 0: the defaults for real text
     assert all(r["n_embd"] in ("8", "16") for r in table[1:])
     assert all(r["weight_decay"] == "0.2" for r in table)                      # typed, so not drawn
     first = sorted(float(r["val_ppl_1"]) for r in table)
