@@ -409,7 +409,7 @@ def word_pieces(chunk, known=()):
             words.append("N")
         elif split:
             words.extend(split.groups())
-        elif piece == "." and words and words[-1] + "." in known:       # the end of an abbreviation
+        elif piece == "." and words and words[-1] + "." in known and "\u00b0" not in low:       # the end of an abbreviation
             words[-1] += "."
         else:
             words.append(piece)
@@ -610,7 +610,7 @@ def source_file(name, split):
 def article(title):
     """The file with the plain text of a Wikipedia article, downloaded through the API where it is missing."""
     title = title.replace("_", " ").strip()
-    path = data_dir() / "wikipedia" / (re.sub(r"[^\w(),-]+", "_", title) + ".txt")
+    path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
     if path.exists():
         return path
     query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json", "formatversion": 2,

@@ -15,7 +15,8 @@ Definitions, with l_i = -log p(token i | all tokens before it in its text), in n
 A model that knows few words meets <unk> often and predicts it easily, so perplexity flatters it. Bits per character
 does not: each unknown word is also charged its spelling, under a letter-bigram model fitted on the training vocabulary:
 p(word) = prod_k p(c_k | c_k-1), add-one smoothed, with an end mark; a letter the vocabulary never has is charged 21
-bits more (the size of Unicode). Characters are those of the normalised words, one space after each.
+bits more (the size of Unicode). An <unk> that stands in the text itself has no spelling to charge. Characters are those of
+the normalised words, one space after each; byte-pair tokenizers read, and are charged for, the text as it is.
 
 Word frequencies are compared by the log-odds of Monroe, Colaresi & Quinn ("Fightin' Words", 2008, section 3.4): counts
 y_w of n words in a text, plus a prior of a_w = 1000 * p(w in both texts together); d_w = log((y_w + a_w) / (n + 1000 -
@@ -30,7 +31,7 @@ import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,9 @@ class Run:
     model: object
     tokenizer: object
     log: list                                   # rows of log.csv: {column: number}, empty cells left out
-    result: dict                                # result.json; {} while there is none
-    args: dict = field(default_factory=dict)
+    result: dict                                # result.json; {} while the training is not finished
+    args: dict                                  # of train.py
+    steps: int = 0                              # planned
 
     @property
     def corpus(self):
@@ -65,11 +67,11 @@ class Run:
 
 
 def read_log(path):
-    """The rows of log.csv as {column: float}. A row that was cut off while it was written is left out."""
+    """The rows of log.csv as {column: float}. What follows the last new line was cut off while it was written."""
     if not path.exists():
         return []
     with open(path, newline="", errors="replace") as f:
-        header, *rows = list(csv.reader(f)) or [[]]
+        header, *rows = list(csv.reader(f.read().split("\n")[:-1])) or [[]]
     out = []
     for row in rows:
         try:
@@ -90,10 +92,11 @@ def open_run(folder, device):
             result = json.loads((Path(folder) / "result.json").read_text())
         except ValueError:
             print(f"{folder}/result.json is damaged and left out", file=sys.stderr)
-    args = result.get("args")
+    args, steps = result.get("args"), result.get("steps", 0)
     if args is None and (Path(folder) / "last.pt").exists():                # not finished
-        args = read_checkpoint(Path(folder) / "last.pt").get("args")
-    return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), result, args or {})
+        checkpoint = read_checkpoint(Path(folder) / "last.pt")
+        args, steps = checkpoint.get("args"), checkpoint.get("steps") or 0
+    return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), result, args or {}, steps)
 
 
 def find_runs(folder="runs"):
@@ -103,10 +106,11 @@ def find_runs(folder="runs"):
 
 # ------------------------------------------------------------------------------------------------- text and sentences
 
-ABBREVIATIONS = set("mr mrs ms dr prof st jr sr vs etc inc corp co ltd no fig figs eq eqs vol ed eds pp cf ca approx est al "
-                    "e.g i.e u.s u.k u.n a.m p.m jan feb mar apr jun jul aug sep sept oct nov dec gen col gov sen rep".split())
-OPENERS = set("The A An In On At It Its This That These Those He She They We I But And However For From By As With When While "
-              "After Since If There".split())
+NEVER_LAST = set("mr mrs ms dr prof st gen col gov sen rep fig figs eq eqs vol ed eds pp cf ca approx vs e.g i.e".split())
+ABBREVIATIONS = NEVER_LAST | set("jr sr etc inc corp co ltd est al u.s u.k u.n a.m p.m jan feb mar apr jun jul aug sep sept oct "
+                                 "nov dec".split())
+OPENERS = set("The A An In On At It Its This That These Those He She They We I But And However For From By As With When "
+              "While After Since If There".split())
 BOUNDARY = re.compile(r"""([.!?]+)((?:["'\u2019\u201d)\]]|\[[^\]\s]{1,12}\])*)(\s+)(?=(\S+))""")
 
 
@@ -120,13 +124,17 @@ def sentences(text):
             continue
         start = 0
         for m in BOUNDARY.finditer(line):
-            before = line[start:m.start()].split(" ")[-1].lstrip("([\"'\u201c\u2018")
+            words = line[start:m.start()].split()
+            before = words[-1].lstrip("([\"'\u201c\u2018") if words else ""
             follows = m[4].lstrip("([\"'\u201c\u2018")
             standing_alone = line[m.start() - 1:m.start()].isspace()                # tokenized text: " . "
             ends = standing_alone or not follows[:1].islower()
-            if m[1] == "." and not standing_alone:
-                short = before.lower() in ABBREVIATIONS or re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", before) and before != "I"
-                ends = ends and (not short or "." in before and follows in OPENERS)
+            if m[1] == "." and not standing_alone and before != "I":
+                unit = before.islower() and len(words) > 1 and words[-2][-1:].isdigit()         # 5 m. Then
+                initial = re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", before) and not unit
+                number = before.lower() == "no" and follows[:1].isdigit()
+                ends = ends and not number and before.lower() not in NEVER_LAST and (
+                    follows in OPENERS or not (initial or before.lower() in ABBREVIATIONS))
             if ends:
                 found.append(line[start:m.end(2)].strip())
                 start = m.end()
@@ -135,17 +143,10 @@ def sentences(text):
     return found
 
 
-@dataclass
-class Domain:
-    """A text to read: its name, its sentences as raw text."""
-    name: str
-    sentences: list
-
-
 def read_domain(name):
-    """Held-out text: the test split of an embedded language (a document is read as one sentence, because only a document
-    can be read afresh there: it begins by saying who it is about), the validation split of a downloaded corpus, the
-    whole of a file or article. UserError if it cannot be had or holds no sentence."""
+    """The sentences, as raw text, of the test split of an embedded language (there a document is read as one sentence,
+    because only a document can be read afresh: it begins by saying who it is about), of the validation split of a
+    downloaded corpus, or of a whole file or article. UserError if it cannot be had or holds no sentence."""
     if name in data.CORPORA:
         texts = data.documents(name, "test" if name in data.DOMAINS else "valid")
     else:
@@ -156,41 +157,32 @@ def read_domain(name):
         size += len(text)
         if size > TEXT_CHARACTERS:
             break
-    text = re.sub(r" @([-,.])@ ", r"\1", "\n".join(parts))                    # WikiText's marks inside words and numbers
-    found = [s.strip() for s in parts] if name in data.DOMAINS else sentences(text)
+    found = [part.strip() for part in parts] if name in data.DOMAINS else sentences("".join(parts))
     found = [s for s in found if any(ch.isalnum() for ch in s)]
     if not found:
         raise UserError(f"{name} holds no sentence to read")
-    label = name if name in data.CORPORA or name.startswith("wikipedia:") else Path(name).name
-    return Domain(label, found)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
 @torch.no_grad()
-def losses_afresh(model, texts, eos, dtype=None, batch_tokens=4096):
+def losses_afresh(model, texts, eos, dtype=None, group=32):
     """[-log p of every token, float64 array] for each of texts (lists of ids), each read afresh after the end token.
     Texts of like length are read side by side, padded on the right, where a causal model cannot see it."""
     device = next(model.parameters()).device
-    limit = math.inf if model.recurrent else model.config.block_size
-    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
-    out, group = [None] * len(texts), []
-    for position, k in enumerate(order):
-        if len(texts[k]) > limit:
-            out[k] = token_losses(model, [eos, *texts[k]], dtype=dtype).numpy()
-            continue
-        group.append(k)
-        following = order[position + 1] if position + 1 < len(order) else None
-        if following is None or len(texts[following]) > limit or (len(group) + 1) * len(texts[following]) > batch_tokens:
-            targets = torch.full((len(group), max(1, len(texts[k]))), -1)
-            for row, g in enumerate(group):
-                targets[row, :len(texts[g])] = torch.tensor(texts[g], dtype=torch.long)
-            inputs = torch.cat([torch.full((len(group), 1), eos), targets[:, :-1].clamp(min=0)], 1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                nll = model.nll(model(inputs.to(device))[0], targets.to(device)).cpu().double().numpy()
-            for row, g in enumerate(group):
-                out[g] = nll[row, :len(texts[g])]
-            group = []
+    limit = 4096 if model.recurrent else model.config.block_size
+    out = [None if len(t) <= limit else token_losses(model, [eos, *t], dtype=dtype).numpy() for t in texts]
+    order = sorted((k for k, t in enumerate(texts) if len(t) <= limit), key=lambda k: len(texts[k]))
+    for members in (order[at:at + group] for at in range(0, len(order), group)):
+        targets = torch.full((len(members), max(1, len(texts[members[-1]]))), -1)
+        for row, k in enumerate(members):
+            targets[row, :len(texts[k])] = torch.tensor(texts[k], dtype=torch.long)
+        inputs = torch.cat([torch.full((len(members), 1), eos), targets[:, :-1].clamp(min=0)], 1).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            nll = model.nll(model(inputs)[0], targets.to(device)).cpu().double().numpy()
+        for row, k in enumerate(members):
+            out[k] = nll[row, :len(texts[k])]
     return out
 
 
@@ -211,52 +203,51 @@ class Speller:
                    for a, b in zip("\n" + word, word + "\n"))
 
 
+def in_words(tokenizer, sentence):
+    """A sentence as words in a word tokenizer's conventions, unknown ones still spelled out."""
+    if "@-@" not in tokenizer.ids:                                          # WikiText's marks inside words and numbers
+        sentence = re.sub(r" @([-,.])@ ", r"\1", sentence)
+    return [w for w in tokenizer.normalize(sentence) if w != "<eos>"]
+
+
 def read_sentence(tokenizer, sentence):
-    """-> (ids, unknown words, characters) of a sentence in this tokenizer's conventions; ValueError for a word that a
-    vocabulary without <unk> does not have."""
+    """-> (ids, unknown words, characters) of a sentence; ValueError for a word that a vocabulary without <unk> lacks."""
     if tokenizer.kind != "word":
-        ids = tokenizer.encode(sentence)
-        return ids, [], len(sentence) + 1
-    words = [w for w in tokenizer.normalize(sentence) if w != "<eos>"]
+        return tokenizer.encode(sentence), [], len(sentence) + 1
+    words = in_words(tokenizer, sentence)
     unknown = [w for w in words if w not in tokenizer.ids or w == "<unk>"]
     if unknown and tokenizer.unk is None:
         raise ValueError(f"its vocabulary has no {unknown[0]!r}")
     return [tokenizer.ids.get(w, tokenizer.unk) for w in words], unknown, sum(len(w) + 1 for w in words)
 
 
-def score(run, sentence_list, dtype):
-    """The perplexities of sentences under a run's model: the definitions at the top of this file. ValueError if they
-    cannot be read with its vocabulary, or nothing is left of them."""
+def score(run, sentence_list, dtype, ends=False):
+    """The perplexities of sentences under a run's model: the definitions at the top of this file. ends: the end token
+    after each is predicted too, as documents have it. ValueError if they cannot be read with the run's vocabulary."""
     read = [read_sentence(run.tokenizer, s) for s in sentence_list]
     kept = [k for k, (ids, _, _) in enumerate(read) if ids]
     if not kept:
         raise ValueError("nothing in it is a word of its vocabulary")
-    speller = Speller(w for w in getattr(run.tokenizer, "words", ()) if w not in ("<unk>", "<eos>"))
-    losses = losses_afresh(run.model, [read[k][0] for k in kept], run.tokenizer.eos, dtype)
-    nats, tokens = sum(v.sum() for v in losses), sum(len(v) for v in losses)
+    texts = [read[k][0] + [run.tokenizer.eos] * ends for k in kept]
+    losses = losses_afresh(run.model, texts, run.tokenizer.eos, dtype)
     unknown = [w for k in kept for w in read[k][1]]
-    spelling = sum(speller.bits(w) for w in unknown)
-    each = [None] * len(sentence_list)
+    speller = Speller(w for w in getattr(run.tokenizer, "words", ()) if w not in ("<unk>", "<eos>"))
+    spelling = sum(speller.bits(w) for w in unknown if w != "<unk>")
+    each, nats = [None] * len(sentence_list), np.concatenate(losses)
     for k, v in zip(kept, losses):
         each[k] = math.exp(min(v.mean(), 700))
-    ids = [i for k in kept for i in read[k][0]]
-    return {"sentences": each, "mean": statistics.fmean(each[k] for k in kept), "corpus": math.exp(min(nats / tokens, 700)),
-            "tokens": tokens, "unknown": len(unknown) / tokens,
-            "bits_per_character": (nats / math.log(2) + spelling) / sum(read[k][2] for k in kept),
-            "ids": ids, "losses": np.concatenate(losses)}
-
-
-def whole_documents(run, domain_name, dtype):
-    """Perplexity of an embedded language's test documents, names and end tokens included, to hold beside its floor."""
-    ids = [run.tokenizer.encode(text) for text in data.documents(domain_name, "test")]
-    losses = losses_afresh(run.model, ids, run.tokenizer.eos, dtype)
-    return math.exp(np.concatenate(losses).mean())
+    characters = sum(read[k][2] for k in kept)
+    return {"sentences": each, "mean": statistics.fmean(each[k] for k in kept), "corpus": math.exp(min(nats.mean(), 700)),
+            "tokens": len(nats), "unknown": len(unknown) / len(nats), "characters": characters,
+            "bits_per_character": (nats.sum() / math.log(2) + spelling) / characters,
+            "ids": [i for ids in texts for i in ids], "losses": nats}
 
 
 # -------------------------------------------------------------------------------------------------- word frequencies
 
 def compare_frequencies(train, domain, n_words=12):
-    """Two Counters of words -> the distance of their distributions, and the words that differ most."""
+    """Two Counters of words -> the distance of their distributions, and the words that differ most. At least two words
+    are needed."""
     n, m = sum(train.values()), sum(domain.values())
     words = list(train | domain)
     y, x = (np.array([c[w] for w in words], float) for c in (train, domain))
@@ -268,21 +259,21 @@ def compare_frequencies(train, domain, n_words=12):
     p, q = y / n, x / m
     middle = (p + q) / 2
     parts = [np.sum(v[v > 0] * np.log2(v[v > 0] / middle[v > 0])) / 2 for v in (p, q)]
-    order = np.argsort(-z)
+    order = np.argsort(-z, kind="stable")
+    shown = [k for k in order[:n_words] if z[k] > 0] + [k for k in order[::-1][:n_words] if z[k] < 0]
     rows = [{"word": words[k], "train_per_million": 1e6 * p[k], "domain_per_million": 1e6 * q[k], "z": float(z[k])}
-            for k in [*order[:n_words], *order[::-1][:n_words]]]
+            for k in shown]
     return {"divergence_bits": float(sum(parts)), "words": rows}
 
 
 def frequency_and_loss(train, domain, tokenizer, scored):
     """Pearson's correlation, over the tokens of a text, of a word's log-frequency ratio (how much rarer it was in training
     than it is here; half a count added) with its loss."""
-    if len(set(scored["ids"])) < 3:
-        return None
     n, m = sum(train.values()), sum(domain.values())
-    words = [tokenizer.words[i] for i in scored["ids"]]
-    ratio = [math.log((domain[w] + 0.5) / (m + 0.5)) - math.log((train[w] + 0.5) / (n + 0.5)) for w in words]
-    return float(np.corrcoef(ratio, scored["losses"])[0, 1]) if np.std(ratio) > 0 and np.std(scored["losses"]) > 0 else None
+    pairs = [(math.log((domain[w] + 0.5) / (m + 0.5)) - math.log((train[w] + 0.5) / (n + 0.5)), loss)
+             for w, loss in zip((tokenizer.words[i] for i in scored["ids"]), scored["losses"]) if w != "<eos>"]
+    ratio, loss = np.array(pairs).T
+    return float(np.corrcoef(ratio, loss)[0, 1]) if len(pairs) > 2 and ratio.std() > 0 and loss.std() > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------- memory, samples
@@ -426,7 +417,8 @@ def paint_search(rows, rungs, columns):
         for axes, column in zip(panels, columns):
             for k, rung in enumerate(rungs):
                 points = [(float(r[column]), float(r[rung])) for r in rows if r[rung] and math.isfinite(float(r[rung]))]
-                axes.scatter(*zip(*points), s=18, color=COLOURS[k], marker=MARKERS[k], label=f"rung {k + 1}")
+                if points:
+                    axes.scatter(*zip(*points), s=18, color=COLOURS[k], marker=MARKERS[k], label=f"rung {k + 1}")
             axes.set_xlabel(column)
             if column in ("lr", "weight_decay"):
                 axes.set_xscale("log")
@@ -448,44 +440,48 @@ def number(value, digits=2):
 
 
 def table(header, rows):
-    """A markdown table; None is a dash."""
-    cells = [[str(h) for h in header]] + [[number(v).replace("|", "\\|").replace("\n", " / ") for v in row] for row in rows]
+    """A markdown table; None is a dash, and <unk> is not taken for HTML."""
+    cells = [[str(h) for h in header]] + [[number(v).replace("|", "\\|").replace("<", "&lt;").replace("\n", " / ") for v in row]
+                                          for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
 
 
 def spread(values):
     """`mean ± deviation` of several seeds' values; one value stays a number."""
-    values = [v for v in values if v is not None]
     if len(values) < 2:
         return values[0] if values else None
     return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values))}"
 
 
 def summary(runs):
-    """The table's header and rows: one row per configuration; runs that differ in their seed alone share one."""
-    groups = defaultdict(list)
+    """The table's header and rows: one row per configuration; finished runs that differ in their seed alone share one."""
+    groups = defaultdict(dict)
     for run in runs:
         same = {k: v for k, v in run.args.items() if k not in ("seed", "run", "text")}
-        groups[json.dumps([run.corpus, same or run.name], sort_keys=True, default=str)].append(run)
+        key, seed = json.dumps([run.corpus, same], sort_keys=True, default=str), run.args.get("seed", "?")
+        if not run.result or seed in groups[key]:                           # not finished, or a copy: a row of its own
+            key += run.name
+        groups[key][seed] = run
     rows = []
     for members in groups.values():
-        def over_seeds(key):
-            return spread([run.result.get(key) for run in members])
-        first = members[0]
-        rows.append([first.name, first.args.get("model", "?"), first.corpus, sum(p.numel() for p in first.model.parameters()),
-                     over_seeds("val_ppl") or spread([min((r["val_ppl"] for r in run.log if "val_ppl" in r), default=None)
-                                                      for run in members]),
-                     over_seeds("test_ppl"), first.result.get("floor_ppl"), over_seeds("tokens_per_second"),
-                     over_seeds("seconds"), " ".join(str(run.args.get("seed", "?")) for run in members)])
+        first, results = next(iter(members.values())), [run.result for run in members.values()]
+        logged = [r["val_ppl"] for r in first.log if "val_ppl" in r]
+        over_seeds = {k: spread([r[k] for r in results if k in r]) for k in ("val_ppl", "test_ppl", "tokens_per_second", "seconds")}
+        if first.result or logged:
+            rows.append([first.name if first.result else f"{first.name} (unfinished)", first.args.get("model", "?"), first.corpus,
+                         sum(p.numel() for p in first.model.parameters()),
+                         over_seeds["val_ppl"] if first.result else min(logged), over_seeds["test_ppl"],
+                         first.result.get("floor_ppl"), over_seeds["tokens_per_second"], over_seeds["seconds"],
+                         " ".join(map(str, members))])
     return ["run", "model", "trained on", "parameters", "best validation", "test", "floor", "tokens/s", "seconds", "seeds"], rows
 
 
 def at_stages(run):
-    """{column: [perplexity at each of STAGES]} from the log: the evaluation nearest to that share of the training, None
-    where there is none within 3 %."""
+    """{column: [perplexity at each of STAGES]} from the log: the evaluation nearest to that share of the planned steps,
+    None where there is none within 3 %."""
     rows = [r for r in run.log if r["step"] > 0]
-    end = max((r["step"] for r in rows), default=0)
+    end = run.steps or max((r["step"] for r in rows), default=0)
     columns = sorted({c for r in rows for c in r if c == "val_ppl" or c.startswith("ppl_")}, reverse=True)
 
     def near(column, share):
@@ -514,40 +510,43 @@ def section_stages(runs, figures, js):
     labels = [f"{s:.0%}" for s in STAGES]
     md = ["## Perplexity at stages of the training (Figure 2)\n",
           table(["run", "text", *labels], [[*k, *v] for k, v in series.items()])]
+    if not any(text != "in domain" for _, text in series):
+        md.append("Only in domain: train with `--also climate`, say, to log another text's perplexity too.\n")
     if 0 < len(series) <= 12:
         bars = {f"{name}, {text}": values for (name, text), values in series.items()}
         md.append(figures.draw("stages", "Perplexity at stages", paint_bars(bars, labels, "perplexity"), width=6.5))
     return md
 
 
-def section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js):
+def section_domains(runs, domains, scores, gaps, n_sentences, figures, js):
     md, js["domains"] = ["## Other domains (Table 1)\n"], {}
-    for domain in domains:
-        able = [run for run in runs if (run.name, domain.name) in scores]
-        floor = data.floor(domain.name, "test")
-        header = ["run", "mean of sentence perplexities", "corpus perplexity", "tokens", "unknown words", "bits per character"]
-        here = {run.name: scores[run.name, domain.name] for run in able}
-        rows = [[name, s["mean"], s["corpus"], s["tokens"], f"{s['unknown']:.1%}", s["bits_per_character"]]
-                for name, s in here.items()]
-        if floor:
-            header.append(f"whole documents (floor {floor:.2f})")
-            for run, row in zip(able, rows):
-                row.append(whole_documents(run, domain.name, dtype) if run.tokenizer.kind == "word" else None)
-        kept = domain.sentences[:n_sentences]
-        md += [f"### {domain.name}\n"]
-        if able:
-            each = [[text, *(s["sentences"][k] for s in here.values())] for k, text in enumerate(kept[:20])]
-            md += [table(header, rows),
-                   f"Perplexity of the first {len(each)} of {len(kept)} sentences (all are in report.json):\n",
-                   table(["sentence", *here], each)]
-        missing = {run.name: gaps[run.name, domain.name] for run in runs if run not in able}
-        md += [f"{name}: – ({reason}).\n" for name, reason in missing.items()]
-        js["domains"][domain.name] = {"sentences": kept, "floor": floor, "gaps": missing, "runs": {
-            name: {k: v for k, v in s.items() if k not in ("ids", "losses")} for name, s in here.items()}}
+    if len({run.tokenizer.vocab_size for run in runs}) > 1:
+        md.append("These runs have different vocabularies, so a token is not the same thing to them: compare their bits per "
+                  "character, and these only where the characters are the same too.\n")
+    for name, sentence_list in domains.items():
+        here = {run.name: scores[run.name, name] for run in runs if (run.name, name) in scores}
+        missing = {run.name: gaps[run.name, name] for run in runs if run.name not in here}
+        kept, floor = sentence_list[:n_sentences], None
+        md.append(f"### {name}\n")
+        if name in data.DOMAINS:
+            documents = data.embedded_documents(name, "test")[:n_sentences]
+            floor = math.exp(np.mean([v for words, _ in documents for v in data.language(name).nll(words)]))
+            md.append(f"The grammar's own perplexity on these documents, the floor for models with its vocabulary: {floor:.2f}.\n")
+        if here:
+            md += [table(["run", "mean of sentence perplexities", "corpus perplexity", "tokens", "unknown words", "characters",
+                          "bits per character"],
+                         [[run, s["mean"], s["corpus"], s["tokens"], f"{s['unknown']:.1%}", s["characters"], s["bits_per_character"]]
+                          for run, s in here.items()]),
+                   f"Perplexity of the first {min(20, len(kept))} of {len(kept)} sentences (all are in report.json):\n",
+                   table(["sentence", *here], [[text, *(s["sentences"][k] for s in here.values())]
+                                               for k, text in enumerate(kept[:20])])]
+        md += [f"{run}: – ({reason}).\n" for run, reason in missing.items()]
+        js["domains"][name] = {"sentences": kept, "floor": floor, "gaps": missing, "runs": {
+            run: {k: v for k, v in s.items() if k not in ("ids", "losses")} for run, s in here.items()}}
     if scores:
-        bits = {run.name: [scores.get((run.name, d.name), {}).get("bits_per_character") for d in domains] for run in runs}
+        bits = {run.name: [scores.get((run.name, d), {}).get("bits_per_character") for d in domains] for run in runs}
         md.append(figures.draw("domains", "Bits per character in each domain", width=6.5,
-                               paint=paint_bars(bits, [d.name for d in domains], "bits per character", log=False)))
+                               paint=paint_bars(bits, [Path(d).name for d in domains], "bits per character", log=False)))
     return md
 
 
@@ -559,53 +558,58 @@ def section_frequencies(runs, domains, scores, figures, js):
     for (corpus, words), members in groups.items():
         tokenizer, corpus_name = members[0].tokenizer, Path(corpus).stem
         try:
-            counts = np.bincount(data.encode_split(corpus, "train", tokenizer), minlength=len(words))
+            ids = data.encode_split(corpus, "train", tokenizer)
         except UserError as e:
             md.append(f"The text of {corpus} cannot be read: {e}.\n")
             continue
+        counts = sum(np.bincount(part, minlength=len(words)) for part in np.array_split(ids, len(ids) // (1 << 24) + 1))
         train = Counter({w: int(c) for w, c in zip(words, counts) if c and w != "<eos>"})
-        for domain in domains:
-            able = [run for run in members if (run.name, domain.name) in scores]
-            said = Counter(w if w in tokenizer.ids else "<unk>" for s in domain.sentences for w in tokenizer.normalize(s)
-                           if w != "<eos>")
-            if not able or not said:
+        for domain, sentence_list in domains.items():
+            able = [run for run in members if (run.name, domain) in scores]
+            said = Counter(w if w in tokenizer.ids else "<unk>" for s in sentence_list for w in in_words(tokenizer, s))
+            if not able or len(train | said) < 2:
                 continue
             compared = compare_frequencies(train, said)
-            links = {run.name: frequency_and_loss(train, said, tokenizer, scores[run.name, domain.name]) for run in able}
-            js["frequencies"][f"{corpus_name} and {domain.name}"] = compared | {"correlation": links}
-            figure = figures.draw(re.sub(r"\W+", "_", f"frequencies_{corpus_name}_{domain.name}"), "Word frequencies",
-                                  paint_frequencies(train, said, corpus_name, domain.name, compared["words"]), 2, height=3.8)
+            links = {run.name: frequency_and_loss(train, said, tokenizer, scores[run.name, domain]) for run in able}
+            js["frequencies"][f"{corpus} and {domain}"] = compared | {"correlation": links}
+            figure = figures.draw(f"frequencies_{len(js['frequencies'])}", "Word frequencies", panels=2, height=3.8,
+                                  paint=paint_frequencies(train, said, corpus_name, Path(domain).name, compared["words"]))
             correlations = ", ".join(f"{name} {number(value)}" for name, value in links.items())
-            md += [f"### {corpus_name} and {domain.name}\n",
-                   f"Jensen-Shannon divergence {compared['divergence_bits']:.3f} bits. Correlation of a token's loss with how much "
-                   f"rarer its word was in training than it is here: {correlations}.\n", figure,
-                   table(["word", f"per million in {corpus_name}", f"in {domain.name}", "z"],
+            md += [f"### {corpus_name} and {domain}\n",
+                   f"Jensen-Shannon divergence {compared['divergence_bits']:.3f} bits. Correlation of a token's loss with how "
+                   f"much rarer its word was in training than it is here: {correlations}.\n", figure,
+                   table(["word", f"per million in {corpus_name}", f"in {domain}", "z"],
                          [list(row.values()) for row in compared["words"]])]
     return md
 
 
 def section_memory(runs, dtype, figures, js):
-    runs = [run for run in runs if run.corpus in data.DOMAINS and run.tokenizer.kind == "word"]
-    if not runs:
-        return []
-    memory = {run.name: name_memory(run, dtype) for run in runs}
-    js["memory"] = {"distances": DISTANCES, **memory}
+    md = []
     labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
-    losses = {name: [cell and cell[0] for cell in cells] for name, cells in memory.items()}
-    floor = [cell and cell[1] for cell in next(iter(memory.values()))]
-    cases = [cell and cell[2] for cell in next(iter(memory.values()))]
-    return ["## Memory: the loss where a name must be repeated\n",
-            "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is the "
-            "floor. A guess among the 20 names costs ln 20 = 3.00.\n",
-            table(["run", *labels], [[name, *row] for name, row in losses.items()] + [["floor", *floor], ["cases", *cases]]),
-            figures.draw("memory", "Loss at the repeated name", paint_memory(losses, labels), width=5)]
+    for corpus in data.DOMAINS:
+        memory = {run.name: name_memory(run, dtype) for run in runs if run.corpus == corpus and run.tokenizer.kind == "word"}
+        if memory:
+            js.setdefault("memory", {"distances": DISTANCES})[corpus] = memory
+            losses = {name: [cell and cell[0] for cell in cells] for name, cells in memory.items()}
+            first = next(iter(memory.values()))
+            md += [f"### {corpus}\n", table(["run", *labels], [[name, *row] for name, row in losses.items()] + [
+                       ["floor", *(cell and cell[1] for cell in first)], ["cases", *(cell and cell[2] for cell in first)]]),
+                   figures.draw(f"memory_{corpus}", "Loss at the repeated name", paint_memory(losses, labels), width=5)]
+    return md and ["## Memory: the loss where a name must be repeated\n",
+                   "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is the "
+                   "floor. A guess among the 20 names costs ln 20 = 3.00.\n", *md]
 
 
 def section_samples(runs, prompt, dtype, js):
-    js["samples"] = {run.name: samples(run, prompt, dtype) for run in runs}
+    js["samples"], rows = {}, []
+    for run in runs:
+        try:
+            js["samples"][run.name] = samples(run, prompt, dtype)
+            rows += [[run.name, *row.values()] for row in js["samples"][run.name]]
+        except ValueError as e:                                             # longer than its context
+            rows.append([run.name, None, f"– ({e})", None, None, None])
     return ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{prompt}\"; the first is shown.\n",
-            table(["run", "temperature", "text", "distinct-1", "distinct-2", "perplexity under itself"],
-                  [[name, *row.values()] for name, rows in js["samples"].items() for row in rows])]
+            table(["run", "temperature", "text", "distinct-1", "distinct-2", "perplexity under itself"], rows)]
 
 
 def section_search(path, figures, js):
@@ -616,7 +620,7 @@ def section_search(path, figures, js):
         return []
     rungs = sorted(k for k in rows[0] if k.startswith("val_ppl_"))
     rows.sort(key=lambda r: [float(r[k] or "inf") for k in reversed(rungs)])
-    columns = [c for c in rows[0] if c not in ("trial", "diverged") and len({r[c] for r in rows}) > 1]
+    columns = [c for c in rows[0] if c in rungs or c not in ("trial", "diverged") and len({r[c] for r in rows}) > 1]
     drawn = [c for c in columns if c not in (*rungs, "tokens", "seconds", "params")]
     js.setdefault("search", {})[path.parent.name] = rows
     md = [f"## Search: {path.parent.name}\n",
@@ -630,17 +634,17 @@ def section_search(path, figures, js):
 def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
     """Write report.md, report.json and the figures into the folder `out`; -> the rows of the summary."""
     scores, gaps = {}, {}
-    for domain in domains:
+    for name, sentence_list in domains.items():
         for run in runs:
             try:
-                scores[run.name, domain.name] = score(run, domain.sentences[:n_sentences], dtype)
+                scores[run.name, name] = score(run, sentence_list[:n_sentences], dtype, ends=name in data.DOMAINS)
             except ValueError as e:
-                gaps[run.name, domain.name] = str(e)
+                gaps[run.name, name] = str(e)
     figures, js = Figures(out), {}
     md = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines all at its top.\n",
           *(f"Left out: {reason}.\n" for reason in missing)]
     md += section_summary(runs, figures, js) + section_curves(runs, figures, js) + section_stages(runs, figures, js)
-    md += section_domains(runs, domains, scores, gaps, n_sentences, dtype, figures, js)
+    md += section_domains(runs, domains, scores, gaps, n_sentences, figures, js)
     md += section_frequencies(runs, domains, scores, figures, js)
     md += section_memory(runs, dtype, figures, js) + section_samples(runs, prompt, dtype, js)
     for path in trials:
@@ -655,7 +659,7 @@ def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
 def token_table(run, text, dtype):
     """The loss of every token of a sentence, and what the model would have said."""
     try:
-        ids, _, _ = read_sentence(run.tokenizer, text)
+        ids, unknown, _ = read_sentence(run.tokenizer, text)
     except ValueError as e:
         raise UserError(f"{run.name} cannot read this: {e}; take words it was trained on") from e
     if not ids:
@@ -672,6 +676,8 @@ def token_table(run, text, dtype):
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
     for i, loss, guess in zip(ids, losses, likeliest):
         print(f"{piece(i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {piece(guess)}")
+    if unknown:
+        print(f"<unk> stands for: {', '.join(unknown)}")
     print(f"{len(ids)} tokens, {losses.mean():.3f} nats per token, perplexity {math.exp(min(losses.mean(), 700)):.2f}")
 
 
@@ -696,7 +702,7 @@ def parser():
 
 def default_domains(runs):
     trained = {run.corpus for run in runs}
-    names = [d for d in data.DOMAINS if trained & set(data.DOMAINS) and d not in trained]
+    names = [d for d in data.DOMAINS if trained & set(data.DOMAINS) and trained != {d}]
     if trained - set(data.DOMAINS) and "wikitext2" not in trained and (data.data_dir() / "wikitext2" / "valid.txt").exists():
         names.append("wikitext2")
     return names
@@ -728,18 +734,19 @@ def main(argv=None):
         raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")
     if len({run.name for run in runs}) < len(runs):
         raise UserError("two of these runs have the same name, and the tables could not tell them apart; rename one folder")
-    domains = []
+    domains = {}
     for name in args.domains or default_domains(runs):
         try:
-            domains.append(read_domain(name))
+            domains[name] = read_domain(name)
         except UserError as e:
             if args.domains:
                 raise
             missing.append(str(e))
     out.mkdir(parents=True, exist_ok=True)
-    trials = sorted(Path("runs").glob("search-*/trials.csv")) if not args.runs else []
+    write_atomically(out / "report.json", lambda f: f.write(b"{}\n"))       # marks the folder as ours, should this be cut off
+    trials = sorted(Path("runs").glob("*/trials.csv")) if not args.runs else []
     for row in report(runs, domains, missing, out, args.prompt, args.sentences, dtype, trials):
-        print("  ".join(f"{k} {number(v)}" for k, v in row.items() if k in ("run", "validation", "test", "floor")))
+        print("  ".join(f"{k} {number(v)}" for k, v in row.items() if k in ("run", "best validation", "test", "floor")))
     print(f"written to {out}/report.md")
 
 

@@ -115,20 +115,21 @@ def compiled_cell(device_type, dtype):
     not on a CPU, another dtype, no compiler. $CC chooses the compiler."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        source, library = Path(folder, "cell.c"), Path(folder, "cell.so")
-        source.write_text(CELL)
-        command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
-                   "-fPIC", "-shared", *["-DBF16"] * (dtype == torch.bfloat16), str(source), "-o", str(library)]
-        for openmp in (["-fopenmp"], []):                               # not every compiler has it; then one thread
-            try:
-                subprocess.run(command + openmp, check=True, capture_output=True, timeout=60)
-                functions = ctypes.CDLL(str(library)).cell_forward, ctypes.CDLL(str(library)).cell_backward
-            except (OSError, subprocess.SubprocessError):
-                continue
-            for f, n_arrays in zip(functions, (5, 7)):
-                f.argtypes, f.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * n_arrays, None
-            return functions
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *["-DBF16"] * (dtype == torch.bfloat16)]
+    for own in (["-march=native", "-fopenmp"], ["-march=native"], []):      # not every compiler has them
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                source, library = Path(folder, "cell.c"), Path(folder, "cell.so")
+                source.write_text(CELL)
+                compiler = shlex.split(os.environ.get("CC", "cc"))
+                subprocess.run([*compiler, *flags, *own, str(source), "-o", str(library)], check=True, capture_output=True,
+                               timeout=60)
+                loaded = ctypes.CDLL(str(library))
+        except (OSError, ValueError, subprocess.SubprocessError):
+            continue
+        for f, n_arrays in ((loaded.cell_forward, 5), (loaded.cell_backward, 7)):
+            f.argtypes, f.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * n_arrays, None
+        return loaded.cell_forward, loaded.cell_backward
     return None
 
 
@@ -177,7 +178,8 @@ class LSTMFunction(torch.autograd.Function):
     def backward(ctx, grad_h, grad_c):
         x, h, c, gates, w_ih, w_hh = ctx.saved_tensors
         T, B, H = grad_h.shape
-        da, dc, dh = x.new_empty(T, B, 4 * H), grad_c.clone(), x.new_zeros(B, H)
+        da, dh = x.new_empty(T, B, 4 * H), x.new_zeros(B, H)
+        dc = grad_c.clone(memory_format=torch.contiguous_format)        # the cell in C reads it row by row
         flat = da.unbind(0)
         cell = compiled_cell(x.device.type, x.dtype)
         if cell:

@@ -106,8 +106,9 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are whole: free some space "
-                        f"and go on with: python train.py --resume --run {path.parent}") from e
+        go_on = f"go on with: python train.py --resume --run {path.parent}" if (path.parent / "last.pt").exists() else "try again"
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are whole: free some space and "
+                        f"{go_on}") from e
 
 
 def read_checkpoint(path):
@@ -587,7 +588,7 @@ def draw(args, rng):
               rng.choice(space) for name, space in SEARCH_SPACE[args.model].items()}
     config |= {name: getattr(args, name) for name in config if name in args.typed}
     wider = 3 if args.model == "transformer" else 1
-    return config | {"n_hidden": args.n_hidden if "n_hidden" in args.typed else wider * config["n_embd"]}
+    return config | {"n_hidden": wider * config["n_embd"]}
 
 
 def search(args, corpora, device, dtype):
@@ -606,7 +607,10 @@ def search(args, corpora, device, dtype):
     scores = [f"val_ppl_{rung + 1}" for rung in range(len(sizes))]
     columns = ["trial", "params", "tokens", "seconds", "diverged", *configs[0], *scores]
     trials = {i: {"trial": i, **c} for i, c in enumerate(configs)}
-    path = folder / "trials.csv"
+    path, identity = folder / "trials.csv", folder / "search.json"
+    this = json.dumps({k: getattr(args, k) for k in ("model", "data", "tokenizer", "search", "minutes", "seed")})
+    if path.exists() and not (identity.exists() and identity.read_text() == this):
+        raise UserError(f"{path} is of another search; choose another folder with --run")
     if path.exists():
         with open(path, newline="") as f:
             kept = {int(row["trial"]): row for row in csv.DictReader(f)}
@@ -624,6 +628,7 @@ def search(args, corpora, device, dtype):
                 table.writeheader()
                 table.writerows(trials.values())
                 folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(identity, lambda f: f.write(this.encode()))
                 write_atomically(path, lambda f: f.write(text.getvalue().encode()))
             print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity {float(trials[i][score]):.1f}", flush=True)
         alive = sorted(alive, key=lambda i: float(trials[i][score]))[:-(-size // 3)]
@@ -631,6 +636,8 @@ def search(args, corpora, device, dtype):
     widths = {c: max(len(c), *(len(str(t.get(c, ""))) for t in order)) for c in columns}
     for row in [dict(zip(columns, columns)), *order]:
         print("  ".join(str(row.get(c, "")).rjust(widths[c]) for c in columns))
+    if not math.isfinite(float(order[0][scores[-1]])):
+        raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr held fixed")
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in configs[alive[0]].items())
     print(f"the best: python train.py --model {args.model} --data {args.data} --minutes {args.minutes:g} {flags}")
 
@@ -723,6 +730,8 @@ def arguments(argv=None):
             p.error(f"--{name.replace('_', '-')} must be at least 0 and below 1")
     if not 0 <= args.seed < 2 ** 63 or not 0 <= getattr(args, "weight_decay", 0) < math.inf or args.warmup < 0:
         p.error("--seed, --weight-decay and --warmup must not be negative (nor a seed reach 2^63)")
+    if args.search and ("n_hidden" in args.typed or "RANK" in os.environ):
+        p.error("--search runs in one process, and draws --n-hidden with --n-embd")
     if args.search and not args.minutes:
         p.error("--search needs --minutes: the time for all trials together")
     if "val" in args.also:

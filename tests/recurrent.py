@@ -38,6 +38,8 @@ def check_against_library(layer_type, library_type, shape, with_state):
 
     def loss(out, last):
         return sum((w * v).sum() for w, v in zip(weight, [out] + last))
+    # the gradients of out and of the last state arrive transposed, as they do from some losses
+    weight = [w.transpose(0, 1).contiguous().transpose(0, 1) for w in weight]
     ours = torch.autograd.grad(loss(out, as_list(last)), inputs + list(layer.parameters()))
     theirs = torch.autograd.grad(loss(expected, [s[0] for s in as_list(expected_last)]), inputs + list(library.parameters()))
     assert [n + "_l0" for n, _ in layer.named_parameters()] == [n for n, _ in library.named_parameters()]

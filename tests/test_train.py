@@ -405,9 +405,10 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
 
 
 def test_a_search_of_other_configurations_is_not_mixed_in(capsys):
-    Path("s").mkdir()
-    Path("s/trials.csv").write_text("trial,lr\n0,99\n")
-    assert "is of another search" in fails(capsys, "--search", "2", "--minutes", "0.05", "--run", "s")
+    options = ["--search", "1", "--run", "s", "--data", "small.txt", "--n-embd", "8", "--minutes"]
+    train.main([*options, "0.02"])
+    capsys.readouterr()
+    assert "is of another search" in fails(capsys, *options, "0.03")
 
 
 # --------------------------------------------------------------------------------------------- several processes
