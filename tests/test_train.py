@@ -506,7 +506,7 @@ def test_bad_input_ends_with_one_clear_line(capsys):
 
 def test_a_file_shorter_than_one_batch_says_how_much_is_needed(capsys):
     Path("short.txt").write_text("a few words here\n" * 60)
-    assert "too few for one batch of 32 rows of 35 tokens" in fails(capsys, "--data", "short.txt")
+    assert "too few for one batch of 32 rows of 70 tokens" in fails(capsys, "--data", "short.txt")
 
 
 def test_a_run_is_never_overwritten_silently(capsys):
