@@ -98,6 +98,22 @@ def data_dir():
     return Path(os.environ.get("DATA_DIR") or HERE / "data")
 
 
+def write_atomically(path, write):
+    """Call write(file) on a new file beside path, then rename it to path: path is the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        go_on = f"go on with: python train.py --resume --run {path.parent}" if (path.parent / "last.pt").exists() else "try again"
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are whole: free some space and "
+                        f"{go_on}") from e
+
+
 # ------------------------------------------------------------------------------------------- the embedded languages
 
 # One line a domain and class; a domain's words from the most to the least frequent. Verbs and nouns are inflected by
@@ -626,9 +642,7 @@ def article(title):
         answer.unlink(missing_ok=True)
     if not text.strip():
         raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its address")
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, lambda f: f.write(text.encode()))
     return path
 
 

@@ -38,9 +38,9 @@ import numpy as np
 import torch
 
 import data
-from data import UserError
+from data import UserError, write_atomically
 from sample import encode_prompt, generate
-from train import load_run, pick_device, pick_dtype, read_checkpoint, token_losses, write_atomically
+from train import load_run, pick_device, pick_dtype, read_checkpoint, token_losses
 
 TEXT_CHARACTERS = 1 << 20                       # of a domain's text, this much is read
 STAGES = (0.05, 0.1, 0.25, 0.5, 1.0)            # of the training, for Figure 2

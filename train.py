@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import UserError
+from data import UserError, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
 from transformer import Transformer, TransformerConfig
@@ -93,22 +93,6 @@ def join_processes(device):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def write_atomically(path, write):
-    """Call write(file) on a new file beside path, then rename it to path: path is the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        go_on = f"go on with: python train.py --resume --run {path.parent}" if (path.parent / "last.pt").exists() else "try again"
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are whole: free some space and "
-                        f"{go_on}") from e
 
 
 def read_checkpoint(path):
