@@ -23,6 +23,7 @@ whole words dropped from the embedding, one dropout mask for all time steps, emb
 
     python train.py --model rnn                      # trains it; see train.py
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,13 @@ def token_nll(logits, targets):
     return nll.masked_fill(targets < 0, 0.0)
 
 
+@functools.lru_cache(1)
+def scratch(n_rows, n_columns, dtype, device):
+    """Memory for logits, kept from step to step: fresh memory costs a CPU nearly as much as the product that is written
+    into it (700 x 200 x 10000 in bf16: 4.3 ms into fresh memory, 2.5 into this)."""
+    return torch.empty(n_rows, n_columns, dtype=dtype, device=device)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, a chunk of rows at a time.
 
@@ -149,9 +157,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         n_chunks = chunks(len(hidden), w.shape[0])
         total = torch.zeros((), dtype=acc, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden), None, None
+        memory = scratch(-(-len(hidden) // n_chunks), w.shape[0], w.dtype, w.device)
         for h, d_h, y in zip(hidden.chunk(n_chunks), d_hidden.chunk(n_chunks), targets.chunk(n_chunks)):
             row, at, keep = torch.arange(len(y), device=y.device), y.clamp(min=0), y >= 0
-            logits = F.linear(h, w, b)
+            logits = memory[:len(h)]
+            torch.mm(h, w.t(), out=logits) if b is None else torch.addmm(b, h, w.t(), out=logits)
             p = torch.softmax(logits, -1, out=logits)                        # float32 inside, whatever the dtype
             p_target = p[row, at].to(acc)
             total -= (p_target.clamp(min=1e-38).log() * keep).sum()          # the clamp: at most 87 nats are counted

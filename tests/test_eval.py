@@ -85,6 +85,11 @@ def test_an_unk_in_the_text_itself_is_unknown_but_has_no_spelling():
     assert got["bits_per_character"] == pytest.approx(sum(got["losses"]) / math.log(2) / len("wa <unk> wb "))
 
 
+def test_a_degree_sign_is_no_initial():
+    tokenizer = WordTokenizer(["<eos>", "<unk>", "N", "c", "c."])
+    assert evaluation.in_words(tokenizer, "at 1.1 °C. C. Lee") == ["at", "N", "c", "c.", "lee"]
+
+
 def test_wikitexts_marks_are_undone_where_the_vocabulary_does_not_have_them():
     plain, wiki = WordTokenizer(["<eos>", "<unk>", "N", "well-known"]), WordTokenizer(["<eos>", "<unk>", "N", "well", "@-@", "known"])
     assert evaluation.in_words(plain, "well @-@ known 1 @.@ 5") == ["well-known", "N"]
