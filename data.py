@@ -33,6 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter
@@ -50,6 +51,10 @@ SEPARATOR = "<|endoftext|>"             # between documents, in text; a word tok
 
 class UserError(Exception):
     """Something the user can put right. The message says what was wrong and what to type next, in one line."""
+
+
+class NotFound(UserError):
+    """A server has no such file."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -498,15 +503,65 @@ class GPT2Tokenizer:
         return {"kind": "gpt2"}
 
 
+# Qwen2 cuts a text into these pieces before any pair is merged; a digit stands alone
+QWEN2_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_letters():
+    """{letter: byte}: how vocab.json writes bytes. Printable ones stand for themselves, the others are the letters from
+    U+0100 on (GPT-2's convention)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
+
+
+class Qwen2Tokenizer:
+    """Qwen2's byte-pair encoding, through tiktoken. The text is brought into Unicode's NFC form first; added tokens
+    (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters: id}, merges ["a b",
+    ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the model, which may have ids that stand
+    for nothing. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
+    kind = "qwen2"
+
+    def __init__(self, vocab, merges, added, vocab_size):
+        import tiktoken
+        letters = byte_letters()
+        ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
+        made = [vocab[merge.replace(" ", "", 1)] for merge in merges]
+        if any(a >= b for a, b in zip(made, made[1:])) or len(ranks) != 256 + len(made):
+            raise ValueError("its token ids are not in the order of its merges")
+        self.vocab, self.merges, self.added, self.vocab_size = vocab, merges, added, vocab_size
+        self.encoding = tiktoken.Encoding("qwen2", pat_str=QWEN2_PIECES, mergeable_ranks=ranks, special_tokens=added)
+        self.known = set(ranks.values()) | set(added.values())
+        self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
+        self.eos = added[SEPARATOR]
+
+    def encode(self, text):
+        ids = []
+        for piece in self.split.split(text):
+            if piece in self.added:
+                ids.append(self.added[piece])
+            elif piece:
+                ids.extend(self.encoding.encode_ordinary(unicodedata.normalize("NFC", piece)))
+        return ids
+
+    def decode(self, ids):
+        return self.encoding.decode([i for i in ids if i in self.known], errors="replace")
+
+    def state(self):
+        return {"kind": "qwen2", "vocab": self.vocab, "merges": self.merges, "added": self.added, "vocab_size": self.vocab_size}
+
+
 def tokenizer_from(state):
-    return WordTokenizer(state["words"]) if state["kind"] == "word" else GPT2Tokenizer()
+    """The tokenizer that a checkpoint describes."""
+    kinds = {"word": WordTokenizer, "gpt2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer}
+    return kinds[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
 
 
 # --------------------------------------------------------------------------------------------------------- download
 
 def download(url, path, sha256=None, headers=None):
-    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and sha256 checked
-    (sha256 given, or sent by the publisher: Hugging Face's hub does so for large files).
+    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and digest checked
+    (sha256 given, or what the hub sends: a sha256 for large files, git's blob id for small ones). NotFound for a 404.
 
     Only a whole and checked file ever gets the name path. Raises UserError, naming the file to place by hand.
     """
@@ -524,6 +579,10 @@ def download(url, path, sha256=None, headers=None):
             size, published = fetch(url, part, headers)
         except requests.HTTPError as e:
             code, reason = e.response.status_code, str(e)
+            if code == 404:
+                raise NotFound(f"there is no {url} (HTTP 404). {by_hand}") from e
+            if code in (401, 403):
+                reason += ": misspelled, or not public: then set HF_TOKEN"
             if code < 500 and code not in (408, 416, 429):
                 break
             continue
@@ -538,9 +597,9 @@ def download(url, path, sha256=None, headers=None):
             if part.stat().st_size > size:
                 part.unlink()
             continue
-        if (sha256 or published) and file_sha256(part) != (sha256 or published).lower():
+        if (digest := sha256 or published) and file_digest(part, digest) != digest.lower():
             part.unlink()
-            reason = "its sha256 is not the publisher's"
+            reason = f"its {'sha256' if len(digest) == 64 else 'git blob id'} is not the publisher's"
             continue
         os.replace(part, path)
         return path
@@ -548,13 +607,15 @@ def download(url, path, sha256=None, headers=None):
 
 
 def fetch(url, part, headers):
-    """One try: append what is missing to part. -> (the whole size in bytes, the publisher's sha256), None where the
+    """One try: append what is missing to part. -> (the whole size in bytes, the publisher's digest), None where the
     server does not say."""
     have = part.stat().st_size if part.exists() else 0
     ask = dict(headers or {}, **{"Accept-Encoding": "identity"}, **({"Range": f"bytes={have}-"} if have else {}))
     with requests.get(url, headers=ask, stream=True, timeout=30) as r:
         tags = [h.headers.get("X-Linked-ETag", "").strip('"') for h in (*r.history, r)]
-        published = next((tag for tag in tags if re.fullmatch("[0-9a-fA-F]{64}", tag)), None)
+        if "X-Repo-Commit" in r.headers:                        # the hub: a small file's tag is git's blob id
+            tags.append(r.headers.get("ETag", "").removeprefix("W/").strip('"'))
+        published = next((tag for tag in tags if re.fullmatch("[0-9a-fA-F]{64}|[0-9a-f]{40}", tag)), None)
         if r.status_code == 416:                                # nothing left to send, or the file has changed
             if r.headers.get("Content-Range") == f"bytes */{have}":
                 return have, published
@@ -579,8 +640,9 @@ def fetch(url, part, headers):
     return size, published
 
 
-def file_sha256(path):
-    digest = hashlib.sha256()
+def file_digest(path, like):
+    """The digest of a file in hexadecimal, of the kind of `like`: sha256, or git's blob id (40 digits)."""
+    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)

@@ -382,7 +382,7 @@ def paint_bars(groups, labels, ylabel, log=True):
                 axis("{x:,.0f}")
         axes.set_xticks(range(len(labels)), labels, fontsize=7)
         axes.set_ylabel(ylabel)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)      # above, not over the bars
     return paint
 
 

@@ -1,6 +1,7 @@
-"""Pretrained weights. So far: the safetensors format, read and written by hand.
+"""Pretrained weights: the safetensors format by hand, and Qwen2's checkpoints in our own Transformer.
 
-The format (github.com/huggingface/safetensors): 8 bytes, little-endian: the length n of the header; n bytes of JSON,
+The safetensors format (github.com/huggingface/safetensors): 8 bytes, little-endian: the length n of the header; n bytes
+of JSON,
 
     {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {"any": "text"}}
 
@@ -9,18 +10,30 @@ file can be executed. What a reader must check before it believes a header: that
 occurs twice, each tensor's bytes are as many as its shape and dtype say, and all together fill the rest of the file
 without gap or overlap. A flipped bit inside the numbers cannot be seen: the format has no checksum.
 
-    tensors = read_safetensors("model.safetensors")     # {name: tensor}
-    write_safetensors(tensors, "copy.safetensors", {"format": "pt"})
+Qwen2 (Yang et al. 2024) is the decoder of transformer.py under other names (layer i):
+
+    model.embed_tokens.weight                              embed.weight
+    model.layers.i.input_layernorm.weight                  blocks.i.input_norm.weight
+    model.layers.i.self_attn.{q,k,v}_proj.{weight,bias}    blocks.i.attention.{q,k,v}_proj.{weight,bias}
+    model.layers.i.self_attn.o_proj.weight                 blocks.i.attention.o_proj.weight
+    model.layers.i.post_attention_layernorm.weight         blocks.i.post_norm.weight
+    model.layers.i.mlp.{gate,up,down}_proj.weight          blocks.i.mlp.{gate,up,down}_proj.weight
+    model.norm.weight                                      norm.weight
+    lm_head.weight (missing where the head is tied)        head.weight
+
+    model = load_weights("path/of/Qwen2-0.5B")             # a folder with config.json and the weights
 """
 import json
 import math
 import mmap
 import os
+import re
 from pathlib import Path
 
 import torch
 
-from data import write_atomically
+from data import NotFound, Qwen2Tokenizer, UserError, data_dir, download, write_atomically
+from transformer import Transformer, TransformerConfig
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -120,3 +133,232 @@ def write_safetensors(tensors, path, metadata=None):
         for name in order:
             f.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     write_atomically(Path(path), write)
+
+
+# --------------------------------------------------------------------------------------------------------------- Qwen2
+
+HUB_NAMES = (("model.embed_tokens.", "embed."), ("model.layers.", "blocks."), (".input_layernorm.", ".input_norm."),
+             (".self_attn.", ".attention."), (".post_attention_layernorm.", ".post_norm."), ("model.norm.", "norm."),
+             ("lm_head.", "head."))
+
+
+def our_name(name):
+    """A parameter's name on the hub -> its name here."""
+    for theirs, ours in HUB_NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def hub_name(name):
+    """A parameter's name here -> its name on the hub."""
+    for theirs, ours in HUB_NAMES:
+        if ours.startswith("."):
+            name = name.replace(ours, theirs)
+        elif name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    return name
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is not there; a folder of weights needs it") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it and fetch it again") from e
+
+
+def read_config(folder):
+    """config.json of a Qwen2 or Qwen2.5 checkpoint -> TransformerConfig. UserError, by name, for what is not implemented here:
+    it would be wrong to ignore it."""
+    c = read_json(Path(folder) / "config.json")
+
+    def refuse(what):
+        raise UserError(f"{folder}/config.json says {what}, which is not implemented here")
+    if c.get("model_type") != "qwen2":
+        refuse(f"model_type {c.get('model_type')!r} (known: 'qwen2')")
+    if c.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {c['hidden_act']!r}")
+    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
+        refuse("use_sliding_window")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}          # transformers 5 writes the one, 4 the other
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        refuse(f"rope scaling {kind!r}")
+    try:
+        config = TransformerConfig(
+            vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
+            n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
+            n_embd=c["hidden_size"], n_hidden=c["intermediate_size"], norm_eps=c.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
+            tied=bool(c.get("tie_word_embeddings", False)))
+    except KeyError as e:
+        raise UserError(f"{folder}/config.json does not say {e}") from e
+    if c.get("head_dim") not in (None, config.n_embd // config.n_head):
+        refuse(f"head_dim {c['head_dim']}")
+    return config
+
+
+def weight_files(folder):
+    """The files that hold a checkpoint's weights: safetensors, whole or in shards, or else PyTorch's own format."""
+    folder = Path(folder)
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = whole + ".index.json"
+        if (folder / index).exists():
+            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+                raise UserError(f"{folder / index} does not list the files of the weights; fetch it again")
+            return [folder / name for name in names]
+        if (folder / whole).exists():
+            return [folder / whole]
+    raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
+
+
+def load_weights(folder, device="cpu", dtype=None):
+    """The model of a hub folder, in eval mode; dtype None keeps that of the file. UserError unless the file has exactly the
+    parameters of its config.json, each in its shape."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)                                         # no memory yet: the file's tensors move in
+    wanted = {name: p.shape for name, p in model.state_dict().items()}
+    state = {}
+    for path in weight_files(folder):
+        try:
+            tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
+                torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as e:
+            raise UserError(f"{path} is missing; fetch it again") from e
+        except Exception as e:                                              # damaged in any of many ways
+            reason = str(e) if path.name in str(e) else f"{path} cannot be read ({type(e).__name__}); fetch it again"
+            raise UserError(reason) from e
+        for name, tensor in tensors.items():
+            if name.endswith("rotary_emb.inv_freq"):                        # old files keep RoPE's frequencies
+                continue
+            ours = our_name(name)
+            if ours not in wanted or ours in state:
+                what = "is there twice" if ours in state else "is no parameter of this model"
+                raise UserError(f"{path} has {name}, which {what}")
+            if tensor.shape != wanted[ours]:
+                raise UserError(f"{path} has {name} in the shape {list(tensor.shape)}; by its config.json it should be "
+                                f"{list(wanted[ours])}")
+            state[ours] = tensor.to(device=device, dtype=dtype)
+    if config.tied and "embed.weight" in state:
+        state.setdefault("head.weight", state["embed.weight"])
+    if missing := [hub_name(name) for name in wanted if name not in state]:
+        raise UserError(f"{folder} lacks {len(missing)} parameters: {', '.join(missing[:3])}")
+    if config.tied and not torch.equal(state["head.weight"], state["embed.weight"]):
+        raise UserError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is another matrix")
+    model.load_state_dict(state, assign=True)
+    if config.tied:
+        model.head.weight = model.embed.weight
+    return model.requires_grad_(True).eval()
+
+
+def save_weights(model, folder, dtype=None):
+    """Write config.json and model.safetensors as transformers' AutoModelForCausalLM opens them."""
+    c, folder = model.config, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {hub_name(name): p.detach().to(dtype or p.dtype) for name, p in model.state_dict().items()
+               if not (c.tied and name == "head.weight")}
+    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": c.vocab_size, "hidden_size": c.n_embd,
+              "intermediate_size": c.n_hidden, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+              "num_key_value_heads": c.n_kv_head, "hidden_act": "silu", "max_position_embeddings": c.block_size,
+              "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tied,
+              "use_sliding_window": False, "attention_dropout": 0.0, "torch_dtype": stored}
+    write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_atomically(folder / "config.json", lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
+
+
+ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")                     # where the files do not list any
+
+
+def read_tokenizer(folder, vocab_size):
+    """The tokenizer of a hub folder: vocab.json and merges.txt, or tokenizer.json; all added tokens that its files list."""
+    folder, whole = Path(folder), {}
+    if (folder / "tokenizer.json").exists():
+        whole = read_json(folder / "tokenizer.json")
+    if (folder / "vocab.json").exists():
+        vocab = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    elif whole:
+        vocab = whole["model"]["vocab"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
+    else:
+        raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt and no tokenizer.json")
+    added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+    if (folder / "tokenizer_config.json").exists():
+        listed = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        added |= {token["content"]: int(i) for i, token in listed.items()}
+    if (folder / "added_tokens.json").exists():
+        added |= read_json(folder / "added_tokens.json")
+    added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
+    try:
+        return Qwen2Tokenizer(vocab, merges, added, vocab_size)
+    except (ValueError, KeyError) as e:
+        raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind ({e})") from e
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write vocab.json, merges.txt and tokenizer_config.json as transformers' AutoTokenizer opens them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0], "unk_token": None, "bos_token": None,
+              "added_tokens_decoder": {str(i): {"content": text} | plain for text, i in tokenizer.added.items()}}
+    for name, text in (("vocab.json", json.dumps(tokenizer.vocab, ensure_ascii=False)),
+                       ("merges.txt", "\n".join(tokenizer.merges) + "\n"), ("tokenizer_config.json", json.dumps(config, indent=2))):
+        write_atomically(folder / name, lambda f: f.write(text.encode()))
+
+
+# ------------------------------------------------------------------------------------------------------------- the hub
+
+def repo_folder(name):
+    """The local folder of a hub repository (or of a folder, itself). What is missing is downloaded: the configuration, the
+    weights and the tokenizer, nothing else. $HF_ENDPOINT is another hub, $HF_TOKEN a key for what is not public."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or ".." in str(name):
+        raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    folder = data_dir() / "hub" / name
+    if (folder / ".complete").exists():                                     # everything is there: no network is needed
+        return folder
+    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else None
+
+    def fetch(*names):
+        """The first of these files that there is; None if there is none."""
+        for file in names:
+            try:
+                if not (folder / file).exists():
+                    download(f"{endpoint.rstrip('/')}/{name}/resolve/main/{file}", folder / file, headers=headers)
+                return file
+            except NotFound:
+                continue
+        return None
+    if not fetch("config.json"):
+        raise UserError(f"{endpoint} has no config.json for {name}; is the name right?")
+    weights = fetch("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    if weights and weights.endswith(".index.json"):
+        for path in weight_files(folder):
+            fetch(path.name)
+    if fetch("vocab.json"):
+        fetch("merges.txt")
+    fetch("tokenizer.json")
+    fetch("tokenizer_config.json")
+    (folder / ".complete").touch()
+    return folder
+
+
+def load_model(name, device="cpu", dtype=None):
+    """A Qwen2 repository or folder -> (model in eval mode, tokenizer). dtype None keeps that of the files."""
+    folder = repo_folder(name)
+    model = load_weights(folder, device, dtype)
+    return model, read_tokenizer(folder, model.config.vocab_size)
+
+
+def save_model(model, tokenizer, folder, dtype=None):
+    """Write a folder in the hub's layout, which transformers opens as it is."""
+    save_tokenizer(tokenizer, folder)
+    save_weights(model, folder, dtype)

@@ -57,7 +57,8 @@ class RMSNorm(nn.Module):
 
 def rope_angles(positions, head_dim, theta):
     """cos and sin, float32 [T, head_dim], of the angles at these positions (each angle twice: both halves)."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    # this order of operations is Qwen2's own: at position 8,000 a last bit of a frequency shows in the fourth decimal
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = torch.outer(positions.float(), frequency)
     angle = torch.cat((angle, angle), -1)
     return angle.cos(), angle.sin()

@@ -1,12 +1,22 @@
-"""Safetensors against the package of that name, in both directions, and against files that lie."""
+"""Safetensors against the package of that name, in both directions, and against files that lie; Qwen2 against transformers."""
+import hashlib
 import json
 import random
+import threading
+import unicodedata
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from qwen_load import DTYPES, read_safetensors, write_safetensors
+import data
+import qwen_load
+from data import UserError, tokenizer_from
+from qwen_load import DTYPES, load_weights, read_safetensors, save_weights, write_safetensors
+from sample import generate
+from tests.conftest import real
 
 SHAPES = [(), (1,), (0,), (3, 0, 2), (5,), (2, 3), (4, 1, 3)]
 
@@ -142,3 +152,323 @@ def test_no_corruption_of_a_header_passes_for_something_else(tmp_path):
             continue
         assert k % 3 < 2 and sorted(bytes(t.contiguous().view(-1).view(torch.uint8).tolist()) for t in got.values()) == sorted(kept)
     assert refused > 1000
+
+
+# --------------------------------------------------------------------------------------------------------------- Qwen2
+
+QWEN2 = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=9000, rope_theta=1e6, tie_word_embeddings=True, initializer_range=0.3)
+SIZES = {
+    "as Qwen2-0.5B": {}, "untied": {"tie_word_embeddings": False}, "one kv head": {"num_key_value_heads": 1},
+    "many kv heads": {"num_key_value_heads": 4}, "odd heads": {"num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 42},
+    "odd groups": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "tie_word_embeddings": False},
+    "deep and narrow": {"num_hidden_layers": 7, "hidden_size": 8, "rms_norm_eps": 1e-5, "rope_theta": 5e5}}
+
+
+def library_model(**sizes):
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2 | sizes)).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:                 # else they are all 0 and 1, and hide a mistake
+            torch.nn.init.normal_(p, float("norm" in name), 0.3)
+    return model
+
+
+def rewrite(folder, **changes):
+    """Change entries of config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(shards=False, binary=False, **sizes):
+        model = library_model(**sizes)
+        model.save_pretrained(tmp_path, max_shard_size="20KB" if shards else "5GB")
+        if binary:
+            (tmp_path / "model.safetensors").unlink()
+            torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        return model, tmp_path
+    return save
+
+
+@torch.no_grad()
+def assert_same_logits(library, model, length=40):
+    tokens = torch.randint(97, (3, length), generator=torch.Generator().manual_seed(1))
+    ours, theirs = model.unembed(model(tokens)[0]), library(tokens).logits
+    assert (ours - theirs).abs().max() <= 1e-4 and torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("form", ["whole", "shards", "binary"])
+def test_logits_equal_transformers(saved, sizes, form):
+    library, folder = saved(shards=form == "shards", binary=form == "binary", **SIZES[sizes])
+    assert form != "shards" or len(list(folder.glob("*.safetensors"))) > 1
+    assert_same_logits(library, load_weights(folder))
+
+
+def test_long_positions(saved):
+    library, folder = saved(num_hidden_layers=1)
+    model = load_weights(folder)
+    tokens = torch.randint(97, (1, 8192), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model.unembed(model(tokens)[0][:, -50:]), library(tokens).logits[:, -50:]
+    assert (ours - theirs).abs().max() <= 1e-4 and torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+def test_both_spellings_of_rope(saved):
+    library, folder = saved()
+    for spelling in ({"rope_theta": 1e6, "rope_parameters": None}, {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+                     {"rope_theta": 1e6, "rope_parameters": None, "rope_scaling": None}):
+        rewrite(folder, **spelling)
+        assert_same_logits(library, load_weights(folder))
+
+
+def test_greedy_generation_equals_transformers_and_does_not_depend_on_the_batch(saved):
+    library, folder = saved()
+    model, generator = load_weights(folder), torch.Generator().manual_seed(2)
+    prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in (3, 17, 1, 9)]
+    together = generate(model, prompts, 64, temperature=0)
+    for prompt, got in zip(prompts, together):
+        expected = library.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=64,
+                                    do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+        assert got == expected == generate(model, [prompt], 64, temperature=0)[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_written_opens_in_transformers(saved, tmp_path, tied):
+    library, folder = saved(tie_word_embeddings=tied)
+    save_weights(load_weights(folder), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    tokens = torch.randint(97, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(library(tokens).logits, again(tokens).logits)
+    assert_same_logits(library, load_weights(tmp_path / "out"))
+
+
+def test_names_go_both_ways(saved):
+    library, folder = saved(tie_word_embeddings=False)
+    ours = load_weights(folder).state_dict().keys()
+    assert {qwen_load.hub_name(name) for name in ours} == library.state_dict().keys()
+    assert {qwen_load.our_name(qwen_load.hub_name(name)) for name in ours} == ours
+
+
+def test_bf16_stays_bf16_and_is_converted_on_request(saved):
+    library, folder = saved()
+    library.bfloat16().save_pretrained(folder)
+    assert load_weights(folder).embed.weight.dtype == torch.bfloat16
+    library = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert_same_logits(library, load_weights(folder, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "llama"}, "model_type 'llama'"), ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "rope scaling 'linear'"), ({"head_dim": 64}, "head_dim 64"),
+    ({"hidden_size": None}, "does not say 'hidden_size'")])
+def test_what_is_not_implemented_is_refused_by_name(saved, changes, message):
+    _, folder = saved()
+    rewrite(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        load_weights(folder)
+
+
+def test_every_parameter_is_accounted_for(saved):
+    _, folder = saved()
+    path = folder / "model.safetensors"
+    tensors = {k: v.clone() for k, v in read_safetensors(path).items()}
+    norm, other = tensors["model.norm.weight"], dict(tensors)
+    for wrong, message in (({"model.norm.weight": None}, "lacks 1 parameters: model.norm.weight"), ({"model.extra": norm}, "model.extra, which is no parameter"),
+                           ({"model.norm.weight": norm[:5]}, r"model.norm.weight in the shape \[5\]; by its config.json it should be \[32\]"),
+                           ({"model.embed_tokens.weight": None}, "lacks 2 parameters"), ({"lm_head.weight": torch.zeros(97, 32)}, "ties the head")):
+        write_safetensors({k: v for k, v in (other | wrong).items() if v is not None}, path)
+        with pytest.raises(UserError, match=message):
+            load_weights(folder)
+    write_safetensors(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+                                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, path)
+    load_weights(folder)
+
+
+def test_a_folder_without_what_is_needed_is_named(saved, tmp_path):
+    _, folder = saved()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match="model.safetensors is not a whole safetensors file"):
+        load_weights(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        load_weights(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(UserError, match="does not list the files"):
+        load_weights(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(UserError, match="model-1.safetensors is missing"):
+        load_weights(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        load_weights(folder)
+    with pytest.raises(UserError, match="config.json is not there"):
+        load_weights(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_the_full_size_of_qwen2_half_a_billion(tmp_path):
+    sizes = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                 num_key_value_heads=2, max_position_embeddings=131072, initializer_range=0.02)
+    library = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2 | sizes)).eval()
+    library.save_pretrained(tmp_path)
+    model, tokens = load_weights(tmp_path), torch.randint(151936, (1, 60))
+    with torch.no_grad():
+        ours, theirs = model.unembed(model(tokens)[0]), library(tokens).logits
+    assert (ours - theirs).abs().max() <= 1e-4 and torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """Ours and the library's, on the real vocabulary."""
+    folder = real("qwen2/vocab.json").parent
+    ours = qwen_load.read_tokenizer(folder, 151936)
+    library = transformers.Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    library.add_special_tokens({"additional_special_tokens": list(ours.added)})
+    return ours, library
+
+
+def random_text(generator):
+    """Letters of every script, marks, digits, spaces, new lines, emoji, contractions, added tokens."""
+    parts = []
+    for _ in range(generator.randrange(1, 25)):
+        kind = generator.randrange(8)
+        if kind == 0:
+            parts.append(generator.choice(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_", "'S", "'ll", "don't", "I'VE"]))
+        elif kind == 1:
+            parts.append(generator.choice([" ", "  ", "\n", "\r\n", "\t", "\n\n \n", "\u00a0", "\u3000"]))
+        elif kind == 2:
+            parts.append(str(generator.randrange(10 ** generator.randrange(1, 12))))
+        elif kind == 3:
+            parts.append(generator.choice("aeou") + chr(generator.randrange(0x300, 0x370)))         # combining marks: NFC matters
+        else:
+            low, high = generator.choice([(32, 127), (0xa0, 0x250), (0x370, 0x590), (0x5d0, 0x700), (0x900, 0xe80), (0x1100, 0x1200),
+                                          (0x2000, 0x2c00), (0x3040, 0xa000), (0xac00, 0xd7a0), (0xf900, 0xfb00), (0x1f300, 0x1fb00)])
+            parts.append("".join(chr(generator.randrange(low, high)) for _ in range(generator.randrange(1, 6))))
+    return "".join(parts)
+
+
+def test_the_tokenizer_equals_the_librarys_on_random_unicode(tokenizers):
+    ours, library = tokenizers
+    generator = random.Random(0)
+    # the library's NFC tables are older than two Malayalam marks (Unicode 10) and leave them where they stand
+    texts = [random_text(generator).translate({0xd3b: None, 0xd3c: None}) for _ in range(10_000)]
+    for text, expected in zip(texts, library(texts, add_special_tokens=False)["input_ids"]):
+        assert ours.encode(text) == expected, text
+    assert ours.encode("<|im_start|>hello<|im_end|>") == [151644, 14990, 151645]
+
+
+def test_the_tokenizer_equals_the_librarys_on_stories_and_gives_them_back(tokenizers):
+    ours, library = tokenizers
+    text = real("tinystories/TinyStories-valid.txt").read_text(encoding="utf-8")
+    ids = ours.encode(text)
+    assert ids == library(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_ids_without_a_token_decode_to_nothing(tokenizers):
+    ours, _ = tokenizers
+    assert ours.decode([14990, 151646, 151935]) == "hello"
+
+
+def test_a_saved_tokenizer_opens_in_transformers_and_here(tokenizers, tmp_path):
+    ours, _ = tokenizers
+    qwen_load.save_tokenizer(ours, tmp_path)
+    library, again = transformers.AutoTokenizer.from_pretrained(tmp_path), qwen_load.read_tokenizer(tmp_path, 151936)
+    text = "<|im_start|>Caf\u0065\u0301, 123 don't<|im_end|>\n"
+    assert library(text, add_special_tokens=False)["input_ids"] == again.encode(text) == ours.encode(text)
+    assert again.state() == ours.state() and tokenizer_from(ours.state()).encode(text) == ours.encode(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- the hub
+
+class Hub:
+    """A loopback server with the hub's layout: large files redirect, small ones carry git's blob id."""
+
+    def __init__(self, files):
+        self.files, self.asked, self.drop = files, [], set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                hub.asked.append((self.path, self.headers.get("Authorization"), self.headers.get("Range")))
+                large = self.path.startswith("/cdn/")
+                name = self.path.removeprefix("/cdn/").removeprefix("/some/model/resolve/main/")
+                if name not in hub.files:
+                    return self.send_error(404)
+                body, start = hub.files[name], int((self.headers.get("Range") or "bytes=0-")[6:-1])
+                if name.endswith(".safetensors") and not large:
+                    self.send_response(302)
+                    self.send_header("Location", f"/cdn/{name}")
+                    self.send_header("X-Linked-ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                if not large:
+                    self.send_header("X-Repo-Commit", "0" * 40)
+                    self.send_header("ETag", '"%s"' % hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest())
+                self.send_header("Content-Length", str(len(body) - start))
+                self.end_headers()
+                rest = bytearray(body[start:])
+                if name in hub.drop:                                # once: half of it, or a wrong byte
+                    hub.drop.remove(name)
+                    rest = rest[:len(rest) // 2] if large else bytearray([rest[0] ^ 1]) + rest[1:]
+                self.wfile.write(rest)
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def hub(saved, data_folder, monkeypatch):
+    def serve(**options):
+        library, folder = saved(**options)
+        server = Hub({p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()})
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.http.server_port}/")
+        monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+        servers.append(server)
+        return library, server
+    servers = []
+    yield serve
+    for server in servers:
+        server.http.shutdown()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_repository_is_fetched_once_and_only_what_is_needed(hub, data_folder, shards):
+    library, server = hub(shards=shards)
+    server.files["README.md"] = b"not needed"
+    server.drop = {"config.json", next(n for n in server.files if n.endswith(".safetensors"))}
+    assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
+    here = {p.name for p in (data_folder / "hub" / "some" / "model").iterdir()}
+    assert here == set(server.files) - {"README.md", "generation_config.json"} | {".complete"}
+    server.http.shutdown()                                          # from here on without a network
+    server.http.server_close()
+    assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
+
+
+def test_a_token_is_sent_and_never_shown(hub, monkeypatch, capsys):
+    _, server = hub()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    qwen_load.repo_folder("some/model")
+    assert server.asked[0][1] == "Bearer hf_secret" and "hf_secret" not in "".join(capsys.readouterr())
+
+
+def test_what_is_no_repository_is_said_in_a_line(hub):
+    hub()
+    for name, message in (("some/other", "no config.json for some/other"), ("qwen", "neither a folder nor"), ("../up/there", "neither a folder nor"),
+                          ("a/..", "neither a folder nor")):
+        with pytest.raises(UserError, match=message):
+            qwen_load.repo_folder(name)
