@@ -326,11 +326,20 @@ def test_the_full_size_of_qwen2_half_a_billion(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
-@pytest.fixture(scope="module")
-def tokenizers():
-    """Ours and the library's, on the real vocabulary."""
-    folder = real("qwen2/vocab.json").parent
-    ours = qwen_load.read_tokenizer(folder, 151936)
+MERGES = ["t h", "th e", "\u0120 the", "i n", "e r", "\u0120 a", "in g", "d o", "do n", "\u010a \u010a", "\u00c3 \u00a9", "h e", "l l", "he ll", "hell o"]
+
+
+@pytest.fixture(scope="module", params=["made up", "real"])
+def tokenizers(request, tmp_path_factory):
+    """Ours and the library's, on a small vocabulary made up here and on the real one."""
+    if request.param == "real":
+        folder, vocab_size = real("qwen2/vocab.json").parent, 151936
+    else:
+        folder, vocab_size = tmp_path_factory.mktemp("tokenizer"), 300
+        tokens = [*data.byte_letters(), *(merge.replace(" ", "") for merge in MERGES)]
+        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
+    ours = qwen_load.read_tokenizer(folder, vocab_size)
     library = transformers.Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     library.add_special_tokens({"additional_special_tokens": list(ours.added)})
     return ours, library
@@ -363,7 +372,8 @@ def test_the_tokenizer_equals_the_librarys_on_random_unicode(tokenizers):
     texts = [random_text(generator).translate({0xd3b: None, 0xd3c: None}) for _ in range(10_000)]
     for text, expected in zip(texts, library(texts, add_special_tokens=False)["input_ids"]):
         assert ours.encode(text) == expected, text
-    assert ours.encode("<|im_start|>hello<|im_end|>") == [151644, 14990, 151645]
+    hello = ours.encode("<|im_start|>hello<|im_end|>")
+    assert hello == ([151644, 14990, 151645] if ours.vocab_size == 151936 else [272, 270, 273])
 
 
 def test_the_tokenizer_equals_the_librarys_on_stories_and_gives_them_back(tokenizers):
@@ -376,13 +386,13 @@ def test_the_tokenizer_equals_the_librarys_on_stories_and_gives_them_back(tokeni
 
 def test_ids_without_a_token_decode_to_nothing(tokenizers):
     ours, _ = tokenizers
-    assert ours.decode([14990, 151646, 151935]) == "hello"
+    assert ours.decode([*ours.encode("hello"), ours.eos + 3, ours.vocab_size - 1]) == "hello"
 
 
 def test_a_saved_tokenizer_opens_in_transformers_and_here(tokenizers, tmp_path):
     ours, _ = tokenizers
     qwen_load.save_tokenizer(ours, tmp_path)
-    library, again = transformers.AutoTokenizer.from_pretrained(tmp_path), qwen_load.read_tokenizer(tmp_path, 151936)
+    library, again = transformers.AutoTokenizer.from_pretrained(tmp_path), qwen_load.read_tokenizer(tmp_path, ours.vocab_size)
     text = "<|im_start|>Caf\u0065\u0301, 123 don't<|im_end|>\n"
     assert library(text, add_special_tokens=False)["input_ids"] == again.encode(text) == ours.encode(text)
     assert again.state() == ours.state() and tokenizer_from(ours.state()).encode(text) == ours.encode(text)
