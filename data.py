@@ -581,7 +581,7 @@ def download(url, path, sha256=None, headers=None):
             code, reason = e.response.status_code, str(e)
             if code == 404:
                 raise NotFound(f"there is no {url} (HTTP 404). {by_hand}") from e
-            if code in (401, 403):
+            if code in (401, 403) and "/resolve/" in url:       # the hub
                 reason += ": misspelled, or not public: then set HF_TOKEN"
             if code < 500 and code not in (408, 416, 429):
                 break
@@ -695,7 +695,10 @@ def article(title):
              "titles": title}
     answer = path.with_suffix(".json")
     answer.unlink(missing_ok=True)                              # of a download that was cut off before the text was written
-    download(f"{WIKIPEDIA_URL}?{urllib.parse.urlencode(query)}", answer, headers={"User-Agent": "language-modelling-course"})
+    try:
+        download(f"{WIKIPEDIA_URL}?{urllib.parse.urlencode(query)}", answer, headers={"User-Agent": "language-modelling-course"})
+    except UserError as e:
+        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL}. Save its text as {path} and run again") from e
     try:
         text = json.loads(answer.read_text(encoding="utf-8"))["query"]["pages"][0].get("extract", "")
     except (ValueError, KeyError, IndexError) as e:

@@ -39,7 +39,7 @@ import torch
 
 import data
 from data import UserError, write_atomically
-from sample import encode_prompt, generate
+from sample import encode_prompt, generate, never_drawn
 from train import load_run, pick_device, pick_dtype, read_checkpoint, token_losses
 
 TEXT_CHARACTERS = 1 << 20                       # of a domain's text, this much is read
@@ -307,11 +307,9 @@ def distinct(texts, n):
 def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     """Continuations of a prompt at a low and a high temperature, how varied they are, and their perplexity under the
     model that wrote them."""
-    ids = encode_prompt(run.tokenizer, prompt)
-    banned = [] if getattr(run.tokenizer, "unk", None) is None else [run.tokenizer.unk]
-    out = []
+    ids, out = encode_prompt(run.tokenizer, prompt), []
     for temperature in temperatures:
-        texts = generate(run.model, [ids] * n, tokens, temperature, seed=1, banned=banned)
+        texts = generate(run.model, [ids] * n, tokens, temperature, seed=1, banned=never_drawn(run.tokenizer))
         losses = losses_afresh(run.model, [ids[1:] + t for t in texts], run.tokenizer.eos, dtype)
         own = np.concatenate([v[len(ids) - 1:] for v in losses])
         out.append({"temperature": temperature, "text": run.tokenizer.decode(ids[1:] + texts[0]),

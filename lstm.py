@@ -23,8 +23,8 @@ Only this recursion is sequential. The weight gradients are one product each ove
 dU = sum_t da_t h_{t-1}^T, db = sum_t da_t. Initial and final states have gradients too.
 
 A step is a matrix product and then a dozen operations on small vectors, where starting each operation costs more than
-the arithmetic. Where a C compiler is found, CELL below does all of them in one pass on the CPU (10 to 40 us a step
-instead of 25 to 140); without one, and on a GPU, torch operations do the same.
+the arithmetic. Where a C compiler is found, CELL below does all of them in one pass on the CPU; without one, and on a
+GPU, torch operations do the same.
 
     python train.py --model lstm
 """

@@ -111,6 +111,11 @@ def encode_prompt(tokenizer, text):
         return [tokenizer.eos] + [tokenizer.ids[w] for w in known]
 
 
+def never_drawn(tokenizer):
+    """Ids that are no part of a text: <unk> is no word."""
+    return [] if getattr(tokenizer, "unk", None) is None else [tokenizer.unk]
+
+
 class Printer:
     """Print a text as it grows: only what can no longer change (half a UTF-8 character waits for its rest)."""
 
@@ -157,7 +162,7 @@ def main(argv=None):
     prompt = encode_prompt(tokenizer, args.prompt)
     if not model.recurrent and len(prompt) > model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}; shorten it")
-    banned = [] if getattr(tokenizer, "unk", None) is None else [tokenizer.unk]     # <unk> is no word: not drawn
+    banned = never_drawn(tokenizer)
     seed = torch.seed() % (1 << 31) if args.seed is None else args.seed
     for n in range(args.n):
         printer = Printer(tokenizer, prompt[1:])

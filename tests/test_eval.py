@@ -402,3 +402,12 @@ def test_an_article_that_does_not_exist_is_named(wikipedia, data_folder):
     with pytest.raises(UserError, match="no article called 'Sno line'"):
         evaluation.read_domain("wikipedia:Sno_line")
     assert not list((data_folder / "wikipedia").iterdir())
+
+
+def test_without_a_network_the_line_says_where_the_text_belongs(monkeypatch, data_folder):
+    monkeypatch.setattr(data, "WIKIPEDIA_URL", "http://127.0.0.1:9/w/api.php")
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="Save its text as .*Snow_line.txt and run again"):
+        evaluation.read_domain("wikipedia:Snow_line")
+    (data_folder / "wikipedia" / "Snow_line.txt").write_text("It is high.")
+    assert evaluation.read_domain("wikipedia:Snow_line") == ["It is high."]
