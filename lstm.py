@@ -30,17 +30,12 @@ GPU, torch operations do the same.
 """
 import ctypes
 import functools
-import os
-import shlex
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from rnn import RNN, RNNConfig, RNNLM
+from rnn import RNN, RNNConfig, RNNLM, compiled
 
 CELL = r"""
 #include <stdint.h>
@@ -111,26 +106,15 @@ void cell_backward(long B, long H, const num *gates, const num *from_above, cons
 
 @functools.lru_cache(None)
 def compiled_cell(device_type, dtype):
-    """CELL compiled for dtype (about 0.3 s, once in a process) as (cell_forward, cell_backward); None where it cannot be:
-    not on a CPU, another dtype, no compiler. $CC chooses the compiler."""
+    """CELL for dtype as (cell_forward, cell_backward); None where it cannot be: not on a CPU, another dtype, no compiler."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *["-DBF16"] * (dtype == torch.bfloat16)]
-    for own in (["-march=native", "-fopenmp"], ["-march=native"], []):      # not every compiler has them
-        try:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                source, library = Path(folder, "cell.c"), Path(folder, "cell.so")
-                source.write_text(CELL)
-                compiler = shlex.split(os.environ.get("CC", "cc"))
-                subprocess.run([*compiler, *flags, *own, str(source), "-o", str(library)], check=True, capture_output=True,
-                               timeout=60)
-                loaded = ctypes.CDLL(str(library))
-        except (OSError, ValueError, subprocess.SubprocessError):
-            continue
-        for f, n_arrays in ((loaded.cell_forward, 5), (loaded.cell_backward, 7)):
-            f.argtypes, f.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * n_arrays, None
-        return loaded.cell_forward, loaded.cell_backward
-    return None
+    library = compiled(CELL, *["-DBF16"] * (dtype == torch.bfloat16))
+    if library is None:
+        return None
+    for f, n_arrays in ((library.cell_forward, 5), (library.cell_backward, 7)):
+        f.argtypes, f.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * n_arrays, None
+    return library.cell_forward, library.cell_backward
 
 
 def addresses(v):

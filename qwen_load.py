@@ -89,9 +89,10 @@ def read_header(f):
     return found, metadata
 
 
-def read_safetensors(path):
+def read_safetensors(path, copy=False):
     """{name: tensor} of a safetensors file; ValueError that names the file and the fault. The tensors are views of the
-    mapped file: their bytes are read when they are first used. Writing to a tensor does not change the file."""
+    mapped file: their bytes are read when they are first used. Writing to a tensor does not change the file. copy: each in
+    memory of its own, which begins where fast arithmetic wants it to; of the file no more than one tensor stays in memory."""
     try:
         with open(path, "rb") as f:
             header, _ = read_header(f)
@@ -106,6 +107,11 @@ def read_safetensors(path):
             if dtype == torch.bool and torch.frombuffer(buffer, dtype=torch.uint8, count=end - begin, offset=offset).max() > 1:
                 raise ValueError(f"{name!r} has truth values other than 0 and 1")
             tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+            if copy:
+                tensors[name] = tensors[name].clone()
+                if hasattr(mmap, "MADV_DONTNEED"):                          # not on Windows
+                    page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+                    mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
     except (ValueError, RuntimeError) as e:                                 # RuntimeError: shapes beyond torch's counting
         raise ValueError(f"{path} is not a whole safetensors file: {e}. Delete it and fetch it again") from e
     return tensors
@@ -224,14 +230,15 @@ def load_weights(folder, device="cpu", dtype=None):
     state = {}
     for path in weight_files(folder):
         try:
-            tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
+            tensors = read_safetensors(path, copy=True) if path.suffix == ".safetensors" else \
                 torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as e:
             raise UserError(f"{path} is missing; fetch it again") from e
         except Exception as e:                                              # damaged in any of many ways
             reason = str(e) if path.name in str(e) else f"{path} cannot be read ({type(e).__name__}); fetch it again"
             raise UserError(reason) from e
-        for name, tensor in tensors.items():
+        for name in list(tensors):
+            tensor = tensors.pop(name)                                      # converted one by one: never two whole copies
             if name.endswith("rotary_emb.inv_freq"):                        # old files keep RoPE's frequencies
                 continue
             ours = our_name(name)

@@ -5,10 +5,13 @@ turn, and the medians of many rounds are compared. Above 1: ours is faster.
     python tests/bench.py layers        # (a) one RNN or LSTM layer, forward and backward
     python tests/bench.py step          # (b) a training step of a 2x200 Penn Treebank model, V = 10,000
     python tests/bench.py transformer   # (c) a training step of the Transformer against nn.TransformerEncoderLayer
+    python tests/bench.py qwen          # (d) Qwen2-0.5B's shape with random weights: generation, loading (3 GB of memory)
 """
 import argparse
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +21,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import qwen_load
+import sample
 import train
 from lstm import LSTM, LSTMConfig, LSTMLM
 from rnn import RNN, RNNConfig, RNNLM
@@ -137,8 +142,74 @@ def transformer(device):
     step_rows("Transformer 4x256 step", lambda: Transformer(c), lambda: LibraryTransformer(c), 16, 128, 10_000, device)
 
 
+QWEN2 = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+             num_key_value_heads=2, max_position_embeddings=131072, rope_theta=1e6, tie_word_embeddings=True)
+
+LOADING = """
+import re, sys
+import torch
+sys.path.insert(0, {here!r})
+{imports}
+peak = lambda: 1024 * int(re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1])       # kept apart from the parent's
+before = peak()
+model = {load}
+loaded = peak()
+with torch.no_grad():                                   # what is only mapped so far is read now
+    model(torch.zeros(1, 1, dtype=torch.long))
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+print((loaded - before) / weights, (peak() - before) / weights)
+"""
+
+
+def loading(folder, dtype):
+    """Peak memory of either side over the weights' bytes, after loading and after the first token, each in its own process."""
+    here = str(Path(__file__).resolve().parent.parent)
+    ours = LOADING.format(here=here, imports="import qwen_load", load=f"qwen_load.load_weights({folder!r}, dtype={dtype})")
+    theirs = LOADING.format(here=here, imports="from transformers import AutoModelForCausalLM",
+                            load=f"AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype})")
+    return [[float(v) for v in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()]
+            for code in (ours, theirs)]
+
+
+def bandwidth(n_bytes):
+    """Bytes a second at which the fastest of torch's matrix-vector products reads a bf16 matrix of so many bytes."""
+    matrix, x = torch.randn(n_bytes // 2 // 896, 896).bfloat16(), torch.randn(896).bfloat16()
+    return max(1e3 * n_bytes / t for t in compare(lambda: torch.mv(matrix, x), lambda: F.linear(x, matrix)))
+
+
+@torch.no_grad()
+def qwen(device):
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2)).to(device, torch.bfloat16).eval()
+        theirs.save_pretrained(folder)
+        ours = qwen_load.load_weights(folder, device)
+        n_bytes = sum(p.numel() * p.element_size() for p in ours.parameters())
+
+        def generators(n_rows, n_prompt, n_new):
+            prompts = torch.randint(QWEN2["vocab_size"], (n_rows, n_prompt), device=device)
+            rows, mask = prompts.tolist(), torch.ones_like(prompts)
+            return (lambda: sample.generate(ours, rows, n_new, temperature=0),
+                    lambda: theirs.generate(prompts, attention_mask=mask, max_new_tokens=n_new, do_sample=False, pad_token_id=0))
+        for n_rows in (1, 8):
+            once, more = compare(*generators(n_rows, 16, 1)), compare(*generators(n_rows, 16, 33), seconds=30)
+            a, b = [(many - one) / 32 for one, many in zip(once, more)]
+            print(f"Qwen2-0.5B, {n_rows} rows, a token   ours bf16     {a:8.2f} ms   library bf16     {b:8.2f} ms   {b / a:5.2f}x", flush=True)
+            if n_rows == 1 and device.type == "cpu":
+                limit = 1e3 * n_bytes / bandwidth(n_bytes)
+                print(f"    reading its {n_bytes / 1e6:.0f} MB by one matrix-vector product takes {limit:.2f} ms: {limit / a:.0%} of that speed")
+        row("Qwen2-0.5B, a prompt of 512", "bf16", "bf16", *generators(1, 512, 1))
+        del ours, theirs
+        for name in ("torch.bfloat16", "torch.float32"):
+            (a, a_used), (b, b_used) = loading(folder, name)
+            print(f"Qwen2-0.5B as {name[6:]}: peak memory over the weights, loaded {a:.2f} (library {b:.2f}), after a token {a_used:.2f} "
+                  f"(library {b_used:.2f})")
+
+
 def main():
-    benches = {"layers": layers, "step": step, "transformer": transformer}
+    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
     p.add_argument("--device", default="auto")

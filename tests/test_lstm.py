@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import lstm
+import rnn
 from lstm import LSTM, LSTMConfig, LSTMLM
 from tests.recurrent import (check_against_library, check_gradcheck, check_plain_equals_fast, check_stack,
                              check_state_is_carried, check_bf16_close)
@@ -78,5 +79,6 @@ def test_the_cell_compiles_where_there_is_a_compiler(dtype):
 
 def test_without_a_compiler_the_cell_is_none(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
+    monkeypatch.setattr(lstm, "compiled", rnn.compiled.__wrapped__)
     assert LSTM_CELL.__wrapped__("cpu", torch.float32) is None
     assert LSTM_CELL("cpu", torch.float64) is None and LSTM_CELL("cuda", torch.float32) is None

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import rnn
 import transformer
 from transformer import KVCache, RMSNorm, Transformer, TransformerConfig, attention, fast_attention, rope_angles, rotate
 
@@ -134,14 +135,92 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_the_cache_is_allocated_once():
     model = make(**CONFIGS[0])
     state = model.init_state(2, 10)
-    where = state.k.data_ptr()
+    where = [layer.data_ptr() for layer in (*state.k, *state.v)]
     with torch.no_grad():
         for _ in range(10):
             _, state = model(torch.zeros(2, 1, dtype=torch.long), state)
-    assert isinstance(state, KVCache) and state.k.data_ptr() == where and state.length == 10
+    assert isinstance(state, KVCache) and state.length == 10
+    assert [layer.data_ptr() for layer in (*state.k, *state.v)] == where
 
 
 def test_causal_mask_counts():
     for T, S in ((1, 1), (3, 3), (2, 7)):
         visible = (transformer.causal_mask(T, S, torch.zeros(1)) == 0).sum(1)
         assert visible.tolist() == [S - T + 1 + t for t in range(T)]
+
+
+# ---------------------------------------------------------------- generation in bfloat16 on a CPU
+
+@pytest.fixture(params=["compiled", "torch operations"])
+def few_rows(request, monkeypatch):
+    """Both ways of multiplying few rows; a test that asks for the compiled one where there is no compiler is skipped."""
+    if request.param == "torch operations":
+        monkeypatch.setattr(transformer, "compiled_few_rows", lambda: None)
+    elif transformer.compiled_few_rows() is None:
+        pytest.skip("no C compiler here")
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 5), (128,), (129,), (0,)])
+@pytest.mark.parametrize("n_in, n_out", [(2, 1), (2, 3), (7, 5), (128, 64), (130, 33), (384, 10), (896, 151), (4864, 17)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_in_bf16_is_the_exact_product_rounded_once_or_twice(few_rows, rows, n_in, n_out, bias):
+    torch.manual_seed(n_in + n_out)
+    layer, x = transformer.Linear(n_in, n_out, bias).bfloat16(), torch.randn(*rows, n_in).bfloat16()
+    exact = x.double() @ layer.weight.double().t()
+    with torch.no_grad():
+        got = layer(x)
+    product = exact.clone()                                     # some ways round it before the bias comes on
+    if bias:
+        exact = exact + layer.bias.double()
+    assert got.shape == exact.shape
+    assert ((got.double() - exact).abs() <= (exact.abs() + product.abs()) * 2 ** -8 + 1e-6).all()
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (4, 1)])
+@pytest.mark.parametrize("n, hidden", [(2, 3), (96, 7), (160, 384), (7, 5)])
+def test_swiglu_and_rmsnorm_in_bf16(few_rows, rows, n, hidden):
+    torch.manual_seed(n)
+    config = TransformerConfig(61, n_embd=n, n_hidden=hidden)
+    mlp, norm, x = transformer.SwiGLU(config).bfloat16(), RMSNorm(n, 1e-5).bfloat16(), (3 * torch.randn(*rows, n)).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        got, normed = mlp(x), norm(x)
+        exact = norm.weight.double() * (x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+        assert ((normed.double() - exact).abs() <= exact.abs() * 2.01 * 2 ** -8).all()
+        exact = mlp.double()(x.double())
+    assert (got.double() - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_extreme_gates_do_not_break_anything(few_rows):
+    mlp = transformer.SwiGLU(TransformerConfig(61, n_embd=2, n_hidden=2)).bfloat16()
+    with torch.no_grad():
+        mlp.gate_proj.weight.copy_(torch.tensor([[1e4, 0], [-1e4, 0]])), mlp.up_proj.weight.fill_(1), mlp.down_proj.weight.copy_(torch.eye(2))
+        x = torch.tensor([[1.0, 0.0]]).bfloat16()
+        assert mlp(x)[0, 0].item() == pytest.approx(1e4, rel=0.01) and mlp(x)[0, 1].item() == 0
+        assert mlp(x * float("nan")).isnan().all()
+
+
+@pytest.mark.parametrize("sizes", CONFIGS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_reading_token_by_token_in_bf16_equals_float32_on_the_same_weights(few_rows, sizes, rows):
+    model = make(**sizes).bfloat16()
+    tokens, state, out = torch.randint(61, (rows, 20)), model.init_state(rows, 20), []
+    with torch.no_grad():
+        for piece in tokens.split(1, 1):
+            hidden, state = model(piece, state)
+            out.append(model.unembed(hidden))
+        got, exact = torch.cat(out, 1).float(), (model.float(), model.unembed(model(tokens)[0]))[1]
+    assert (got - exact).norm() <= 0.03 * exact.norm()
+
+
+def test_gradients_never_take_the_way_of_generation():
+    layer = transformer.Linear(4, 3).bfloat16()
+    x = torch.randn(1, 4, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.grad, x.expand(3, 4))
+
+
+def test_without_a_compiler_there_is_no_compiled_code(monkeypatch):
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    monkeypatch.setattr(transformer, "compiled", rnn.compiled.__wrapped__)
+    assert transformer.compiled_few_rows.__wrapped__() is None
