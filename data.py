@@ -519,10 +519,11 @@ class Qwen2Tokenizer:
     """Qwen2's byte-pair encoding, through tiktoken. The text is brought into Unicode's NFC form first; added tokens
     (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters: id}, merges ["a b",
     ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the model, which may have ids that stand
-    for nothing. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
+    for nothing, stops: ids that end a text (None: <|endoftext|> alone). ValueError if the ids are not in the order of the merges,
+    as tiktoken needs them."""
     kind = "qwen2"
 
-    def __init__(self, vocab, merges, added, vocab_size):
+    def __init__(self, vocab, merges, added, vocab_size, stops=None):
         import tiktoken
         letters = byte_letters()
         ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
@@ -534,6 +535,7 @@ class Qwen2Tokenizer:
         self.known = set(ranks.values()) | set(added.values())
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
         self.eos = added[SEPARATOR]
+        self.stops = sorted({self.eos} if stops is None else stops)
 
     def encode(self, text):
         ids = []
@@ -548,7 +550,8 @@ class Qwen2Tokenizer:
         return self.encoding.decode([i for i in ids if i in self.known], errors="replace")
 
     def state(self):
-        return {"kind": "qwen2", "vocab": self.vocab, "merges": self.merges, "added": self.added, "vocab_size": self.vocab_size}
+        return {"kind": "qwen2", "vocab": self.vocab, "merges": self.merges, "added": self.added,
+                "vocab_size": self.vocab_size, "stops": self.stops}
 
 
 def tokenizer_from(state):

@@ -85,7 +85,7 @@ def read_log(path):
 
 def open_run(folder, device):
     """UserError if there is no whole run in folder."""
-    model, tokenizer, _ = load_run(folder, device)
+    model, tokenizer, _ = load_run(folder, device, torch.float32)
     result = {}
     if (Path(folder) / "result.json").exists():
         try:

@@ -281,52 +281,69 @@ ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")                     # wh
 
 
 def read_tokenizer(folder, vocab_size):
-    """The tokenizer of a hub folder: vocab.json and merges.txt, or tokenizer.json; all added tokens that its files list."""
-    folder, whole = Path(folder), {}
-    if (folder / "tokenizer.json").exists():
-        whole = read_json(folder / "tokenizer.json")
-    if (folder / "vocab.json").exists():
-        vocab = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    elif whole:
-        vocab = whole["model"]["vocab"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
-    else:
-        raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt and no tokenizer.json")
-    added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
-    if (folder / "tokenizer_config.json").exists():
-        listed = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        added |= {token["content"]: int(i) for i, token in listed.items()}
-    if (folder / "added_tokens.json").exists():
-        added |= read_json(folder / "added_tokens.json")
-    added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
+    """The tokenizer of a hub folder: vocab.json and merges.txt, or tokenizer.json; all added tokens that its files list; the
+    tokens that end a text, by generation_config.json or config.json."""
+    folder = Path(folder)
+
+    def optional(file):
+        return read_json(folder / file) if (folder / file).exists() else {}
+    whole = optional("tokenizer.json")
     try:
-        return Qwen2Tokenizer(vocab, merges, added, vocab_size)
-    except (ValueError, KeyError) as e:
-        raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind ({e})") from e
+        if (folder / "vocab.json").exists():
+            if not (folder / "merges.txt").exists():
+                raise UserError(f"{folder / 'merges.txt'} is not there; vocab.json is of no use without it")
+            vocab = read_json(folder / "vocab.json")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        elif whole:
+            vocab = whole["model"]["vocab"]
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
+        else:
+            raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt and no tokenizer.json")
+        added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+        listed = optional("tokenizer_config.json").get("added_tokens_decoder", {})
+        added |= {token["content"]: int(i) for i, token in listed.items()} | optional("added_tokens.json")
+        added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
+        stops = (optional("generation_config.json") or optional("config.json")).get("eos_token_id")
+        stops = [stops] if isinstance(stops, int) else stops
+        return Qwen2Tokenizer(vocab, merges, added, vocab_size, stops)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind ({type(e).__name__}: {e})") from e
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write vocab.json, merges.txt and tokenizer_config.json as transformers' AutoTokenizer opens them."""
+    """Write vocab.json, merges.txt and tokenizer_config.json as transformers' AutoTokenizer opens them, and the end tokens."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0], "unk_token": None, "bos_token": None,
               "added_tokens_decoder": {str(i): {"content": text} | plain for text, i in tokenizer.added.items()}}
     for name, text in (("vocab.json", json.dumps(tokenizer.vocab, ensure_ascii=False)),
-                       ("merges.txt", "\n".join(tokenizer.merges) + "\n"), ("tokenizer_config.json", json.dumps(config, indent=2))):
+                       ("merges.txt", "\n".join(tokenizer.merges) + "\n"), ("tokenizer_config.json", json.dumps(config, indent=2)),
+                       ("generation_config.json", json.dumps({"eos_token_id": tokenizer.stops}))):
         write_atomically(folder / name, lambda f: f.write(text.encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub
+
+REPOSITORY = r"[\w.-]+/[\w.-]+"
+
+
+def is_pretrained(name):
+    """Whether this names weights in the hub's layout, in a folder or on the hub, and not a run. What has the form of a
+    repository's name but lies in a folder that exists, or in runs/, is a run that is missing."""
+    path = Path(name)
+    if path.is_dir():
+        return (path / "config.json").exists() and not any((path / run).exists() for run in ("best.pt", "last.pt"))
+    return bool(re.fullmatch(REPOSITORY, str(name))) and not path.parent.is_dir() and path.parent.name != "runs"
+
 
 def repo_folder(name):
     """The local folder of a hub repository (or of a folder, itself). What is missing is downloaded: the configuration, the
     weights and the tokenizer, nothing else. $HF_ENDPOINT is another hub, $HF_TOKEN a key for what is not public."""
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or ".." in str(name):
+    if not re.fullmatch(REPOSITORY, str(name)) or ".." in str(name):
         raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     folder = data_dir() / "hub" / name
@@ -352,8 +369,8 @@ def repo_folder(name):
             fetch(path.name)
     if fetch("vocab.json"):
         fetch("merges.txt")
-    fetch("tokenizer.json")
-    fetch("tokenizer_config.json")
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        fetch(file)
     (folder / ".complete").touch()
     return folder
 

@@ -2,11 +2,14 @@
 
     python sample.py --run runs/lstm-finance --prompt "the meaning of life is" --temperature 0.8
     python sample.py --run runs/lstm-ptb --n 3 --tokens 60 --top-k 40
+    python sample.py --run Qwen/Qwen2-0.5B --prompt "The meaning of life is" --temperature 0      # 1 GB, downloaded once
+    python sample.py --run Qwen/Qwen2-0.5B-Instruct --chat --prompt "Why is the sky blue?"
 
 One step of generation: the model reads one token per row and returns hidden [B, 1, D]; only that position is
 unembedded; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens and to
 the smallest set of tokens with probability top_p in sum (Holtzman et al. 2020), renormalised. temperature 0 takes the
-most likely token. What the model remembers between steps is its state: h, or h and c, or the KV cache.
+most likely token. A repetition penalty c (Keskar et al. 2019) divides the logits above 0 of all tokens that the text
+already has by c, and multiplies those below 0. What the model remembers between steps is its state: h, or h and c, or the KV cache.
 
 Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a row
 whose prompt goes on is given its next prompt token instead of the sampled one.
@@ -17,7 +20,7 @@ import torch
 
 import data
 from data import UserError
-from train import load_run, pick_device
+from train import load_run, pick_device, pick_dtype
 
 
 def truncate(logits, top_k=None, top_p=None):
@@ -30,6 +33,12 @@ def truncate(logits, top_k=None, top_p=None):
         outside = p.cumsum(-1) - p >= top_p                                 # the sum before this token is enough
         logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return logits
+
+
+def penalize(logits, seen, penalty):
+    """logits [B, V] with those of the tokens seen [B, T] lowered by the repetition penalty."""
+    scores = logits.gather(-1, seen)
+    return logits.scatter(-1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def choose(logits, temperature, top_k, top_p, generator):
@@ -49,13 +58,14 @@ def choose(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=()):
+def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=(),
+          repetition_penalty=1.0):
     """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
 
     Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new: its
-    prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens. log_prob is
-    under the distribution the token was drawn from (temperature and truncation included), 0 for temperature 0.
-    banned: ids that are never drawn.
+    prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens; eos: an id,
+    several, or None. log_prob is under the distribution the token was drawn from (temperature, truncation and penalty
+    included), 0 for temperature 0. banned: ids that are never drawn.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
@@ -71,18 +81,21 @@ def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=Non
         raise ValueError(f"a prompt has {int(lengths.max())} tokens, the model's context {window}")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     banned = torch.tensor(list(banned), dtype=torch.long, device=device)
+    ends = torch.tensor(end_tokens(eos), dtype=torch.long, device=device)
     state = model.init_state(len(prompts), window)
     hidden, state = model(text[:, :shortest], state)
     for at in range(shortest, total):
         logits = model.unembed(hidden[:, -1])                               # [B, V]
+        if repetition_penalty != 1:
+            logits = penalize(logits, text[:, :at], repetition_penalty)
         logits.index_fill_(1, banned, float("-inf"))
         token, log_prob = choose(logits, temperature, top_k, top_p, generator)
         in_prompt = at < lengths
         new = ~in_prompt & ~done
         text[:, at] = torch.where(in_prompt, text[:, at], token)
         done = done | new & (at + 1 >= lengths + max_new_tokens)
-        if eos is not None:
-            done = done | new & (token == eos)
+        if len(ends):
+            done = done | new & torch.isin(token, ends)
         yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
         if done.all():
             return
@@ -93,19 +106,27 @@ def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=Non
             hidden, state = model(text[:, at:at + 1], state)
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=()):
+def end_tokens(eos):
+    """The ids that end a text, as a list; eos: an id, several, or None."""
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=(),
+             repetition_penalty=1.0):
     """The new ids of each prompt as lists, the end token excluded. Arguments as for `steps`."""
-    out = [[] for _ in prompts]
-    for token, _, _ in steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed, banned):
+    out, ends = [[] for _ in prompts], end_tokens(eos)
+    for token, _, _ in steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed, banned, repetition_penalty):
         for row, t in enumerate(token.tolist()):
-            if t >= 0 and t != eos:
+            if t >= 0 and t not in ends:
                 out[row].append(t)
     return out
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of a prompt behind the end token, with which every text begins. Words that a vocabulary without
-    <unk> does not have are left out, with a warning."""
+    """Token ids of a prompt, behind the end token, with which every text here begins; Qwen2's begin with nothing, but an
+    empty prompt needs a token. Words that a vocabulary without <unk> does not have are left out, with a warning."""
+    if tokenizer.kind == "qwen2":
+        return tokenizer.encode(text) or [tokenizer.eos]
     try:
         return [tokenizer.eos] + tokenizer.encode(text)
     except ValueError:
@@ -116,8 +137,14 @@ def encode_prompt(tokenizer, text):
         return [tokenizer.eos] + [tokenizer.ids[w] for w in known]
 
 
+CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
+        "<|im_start|>assistant\n")             # ChatML, with the system message that Qwen2 was tuned with
+
+
 def never_drawn(tokenizer):
-    """Ids that are no part of a text: <unk> is no word."""
+    """Ids that are no part of a text: <unk> is no word, and the rows that fill up Qwen2's embedding stand for nothing."""
+    if tokenizer.kind == "qwen2":
+        return [i for i in range(tokenizer.vocab_size) if i not in tokenizer.known]
     return [] if getattr(tokenizer, "unk", None) is None else [tokenizer.unk]
 
 
@@ -137,21 +164,28 @@ class Printer:
 
 
 def arguments(argv=None):
-    p = data.Parser(description="Generate text from a trained run.",
+    p = data.Parser(description="Generate text from a trained run, or from Qwen2's pretrained weights.",
                     epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7')
-    p.add_argument("--run", default="runs/lstm-finance", help="folder of a run, as train.py wrote it (default: %(default)s)")
+    p.add_argument("--run", default="runs/lstm-finance", metavar="RUN",
+                   help="folder of a run, as train.py wrote it (default: %(default)s); or of Qwen2 weights in the hub's layout; or "
+                        "their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB), into data/hub")
     p.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
+    p.add_argument("--chat", action="store_true", help="the prompt is a message to an instruction-tuned model, which answers it")
     p.add_argument("--temperature", type=float, default=0.8, metavar="X",
                    help="below 1: safer, above 1: wilder, 0: always the likeliest (default: %(default)s)")
     p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
     p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up probability P")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="C",
+                   help="above 1: tokens that the text already has become less likely (default: %(default)s; 1.1 is much)")
     p.add_argument("--tokens", type=int, default=100, metavar="N", help="at most so many new tokens (default: %(default)s)")
     p.add_argument("--n", type=int, default=1, metavar="N", help="how many samples (default: %(default)s)")
-    p.add_argument("--stop", action="store_true", help="end a sample at the end of its document or line")
+    p.add_argument("--stop", action="store_true", help="end a sample at the end of its document or line (Qwen2 always does)")
     p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (default: another one every time)")
     p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                   help="of Qwen2's weights; auto (the default): bfloat16 where the hardware multiplies it, else float32, twice as large")
     args = p.parse_args(argv)
-    for name in ("tokens", "n", "top_k", "top_p"):
+    for name in ("tokens", "n", "top_k", "top_p", "repetition_penalty"):
         if (value := getattr(args, name)) is not None and not value > 0:
             p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.seed is not None and not 0 <= args.seed < 2 ** 62:
@@ -163,18 +197,27 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    model, tokenizer, _ = load_run(args.run, pick_device(args.device))
-    prompt = encode_prompt(tokenizer, args.prompt)
+    device = pick_device(args.device)
+    model, tokenizer, _ = load_run(args.run, device, pick_dtype(args.dtype, device))
+    qwen2 = tokenizer.kind == "qwen2"
+    if args.chat and not (qwen2 and "<|im_start|>" in tokenizer.added):
+        raise UserError(f"--chat needs a model that was tuned for it, as Qwen/Qwen2-0.5B-Instruct; {args.run} was not")
+    prompt = encode_prompt(tokenizer, CHAT.format(prompt=args.prompt) if args.chat else args.prompt)
     if not model.recurrent and len(prompt) > model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}; shorten it")
+    eos = tokenizer.stops if qwen2 else [tokenizer.eos] if args.stop else []
+    if args.chat:
+        eos = {*eos, tokenizer.added["<|im_end|>"]}
+    shown = [] if args.chat else prompt if qwen2 and args.prompt else prompt[1:]
     banned = never_drawn(tokenizer)
     seed = torch.seed() % (1 << 31) if args.seed is None else args.seed
     for n in range(args.n):
-        printer = Printer(tokenizer, prompt[1:])
+        printer = Printer(tokenizer, shown)
         printer.add()
-        for token, _, _ in steps(model, [prompt], args.tokens, args.temperature, args.top_k, args.top_p,
-                                 tokenizer.eos if args.stop else None, seed + n, banned):
-            printer.add(token.item())
+        for token, _, _ in steps(model, [prompt], args.tokens, args.temperature, args.top_k, args.top_p, eos, seed + n, banned,
+                                 args.repetition_penalty):
+            if not (qwen2 and token.item() in eos):
+                printer.add(token.item())
         printer.add()                                                       # a character cut off by the end
         print("\n" if n + 1 < args.n else "")
 

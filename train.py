@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import qwen_load
 from data import UserError, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
@@ -124,8 +125,12 @@ def build_model(kind, config, weights=None):
         raise UserError(f"this does not make a {kind} model: {' '.join(str(e).split())[:200]}") from e
 
 
-def load_run(folder, device="cpu"):
-    """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt."""
+def load_run(folder, device="cpu", dtype=None):
+    """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or pretrained weights: a
+    folder in the hub's layout, or the name of a repository there; dtype None keeps theirs. A run is float32."""
+    if qwen_load.is_pretrained(folder):
+        model, tokenizer = qwen_load.load_model(folder, device, dtype)
+        return model, tokenizer, model.config
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}. Train one first: python train.py --model lstm --run {folder}")

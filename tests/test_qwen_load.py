@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 import qwen_load
+import sample
+import train
 from data import UserError, tokenizer_from
 from qwen_load import DTYPES, load_weights, read_safetensors, save_weights, write_safetensors
 from sample import generate
@@ -224,15 +226,39 @@ def test_both_spellings_of_rope(saved):
         assert_same_logits(library, load_weights(folder))
 
 
+def greedy(library, prompt, n, **options):
+    """The tokens that transformers.generate finds likeliest."""
+    out = library.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=n,
+                           do_sample=False, pad_token_id=0, **{"eos_token_id": None} | options)
+    return out[0, len(prompt):].tolist()
+
+
 def test_greedy_generation_equals_transformers_and_does_not_depend_on_the_batch(saved):
     library, folder = saved()
     model, generator = load_weights(folder), torch.Generator().manual_seed(2)
     prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in (3, 17, 1, 9)]
     together = generate(model, prompts, 64, temperature=0)
     for prompt, got in zip(prompts, together):
-        expected = library.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=64,
-                                    do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
-        assert got == expected == generate(model, [prompt], 64, temperature=0)[0]
+        assert got == greedy(library, prompt, 64) == generate(model, [prompt], 64, temperature=0)[0]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_the_repetition_penalty_equals_transformers_in_a_batch_too(saved, penalty):
+    library, folder = saved()
+    model, prompts = load_weights(folder), [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5]]
+    together = generate(model, prompts, 40, temperature=0, repetition_penalty=penalty)
+    assert together == [greedy(library, prompt, 40, repetition_penalty=penalty) for prompt in prompts]
+    assert together != generate(model, prompts, 40, temperature=0)
+
+
+def test_several_end_tokens_end_a_text_as_in_transformers(saved):
+    library, folder = saved()
+    model, prompt = load_weights(folder), [3, 1, 4, 1, 5]
+    text = greedy(library, prompt, 40)
+    ends = [text[25], text[9]]
+    expected = greedy(library, prompt, 40, eos_token_id=ends)
+    assert expected[-1] in ends and len(expected) <= 10
+    assert generate(model, [prompt], 40, temperature=0, eos=ends)[0] == expected[:-1]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -316,17 +342,24 @@ def test_a_folder_without_what_is_needed_is_named(saved, tmp_path):
 def test_the_full_size_of_qwen2_half_a_billion(tmp_path):
     sizes = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                  num_key_value_heads=2, max_position_embeddings=131072, initializer_range=0.02)
-    library = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2 | sizes)).eval()
+    library = library_model(**sizes)
     library.save_pretrained(tmp_path)
     model, tokens = load_weights(tmp_path), torch.randint(151936, (1, 60))
     with torch.no_grad():
         ours, theirs = model.unembed(model(tokens)[0]), library(tokens).logits
     assert (ours - theirs).abs().max() <= 1e-4 and torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    assert generate(model, tokens.tolist(), 64, temperature=0)[0] == greedy(library, tokens[0].tolist(), 64)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 MERGES = ["t h", "th e", "\u0120 the", "i n", "e r", "\u0120 a", "in g", "d o", "do n", "\u010a \u010a", "\u00c3 \u00a9", "h e", "l l", "he ll", "hell o"]
+
+
+def write_tokenizer(folder):
+    tokens = [*data.byte_letters(), *(merge.replace(" ", "") for merge in MERGES)]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=["made up", "real"])
@@ -336,9 +369,7 @@ def tokenizers(request, tmp_path_factory):
         folder, vocab_size = real("qwen2/vocab.json").parent, 151936
     else:
         folder, vocab_size = tmp_path_factory.mktemp("tokenizer"), 300
-        tokens = [*data.byte_letters(), *(merge.replace(" ", "") for merge in MERGES)]
-        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
+        write_tokenizer(folder)
     ours = qwen_load.read_tokenizer(folder, vocab_size)
     library = transformers.Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     library.add_special_tokens({"additional_special_tokens": list(ours.added)})
@@ -398,13 +429,112 @@ def test_a_saved_tokenizer_opens_in_transformers_and_here(tokenizers, tmp_path):
     assert again.state() == ours.state() and tokenizer_from(ours.state()).encode(text) == ours.encode(text)
 
 
+SMALL = dict(vocab_size=300, initializer_range=0.3)                 # the made-up tokenizer's tokens, and rows that stand for nothing
+
+
+@pytest.fixture
+def whole(saved):
+    """A folder with weights and a tokenizer, as the hub has them."""
+    library, folder = saved(**SMALL)
+    write_tokenizer(folder)
+    return library, folder
+
+
+def test_the_end_tokens_are_those_of_the_files(whole):
+    _, folder = whole
+    end, eos = len(data.byte_letters()) + len(MERGES) + 2, len(data.byte_letters()) + len(MERGES)
+    for file, ids, expected in (("config.json", None, [eos]), ("config.json", end, [end]), ("generation_config.json", [end, eos], [eos, end])):
+        path = folder / file
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {"eos_token_id": ids}))
+        if file == "config.json":
+            (folder / "generation_config.json").unlink(missing_ok=True)
+        assert qwen_load.read_tokenizer(folder, 300).stops == expected
+
+
+def test_a_damaged_tokenizer_is_said_in_a_line(whole):
+    _, folder = whole
+    (folder / "merges.txt").unlink()
+    with pytest.raises(UserError, match="merges.txt is not there"):
+        qwen_load.read_tokenizer(folder, 300)
+    (folder / "vocab.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        qwen_load.read_tokenizer(folder, 300)
+    for damaged in ({"model": {}}, {"model": {"vocab": {}, "merges": 3}}, {"model": {"vocab": [], "merges": []}}, {"added_tokens": [3]}, [1]):
+        (folder / "tokenizer.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="is not one of Qwen2's kind"):
+            qwen_load.read_tokenizer(folder, 300)
+
+
+def test_the_command_writes_what_transformers_writes(whole, capsys):
+    library, folder = whole
+    tokenizer = qwen_load.read_tokenizer(folder, 300)
+    for prompt in ("hello the", ""):
+        text = tokenizer.encode(prompt) or [tokenizer.eos]
+        expected = greedy(library, text, 20, eos_token_id=tokenizer.eos, suppress_tokens=list(range(len(tokenizer.known), 300)))
+        sample.main(["--run", str(folder), "--prompt", prompt, "--tokens", "20", "--temperature", "0", "--dtype", "float32"])
+        assert capsys.readouterr().out == prompt + tokenizer.decode([t for t in expected if t != tokenizer.eos]) + "\n"
+
+
+def test_the_command_in_bf16_by_default_where_the_hardware_has_it(whole, capsys, monkeypatch):
+    _, folder = whole
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(sample, "pick_dtype", lambda name, device: dtype)
+        seen = []
+        monkeypatch.setattr(sample, "steps", lambda model, *rest: seen.append(model.embed.weight.dtype) or [])
+        sample.main(["--run", str(folder)])
+        assert seen == [dtype]
+
+
+def test_chat_asks_in_chatml_shows_the_answer_alone_and_stops_at_its_end(whole, capsys, monkeypatch):
+    _, folder = whole
+    tokenizer = qwen_load.read_tokenizer(folder, 300)
+    end, asked = tokenizer.added["<|im_end|>"], []
+
+    def steps(model, prompts, n, temperature, top_k, top_p, eos, *rest):
+        asked.append((tokenizer.decode(prompts[0]), eos))
+        for token in [*tokenizer.encode("hello the"), end]:
+            yield torch.tensor([token]), None, None
+    monkeypatch.setattr(sample, "steps", steps)
+    sample.main(["--run", str(folder), "--chat", "--prompt", "don't"])
+    assert capsys.readouterr().out == "hello the\n"
+    assert asked == [("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\ndon't<|im_end|>\n<|im_start|>assistant\n",
+                      {tokenizer.eos, end})]
+    assert prompts_are_special(tokenizer, asked[0][0])
+
+
+def prompts_are_special(tokenizer, text):
+    ids = tokenizer.encode(text)
+    return ids.count(tokenizer.added["<|im_start|>"]) == 3 and ids.count(tokenizer.added["<|im_end|>"]) == 2
+
+
+def test_ids_without_a_token_are_never_drawn(whole):
+    _, folder = whole
+    model, tokenizer = qwen_load.load_model(folder)
+    banned = sample.never_drawn(tokenizer)
+    assert banned == list(range(len(tokenizer.known), 300))
+    drawn = {t for row in generate(model, [[1]] * 8, 60, temperature=3.0, seed=0, banned=banned) for t in row}
+    free = {t for row in generate(model, [[1]] * 8, 60, temperature=3.0, seed=0) for t in row}
+    assert not drawn & set(banned) and free & set(banned)
+
+
+def test_a_saved_model_generates_the_same_in_transformers(whole, tmp_path):
+    library, folder = whole
+    model, tokenizer = qwen_load.load_model(folder)
+    qwen_load.save_model(model, tokenizer, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("hello the", add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer.encode("hello the") and greedy(library, ids, 30) == greedy(again, ids, 30)
+    assert again.generation_config.eos_token_id == tokenizer.stops
+
+
 # ------------------------------------------------------------------------------------------------------------- the hub
 
 class Hub:
     """A loopback server with the hub's layout: large files redirect, small ones carry git's blob id."""
 
     def __init__(self, files):
-        self.files, self.asked, self.drop = files, [], set()
+        self.files, self.asked, self.drop, self.wrong = files, [], set(), None
+        self.refuse, self.refusals, self.ignore_range = None, 1 << 30, False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -413,11 +543,15 @@ class Hub:
 
             def do_GET(self):
                 hub.asked.append((self.path, self.headers.get("Authorization"), self.headers.get("Range")))
+                if hub.refuse and hub.refusals > 0:
+                    hub.refusals -= 1
+                    return self.send_error(hub.refuse)
                 large = self.path.startswith("/cdn/")
                 name = self.path.removeprefix("/cdn/").removeprefix("/some/model/resolve/main/")
                 if name not in hub.files:
                     return self.send_error(404)
                 body, start = hub.files[name], int((self.headers.get("Range") or "bytes=0-")[6:-1])
+                start = 0 if hub.ignore_range else start
                 if name.endswith(".safetensors") and not large:
                     self.send_response(302)
                     self.send_header("Location", f"/cdn/{name}")
@@ -436,6 +570,8 @@ class Hub:
                 if name in hub.drop:                                # once: half of it, or a wrong byte
                     hub.drop.remove(name)
                     rest = rest[:len(rest) // 2] if large else bytearray([rest[0] ^ 1]) + rest[1:]
+                if name == hub.wrong:
+                    rest[len(rest) // 2] ^= 1
                 self.wfile.write(rest)
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
@@ -463,7 +599,7 @@ def test_a_repository_is_fetched_once_and_only_what_is_needed(hub, data_folder, 
     server.drop = {"config.json", next(n for n in server.files if n.endswith(".safetensors"))}
     assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
     here = {p.name for p in (data_folder / "hub" / "some" / "model").iterdir()}
-    assert here == set(server.files) - {"README.md", "generation_config.json"} | {".complete"}
+    assert here == set(server.files) - {"README.md"} | {".complete"}
     server.http.shutdown()                                          # from here on without a network
     server.http.server_close()
     assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
@@ -482,3 +618,53 @@ def test_what_is_no_repository_is_said_in_a_line(hub):
                           ("a/..", "neither a folder nor")):
         with pytest.raises(UserError, match=message):
             qwen_load.repo_folder(name)
+
+
+@pytest.mark.parametrize("code, message", [(401, "set HF_TOKEN"), (403, "set HF_TOKEN"), (429, "HTTP 429"), (500, "HTTP 500")])
+def test_a_refusal_of_the_hub_is_said_in_a_line_and_leaves_nothing(hub, data_folder, code, message):
+    _, server = hub()
+    server.refuse = code
+    with pytest.raises(UserError, match=message):
+        qwen_load.repo_folder("some/model")
+    assert not [p for p in data_folder.rglob("*") if p.is_file()]
+    server.refuse = None
+    qwen_load.repo_folder("some/model")
+
+
+def test_a_busy_hub_is_asked_again(hub):
+    library, server = hub()
+    server.refuse, server.refusals = 429, 2
+    assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_connection_that_drops_is_taken_up_where_it_broke_even_if_range_is_ignored(hub, ignored):
+    library, server = hub(vocab_size=4000)                          # half a megabyte: more than a block
+    server.ignore_range, server.drop = ignored, {"model.safetensors"}
+    assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
+    assert any(asked[2] and int(asked[2][6:-1]) >= 1 << 16 for asked in server.asked)       # it was asked for the rest
+
+
+def test_a_byte_that_is_always_wrong_never_becomes_a_file(hub, data_folder):
+    _, server = hub()
+    server.wrong = "model.safetensors"
+    with pytest.raises(UserError, match="model.safetensors"):
+        qwen_load.repo_folder("some/model")
+    assert not (data_folder / "hub/some/model/model.safetensors").exists() and not (data_folder / "hub/some/model/.complete").exists()
+    server.wrong = None
+    qwen_load.repo_folder("some/model")
+
+
+def test_a_run_is_opened_by_its_name_on_the_hub_and_a_missing_one_is_no_repository(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    library, server = hub(**SMALL)
+    write_tokenizer(tmp_path)
+    server.files |= {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
+    model, tokenizer, config = train.load_run("some/model")
+    assert tokenizer.kind == "qwen2" and config == model.config and not model.training
+    asked = len(server.asked)
+    (tmp_path / "here").mkdir()
+    for missing in ("runs/nothing", "here/nothing", "nothing", "/tmp/no/where", "here"):
+        with pytest.raises(UserError, match="there is no run at|is not there; train a model first"):
+            train.load_run(missing)
+    assert len(server.asked) == asked

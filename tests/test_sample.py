@@ -195,3 +195,25 @@ def test_banned_tokens_are_never_drawn(kind):
     kept = torch.where(torch.isin(torch.arange(7), torch.tensor([2, 5])), float("-inf"), logits)
     _, log_p = sample.choose(kept.expand(50, -1), 1.0, None, None, torch.Generator().manual_seed(1))
     assert log_p.isfinite().all()
+
+
+def test_numbers_at_the_edges_of_the_interval_draw_no_token_of_probability_0(monkeypatch):
+    logits = torch.full((1, 7), float("-inf"))
+    logits[0, 2], logits[0, 4] = 0.0, -1.0
+    for u, expected in ((0.0, 2), (1 - 2.0 ** -53, 4), (0.7310, 2), (0.7311, 4)):         # 1 / (1 + 1/e) = 0.73106
+        monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, u, dtype=torch.float64))
+        assert sample.choose(logits, 1.0, None, None, None)[0].item() == expected
+
+
+@pytest.mark.parametrize("wrong", ["--repetition-penalty 0", "--repetition-penalty -1", "--tokens 0", "--top-p 1.5", "--temperature nan", "--n 0",
+                                   "--top-k -3", "--seed -1"])
+def test_bad_numbers_are_refused(wrong):
+    with pytest.raises(data.UserError, match=wrong.split()[0] + " (must be|at most)"):
+        sample.arguments(wrong.split())
+
+
+def test_a_run_of_ours_does_not_chat(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", "rnn", "--steps", "1", "--n-embd", "8", "--n-hidden", "8", "--batch-size", "4", "--block-size", "8", "--run", "r"])
+    with pytest.raises(data.UserError, match="--chat needs a model that was tuned for it"):
+        sample.main(["--run", "r", "--chat"])
