@@ -147,9 +147,9 @@ class RNN(nn.Module):
 # ------------------------------------------------------------------------------------------------ softmax and loss
 
 def chunks(n_rows, vocab_size):
-    """Into how many chunks to cut the rows: about 8 million logits each, but no fewer than 256 rows, because every
+    """Into how many chunks to cut the rows: about 8 million logits each, but no fewer than 512 rows, because every
     chunk reads the whole weight matrix."""
-    return max(1, min(-(-n_rows * vocab_size // (1 << 23)), n_rows // 256))
+    return max(1, min(-(-n_rows * vocab_size // (1 << 23)), n_rows // 512))
 
 
 def token_nll(logits, targets):
@@ -195,7 +195,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p.masked_fill_(~keep[:, None], 0.0)
             torch.mm(p, w, out=d_h)
             part = p.t() @ h
-            d_weight = part.to(acc) if d_weight is None else d_weight.add_(part)
+            d_weight = part.to(acc if n_chunks > 1 else part.dtype) if d_weight is None else d_weight.add_(part)
             if b is not None:
                 part = p.sum(0).to(acc)                                      # summed in float32, whatever the dtype
                 d_bias = part if d_bias is None else d_bias.add_(part)

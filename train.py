@@ -96,7 +96,7 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, first="python train.py --model lstm"):
     """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. UserError if it is not readable."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -104,8 +104,7 @@ def read_checkpoint(path):
             raise ValueError("not a checkpoint of this project")
         return checkpoint
     except FileNotFoundError as e:
-        raise UserError(f"{path} is not there; train a model first, for example: python train.py --model lstm "
-                        f"--run {Path(path).parent}") from e
+        raise UserError(f"{path} is not there; train a model first, for example: {first} --run {Path(path).parent}") from e
     except (PermissionError, IsADirectoryError, MemoryError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     except Exception as e:                                  # truncated zip, hostile pickle, wrong content: many types
@@ -390,6 +389,19 @@ class Trainer:
     def tokens_per_step(self):
         return self.batches.batch_size * self.batches.block_size
 
+    def gradients(self, x, y):
+        """Forward and backward; -> the mean loss, and the norm of the gradients before they were clipped."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            loss, memory = self.losses(x, y, self.memory)
+            loss = loss / y.numel()
+        loss.backward()
+        self.memory = detach(memory)
+        return loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
+
+    def update(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def train_step(self):
         """One optimizer step; -> mean loss in nats per token. UserError if the loss or the gradient is not finite."""
         if self.batches.first(self.step) or not self.model.recurrent:
@@ -398,17 +410,11 @@ class Trainer:
         self.learning_rate = learning_rate(self.step, self.steps, self.args.lr, self.args.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss, memory = self.losses(x, y, self.memory)
-            loss = loss / y.numel()
-        loss.backward()
-        self.memory = detach(memory)
-        loss, self.grad_norm = loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
+        loss, self.grad_norm = self.gradients(x, y)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             raise NotFinite(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm {self.grad_norm}). "
                             f"The last good checkpoint is kept in {self.run}; train anew with a smaller --lr and another --run")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update()
         self.step += 1
         self.stopping = self.interrupted
         if self.world > 1:                                          # the mean loss, and whether anyone was told to stop
@@ -771,12 +777,17 @@ def resumed_arguments(args):
     checkpoint = read_checkpoint(Path(args.run) / "last.pt")
     if "args" not in checkpoint or checkpoint["args"].get("model") != checkpoint["kind"]:
         raise UserError(f"{args.run}/last.pt is not a run of train.py that could be resumed")
-    for name, value in checkpoint["args"].items():
+    take_arguments(args, checkpoint["args"])
+    return args, checkpoint
+
+
+def take_arguments(args, saved):
+    """Set args to those a run was started with; UserError if the command line says others."""
+    for name, value in saved.items():
         if name in args.typed and getattr(args, name) != value:
             raise UserError(f"the run in {args.run} was started with {name} {value}, not {getattr(args, name)}. Resume it "
                             "without other arguments, or choose another folder with --run")
         setattr(args, name, value)
-    return args, checkpoint
 
 
 def main(argv=None):

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rnn import chunked_nll, compiled, compute_dtype, cross_entropy_sum, dropout
 
@@ -301,6 +302,7 @@ class Transformer(nn.Module):
     """The language model. Four members, as every model here has: forward, init_state, unembed, and nll with its
     training form loss."""
     recurrent = False
+    checkpointing = False           # keep the input of every block only and compute the rest anew when going back
 
     def __init__(self, config):
         super().__init__()
@@ -343,7 +345,8 @@ class Transformer(nn.Module):
         x = dropout(self.embed(tokens), c.dropout, self.training)
         cos, sin = cos.to(compute_dtype(x)), sin.to(compute_dtype(x))
         for block in self.blocks:
-            x = block(x, cos, sin, state)
+            x = checkpoint(block, x, cos, sin, state, use_reentrant=False) if self.checkpointing and state is None else \
+                block(x, cos, sin, state)
         if state is not None:
             state.length += T
         return self.norm(x), state

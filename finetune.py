@@ -1,0 +1,461 @@
+"""Fine-tune all parameters of a trained language model on other text, and show what changed.
+
+    python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --run runs/stories     # 1 GB of weights, downloaded once
+    python finetune.py --base runs/transformer-finance --data stories                    # offline, minutes
+    python finetune.py --base runs/transformer-finance --data stories --ablate           # epochs x share of the data
+    python finetune.py --resume --run runs/stories                                       # after a kill
+
+The base is a run of train.py, or Qwen2's weights (a folder in the hub's layout, or a name on the hub). The loop is
+train.py's: AdamW, warm-up and half a cosine, gradients clipped; documents stand one behind the other with their separator
+between them, as in nanoGPT, and a batch is windows of that text.
+
+Precision. Weights and AdamW's two moments are float32. bfloat16 has eight significant bits: an update of less than 1/256
+of a weight would vanish if the weight were bfloat16, and with learning rates of 1e-5 nearly all are. What is multiplied is
+a bfloat16 copy of the weights, which costs a quarter of their memory; its gradients are bfloat16 too (that is what the
+products give), and are made float32 a few at a time when AdamW reads them. In bytes per parameter:
+
+    weights 4 + moments 8 + copy 2 + its gradients 2 = 16;      in float32: weights 4 + moments 8 + gradients 4 = 16
+
+Gradients of several micro-batches (--accumulate) would be summed in bfloat16 and lose their low bits; then, and under
+torchrun, autocast does the products and gradients are float32: 18 bytes.
+
+Measured before and after, always: each held-out document read afresh (its perplexity, the mean of these, and the corpus
+perplexity, all as eval.py defines them), the perplexity of a text from outside (what was forgotten), and continuations
+of a prompt in the style of the data and of one that has nothing to do with it, from the same seed.
+"""
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+from data import UserError, write_atomically
+from eval import Figures, losses_afresh, number, open_run, paint_curves, table
+from qwen_load import is_pretrained, save_model
+from sample import encode_prompt, generate, never_drawn
+from train import (MODELS, Trainer, build_model, clip_gradients, join_processes, load_run, perplexity, pick_device, pick_dtype,
+                   read_checkpoint, take_arguments, with_context)
+
+STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
+OTHER_PROMPT = "Climate change is"
+EMBEDDED_PROMPTS = ["Queen Rowan, the singer,", "Mr. Harlow, the banker,"]      # for runs that know the embedded languages' words only
+
+# by base: Qwen2, a run of ours
+DEFAULTS = {True: dict(lr=2e-5, batch_size=8, block_size=256), False: dict(lr=1e-3, batch_size=16, block_size=128)}
+
+
+# ----------------------------------------------------------------------------------------------------------- the step
+
+class FineTuner(Trainer):
+    """train.py's loop with the products in a bfloat16 copy of the weights (see the top of this file)."""
+    CHUNK = 20_000_000                          # parameters whose float32 gradients exist at a time
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.copy = None
+        if self.dtype == torch.bfloat16 and self.world == 1 and self.args.accumulate == 1 and not self.model.recurrent:
+            with torch.device("meta"):
+                self.copy = type(self.model)(self.model.config)
+            self.copy.load_state_dict({k: v.bfloat16() for k, v in self.model.state_dict().items()}, assign=True)
+            if self.model.config.tied:
+                self.copy.head.weight = self.copy.embed.weight
+            self.copy.requires_grad_(True).train()
+            self.pairs = list(zip(self.model.parameters(), self.copy.parameters()))
+        if not self.model.recurrent:
+            (self.copy or self.model).checkpointing = self.args.checkpointing
+
+    def restore(self, checkpoint):
+        super().restore(checkpoint)
+        if self.copy:
+            self.take_over(self.pairs)
+
+    @torch.no_grad()
+    def take_over(self, pairs):
+        for weight, copy in pairs:
+            copy.copy_(weight)
+
+    def gradients(self, x, y):
+        if self.copy:
+            loss = self.copy.loss(self.copy(x)[0], y) / y.numel()
+            loss.backward()
+            norm = torch.stack([torch.linalg.vector_norm(c.grad, dtype=torch.float32) for _, c in self.pairs]).norm().item()
+            self.scale = 1.0 if norm <= self.args.clip else self.args.clip / (norm + 1e-6)
+            return loss.item(), norm
+        if self.args.accumulate == 1:
+            return super().gradients(x, y)
+        total = 0.0
+        for x_part, y_part in zip(x.chunk(self.args.accumulate), y.chunk(self.args.accumulate)):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                loss = self.losses(x_part, y_part, None)[0] / y.numel()
+            loss.backward()
+            total += loss.item()
+        return total, clip_gradients(self.model.parameters(), self.args.clip)
+
+    def update(self):
+        """AdamW, a few matrices after the other: those without a gradient are passed over."""
+        if not self.copy:
+            return super().update()
+        waiting, size = [], 0
+        for k, (weight, copy) in enumerate(self.pairs):
+            weight.grad = copy.grad.float()
+            if self.scale < 1:
+                weight.grad.mul_(self.scale)
+            copy.grad, size = None, size + weight.numel()
+            waiting.append((weight, copy))
+            if size >= self.CHUNK or k + 1 == len(self.pairs):
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.take_over(waiting)
+                waiting, size = [], 0
+
+
+def memory_needed(model, args, dtype):
+    """Bytes that training will hold at its fullest, roughly: 16 or 18 a parameter, what the backward pass reads of a batch,
+    and the logits of one chunk of it."""
+    c, n = model.config, sum(p.numel() for p in model.parameters())
+    lean = dtype == torch.bfloat16 and args.accumulate == 1 and not model.recurrent
+    fixed = n * (18 if dtype == torch.bfloat16 and not lean else 16)
+    tokens, size = args.batch_size * args.block_size // args.accumulate, 2 if dtype == torch.bfloat16 else 4
+    per_layer = 14 * c.n_embd + 5 * c.n_hidden
+    if not model.recurrent and args.checkpointing:
+        kept = tokens * size * (c.n_layer * c.n_embd + per_layer)
+    else:
+        kept = tokens * size * c.n_layer * per_layer
+    return fixed + kept + min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4
+
+
+def warn_of_memory(model, args, device, dtype):
+    needed = memory_needed(model, args, dtype)
+    there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    words = f"{sum(p.numel() for p in model.parameters()):,} parameters: training needs about {needed / 1e9:.1f} GB of memory"
+    if needed > there:
+        words += (f", and this machine has {there / 1e9:.1f}. It will fail or crawl; take a smaller --batch-size or --block-size, "
+                  "--checkpointing, or a smaller base")
+    return words
+
+
+# ------------------------------------------------------------------------------------------------- before and after
+
+def held_out(name, tokenizer, n):
+    """The first n documents of a corpus's test split as (text, ids)."""
+    texts = []
+    for text in data.documents(name, "test"):
+        if text.strip():
+            texts.append(text)
+        if len(texts) == n:
+            break
+    try:
+        read = [(text.replace(data.SEPARATOR, "").strip(), tokenizer.encode(text)) for text in texts]
+    except ValueError as e:
+        raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take a base that was trained with --tokenizer gpt2") from e
+    read = [(text, ids) for text, ids in read if ids]
+    if not read:
+        raise UserError(f"{name} has no document to hold out: its last 5 % are the test split; take a longer text")
+    return read
+
+
+def retained_ids(name, tokenizer, most=20_000):
+    """Tokens from the beginning of a text's validation split, behind the end token."""
+    ids = []
+    for text in data.documents(name, "valid"):
+        try:
+            ids += tokenizer.encode(text)
+        except ValueError as e:
+            raise UserError(f"--retain {name} cannot be read with the base's vocabulary: {e}. Name another text") from e
+        if len(ids) >= most:
+            break
+    if len(ids) < 2:
+        raise UserError(f"--retain {name} is too short")
+    return with_context(tokenizer, np.array(ids[:most]))
+
+
+def measure(model, tokenizer, args, dtype):
+    """All figures of a model: held-out documents, the text from outside, continuations."""
+    documents = held_out(args.data, tokenizer, args.held_out)
+    losses = losses_afresh(model, [ids for _, ids in documents], tokenizer.eos, dtype)
+    each = [math.exp(min(v.mean(), 700)) for v in losses]
+    out = {"documents": each, "mean": sum(each) / len(each), "corpus": math.exp(min(np.concatenate(losses).mean(), 700)),
+           "tokens": sum(len(v) for v in losses), "retained": None, "samples": []}
+    if args.retain:
+        out["retained"] = perplexity(model, retained_ids(args.retain, tokenizer), dtype=dtype)
+    for prompt in args.prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        new = generate(model, [ids], args.sample_tokens, args.temperature, eos=tokenizer.eos, seed=args.seed, banned=never_drawn(tokenizer))
+        out["samples"].append({"prompt": prompt, "text": tokenizer.decode(new[0]).strip()})
+    return out
+
+
+def grammar_floor(name, n):
+    """The corpus perplexity of an embedded language's own grammar on its first n test documents; None for other corpora."""
+    if name not in data.DOMAINS:
+        return None
+    nll = [v for words, _ in data.embedded_documents(name, "test")[:n] for v in data.language(name).nll(words)]
+    return math.exp(math.fsum(nll) / len(nll))
+
+
+def save_json(path, value):
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def write_report(args, result, figures):
+    """report.md: Tables 3, 4 and 5, Figure 4, and what was kept."""
+    before, after, run = result["before"], result["after"], Path(args.run)
+    rows = [["mean of the documents' perplexities", before["mean"], after["mean"]],
+            ["corpus perplexity", before["corpus"], after["corpus"]]]
+    if before["retained"]:
+        rows.append([f"{args.retain} (not trained on), perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
+    md = [f"# {args.base} fine-tuned on {args.data}\n",
+          f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens ({args.data_fraction:.0%} of the text), "
+          f"{result['epochs']:.2f} epochs, {result['seconds']:.0f} s at {number(result['tokens_per_second'], 0)} tokens/s, {result['dtype']}.\n",
+          "## Perplexity before and after (Table 3)\n", table(["", "before", "after"], rows)]
+    if result["floor"]:
+        md.append(f"The grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n")
+    texts = [text for text, _ in held_out(args.data, result["tokenizer"], 20)]
+    md += [f"{len(before['documents'])} held-out documents, each read afresh, {before['tokens']:,} tokens; the first {len(texts)}:\n",
+           table(["document", "before", "after"], [[text if len(text) <= 80 else text[:80] + " …", b, a]
+                                                   for text, b, a in zip(texts, before["documents"], after["documents"])])]
+    for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
+        what = ("in the style of the data (Table 4)", "that has nothing to do with it (Table 5)", "")[min(k, 2)]
+        md += [f"## A prompt {what}\n".replace("  ", " "), table(["", b["prompt"]], [["before", b["text"] or "(nothing)"], ["after", a["text"] or "(nothing)"]])]
+    md += ["## Loss (Figure 4)\n", figures.draw("loss", "Loss while fine-tuning", paint_curves([open_run(run, "cpu")]), panels=2)]
+    write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+def first_share(ids, fraction, eos):
+    """The first `fraction` of a text, to the end of a document: what 60 % have, 90 % have too."""
+    n = int(len(ids) * fraction)
+    ends = np.flatnonzero(np.asarray(ids[max(0, n - (1 << 16)):n]) == eos)
+    return ids[:n if len(ends) == 0 or fraction == 1 else max(0, n - (1 << 16)) + int(ends[-1]) + 1]
+
+
+def tune(args, device, dtype, checkpoint=None):
+    """Fine-tune as args say, into the folder args.run; -> what result.json holds."""
+    run, rank = Path(args.run), dist.get_rank() if dist.is_initialized() else 0
+    if rank:
+        dist.barrier()                                              # the first process downloads and encodes
+    if checkpoint:
+        model, tokenizer = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]), data.tokenizer_from(checkpoint["tokenizer"])
+        model, kind = model.to(device), checkpoint["kind"]
+        try:
+            before = json.loads((run / "before.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. Start anew with another --run") from e
+    else:
+        model, tokenizer, _ = load_run(args.base, device, torch.float32)
+        kind = next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
+        settle(args, model, tokenizer)
+    torch.manual_seed(args.seed + rank)
+    corpus = data.load(args.data, tokenizer, splits=("train", "valid"))
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    if len(corpus.ids["valid"]) < 2:
+        raise UserError(f"{args.data} is too short: its validation part (5 %, cut between lines) holds {len(corpus.ids['valid'])} tokens")
+    if checkpoint and args.text != corpus.fingerprint():
+        raise UserError(f"{args.data} is no longer the text that the run in {run} was started with; restore it, or start a new run")
+    args.text = corpus.fingerprint()
+    train_ids = first_share(corpus.ids["train"], args.data_fraction, tokenizer.eos)
+    cut = data.Streams if model.recurrent else data.Windows
+    batches = cut(train_ids, args.batch_size, args.block_size, args.seed)
+    if not checkpoint and rank == 0:
+        before, args.before = args.before or measure(model, tokenizer, args, dtype), None
+        run.mkdir(parents=True, exist_ok=True)
+        save_json(run / "before.json", before)
+    valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
+    evaluate = lambda: {"val": perplexity(model, valid, rows=max(1, min(16, len(valid) // 500)), dtype=dtype)}
+    trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
+    trainer.go_on = args.go_on
+    args.warmup = min(args.warmup, max(1, trainer.steps // 10))
+    if checkpoint:
+        try:
+            trainer.restore(checkpoint)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+    trainer.open_log(resumed=bool(checkpoint))
+    trainer.show(f"{args.base} on {args.data}: {warn_of_memory(model, args, device, dtype)}; {len(train_ids):,} training tokens, "
+                 f"{trainer.steps} steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    trainer.fit()
+    if rank:
+        return None
+    del trainer.optimizer, trainer.copy
+    model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
+    after = measure(model.eval(), tokenizer, args, dtype)
+    if tokenizer.kind == "qwen2":
+        save_model(model, tokenizer, run)
+    result = {"model": kind, "base": args.base, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
+              "train_tokens": len(train_ids), "epochs": trainer.step / batches.steps_per_epoch, "steps": trainer.step,
+              "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed, "device": device.type,
+              "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds,
+              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)), "floor": grammar_floor(args.data, args.held_out),
+              "before": before, "after": after, "args": kept_arguments(args)}
+    save_json(run / "result.json", result)
+    write_report(args, result | {"tokenizer": tokenizer}, Figures(run))
+    return result
+
+
+def kept_arguments(args):
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on")}
+
+
+def ablate(args, device, dtype):
+    """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out documents.
+    A finished cell keeps its result and is not run again; one that was interrupted goes on."""
+    folder, rows = Path(args.run), []
+    grid, before = [(e, f) for e in args.ablate_epochs for f in args.ablate_fractions], None
+    for epochs, fraction in grid:
+        cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
+        one = argparse.Namespace(**vars(args) | {"epochs": epochs, "data_fraction": fraction, "run": str(cell), "before": before,
+                                                 "go_on": "the same command again; finished cells are not repeated"})
+        if (cell / "result.json").exists():
+            result = json.loads((cell / "result.json").read_text(encoding="utf-8"))
+            for name in args.typed & {"base", "data", "lr", "batch_size", "block_size", "seed", "held_out", "retain"}:
+                if result["args"].get(name) != getattr(args, name):
+                    raise UserError(f"{cell} was made with {name} {result['args'].get(name)}, not {getattr(args, name)}; choose another --run")
+        else:
+            checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
+            if checkpoint:
+                one = argparse.Namespace(**vars(one) | checkpoint["args"])
+            result = tune(one, device, dtype, checkpoint)
+            for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):     # the figures are what is kept
+                file.unlink()
+        before = result["before"]
+        rows.append([f"{epochs:g}", f"{fraction:.0%}", result["after"]["mean"], result["after"]["corpus"],
+                     result["after"]["retained"] and result["after"]["retained"]["ppl"], result["after"]["samples"][0]["text"]])
+    header = ["epochs", "share of the data", "mean of the documents' perplexities", "corpus perplexity", f"{args.retain}, not trained on",
+              f"continues: {args.prompts[0] if args.prompts else result['args']['prompts'][0]}"]
+    rows.append(["none", "", before["mean"], before["corpus"], before["retained"] and before["retained"]["ppl"], before["samples"][0]["text"]])
+    text = f"# {args.base} fine-tuned on {args.data}: epochs and share of the data (Table 6)\n\n" + table(header, rows)
+    if result["floor"]:
+        text += f"\nThe grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
+    write_atomically(folder / "report.md", lambda f: f.write(text.encode()))
+    save_json(folder / "result.json", {"header": header, "rows": rows, "args": kept_arguments(args)})
+    print(table(header[:-1], [row[:-1] for row in rows]) + f"written to {folder}/report.md")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+def settle(args, model, tokenizer):
+    """Fill in what depends on the base."""
+    pretrained = is_pretrained(args.base)
+    for name, value in DEFAULTS[pretrained].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not model.recurrent:
+        args.block_size = min(args.block_size, model.config.block_size)
+    elif args.accumulate > 1 or args.checkpointing:
+        raise UserError("--accumulate and --checkpointing need a Transformer for a base")
+    if args.batch_size % args.accumulate:
+        raise UserError(f"--batch-size {args.batch_size} cannot be cut into {args.accumulate} equal micro-batches")
+    if args.prompts is None:
+        closed = getattr(tokenizer, "unk", 0) is None                       # a vocabulary without <unk>: the embedded languages'
+        args.prompts = EMBEDDED_PROMPTS if closed else [STYLE_PROMPT, OTHER_PROMPT]
+    if args.retain is None:
+        args.retain = "wikitext2" if pretrained else open_run(args.base, "cpu").corpus
+        try:
+            retained_ids(args.retain, tokenizer)
+        except UserError as e:
+            print(f"nothing is measured from outside, because {e}")
+            args.retain = ""
+    args.model = f"{args.base}, fine-tuned"
+
+
+def parser():
+    p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="Fine-tune all parameters of a trained model on other text, and show what changed.",
+                    epilog="examples:\n  python finetune.py --base runs/transformer-finance --data stories\n"
+                           "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")
+    p.add_argument("--base", default="Qwen/Qwen2-0.5B", help="a run of train.py; or Qwen2's weights: a folder, or their name on the "
+                   "hub, downloaded once (default: %(default)s, 1 GB)")
+    p.add_argument("--data", default="tinystories", help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file (default: %(default)s)")
+    p.add_argument("--run", help="folder of the result (default: runs/finetune-BASE-DATA)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
+    p.add_argument("--epochs", type=float, default=2.0, metavar="E", help="passes over the training text (default: %(default)s)")
+    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
+    p.add_argument("--data-fraction", type=float, default=0.9, metavar="F", help="the first share of the training text (default: %(default)s)")
+    p.add_argument("--ablate", action="store_true", help="a complete run for every pair of the next two, and a table")
+    p.add_argument("--ablate-epochs", type=float, nargs="+", default=[1.0, 2.0], metavar="E", help="default: 1 2")
+    p.add_argument("--ablate-fractions", type=float, nargs="+", default=[0.6, 0.9], metavar="F", help="default: 0.6 0.9")
+    sizes = ", ".join(f"{k} {v:g}" for k, v in DEFAULTS[True].items())
+    ours = ", ".join(f"{k} {v:g}" for k, v in DEFAULTS[False].items())
+    g = p.add_argument_group(f"the step (defaults for Qwen2: {sizes}; for a run of ours: {ours})")
+    g.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
+    g.add_argument("--batch-size", type=int, metavar="N", help="windows of a batch")
+    g.add_argument("--block-size", type=int, metavar="N", help="tokens of a window, at most the base's context")
+    g.add_argument("--accumulate", type=int, default=1, metavar="N", help="cut a batch into N micro-batches: less memory (default: 1)")
+    g.add_argument("--checkpointing", action="store_true", help="keep the inputs of blocks only and compute the rest twice: less memory")
+    for name, kind, default, text in (("--weight-decay", float, 0.01, "AdamW's, on matrices"), ("--warmup", int, 100, "steps of linear "
+                                      "warm-up, at most a tenth of all"), ("--clip", float, 1.0, "largest gradient norm"),
+                                      ("--seed", int, 1, "of batches, dropout and samples"), ("--log-every", int, 10, "steps between rows of log.csv")):
+        g.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    g.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: a 20th of the run)")
+    m = p.add_argument_group("before and after")
+    m.add_argument("--held-out", type=int, default=200, metavar="N", help="documents of the test split (default: %(default)s)")
+    m.add_argument("--retain", metavar="DATA", help="a text that is not trained on (default: what the base was trained on; wikitext2 for Qwen2)")
+    m.add_argument("--prompts", nargs="+", metavar="TEXT", help="to continue: one in the style of the data, one unrelated (default: a knight, the climate)")
+    m.add_argument("--sample-tokens", type=int, default=60, metavar="N", help="default: %(default)s")
+    m.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of the samples (default: %(default)s)")
+    m.add_argument("--eval-tokens", type=int, default=8192, metavar="N", help="of the validation split, for the loss curve (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the products, weights are float32 (default: bfloat16 where the hardware multiplies it)")
+    return p
+
+
+def arguments(argv=None):
+    """The arguments, with `typed`: the names of those on the command line."""
+    p = parser()
+    untyped = object()
+    asked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(p.parse_args([])), untyped)))
+    args = p.parse_args(argv)
+    args.typed = {name for name, value in vars(asked).items() if value is not untyped}
+    for name in ("epochs", "steps", "lr", "batch_size", "block_size", "accumulate", "clip", "log_every", "eval_every", "held_out",
+                 "sample_tokens", "eval_tokens"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if not all(0 < f <= 1 for f in [args.data_fraction, *args.ablate_fractions]):
+        p.error("--data-fraction and --ablate-fractions must be above 0 and at most 1")
+    if not all(0 < e < math.inf for e in args.ablate_epochs):
+        p.error("--ablate-epochs must be above 0")
+    if not 0 <= args.seed < 2 ** 63 or not 0 <= args.weight_decay < math.inf or args.warmup < 0 or not 0 <= args.temperature < math.inf:
+        p.error("--seed, --weight-decay, --warmup and --temperature must not be negative")
+    if args.ablate and ("RANK" in os.environ or args.steps):
+        p.error("--ablate runs in one process, and its cells say how long")
+    args.run = args.run or f"runs/{'ablate' if args.ablate else 'finetune'}-{Path(args.base).name}-{Path(args.data).stem}"
+    args.minutes, args.also, args.before, args.go_on = None, [], None, f"python finetune.py --resume --run {args.run}"
+    return args
+
+
+def main(argv=None):
+    args, checkpoint = arguments(argv), None
+    if args.resume and not args.ablate:
+        checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py")
+        if "base" not in checkpoint.get("args", {}):
+            raise UserError(f"{args.run} is not a run of finetune.py; python train.py --resume --run {args.run} may go on with it")
+        take_arguments(args, checkpoint["args"])
+    elif any(Path(args.run).glob("*.pt")) and os.environ.get("RANK", "0") == "0":
+        raise UserError(f"{args.run} already holds a run. Go on with it: python finetune.py --resume --run {args.run}; or choose "
+                        "another folder with --run")
+    rank, world, device = join_processes(pick_device(args.device))
+    dtype = pick_dtype(args.dtype, device)
+    if args.ablate:
+        return ablate(args, device, dtype)
+    result = tune(args, device, dtype, checkpoint)
+    if rank == 0:
+        before, after = result["before"], result["after"]
+        print(f"{args.base} on {args.data}: corpus perplexity {before['corpus']:.2f} before, {after['corpus']:.2f} after, mean of documents "
+              f"{before['mean']:.2f}, {after['mean']:.2f}" + (f", {args.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"
+                                                              if before["retained"] else ""))
+        print(f"written to {args.run}/report.md. Next: python sample.py --run {args.run}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run_main(main)
