@@ -6,8 +6,10 @@ turn, and the medians of many rounds are compared. Above 1: ours is faster.
     python tests/bench.py step          # (b) a training step of a 2x200 Penn Treebank model, V = 10,000
     python tests/bench.py transformer   # (c) a training step of the Transformer against nn.TransformerEncoderLayer
     python tests/bench.py qwen          # (d) Qwen2-0.5B's shape with random weights: generation, loading (3 GB of memory)
+    python tests/bench.py finetune      # (e) the same shape: a training step on 512 tokens (18 GB)
 """
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import data
+import finetune
 import qwen_load
 import sample
 import train
@@ -145,30 +149,29 @@ def transformer(device):
 QWEN2 = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
              num_key_value_heads=2, max_position_embeddings=131072, rope_theta=1e6, tie_word_embeddings=True)
 
-LOADING = """
-import re, sys
-import torch
-sys.path.insert(0, {here!r})
-{imports}
-peak = lambda: 1024 * int(re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1])       # kept apart from the parent's
-before = peak()
-model = {load}
-loaded = peak()
-with torch.no_grad():                                   # what is only mapped so far is read now
-    model(torch.zeros(1, 1, dtype=torch.long))
-weights = sum(p.numel() * p.element_size() for p in model.parameters())
-print((loaded - before) / weights, (peak() - before) / weights)
-"""
+def peak_memory():
+    """Bytes that this process has held at its fullest. (Of a child process, getrusage would say the parent's.)"""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def loading(folder, dtype):
-    """Peak memory of either side over the weights' bytes, after loading and after the first token, each in its own process."""
-    here = str(Path(__file__).resolve().parent.parent)
-    ours = LOADING.format(here=here, imports="import qwen_load", load=f"qwen_load.load_weights({folder!r}, dtype={dtype})")
-    theirs = LOADING.format(here=here, imports="from transformers import AutoModelForCausalLM",
-                            load=f"AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype})")
-    return [[float(v) for v in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()]
-            for code in (ours, theirs)]
+def in_own_process(function, *args):
+    """What function(*args) of this file returns, run in a process of its own."""
+    code = f"import bench; print(*bench.{function.__name__}(*{args!r}))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return [float(v) for v in out.stdout.split()]
+
+
+def loading(side, folder, dtype):
+    """Peak memory over the weights' bytes, after loading and after the first token."""
+    from transformers import AutoModelForCausalLM
+    before = peak_memory()
+    load = qwen_load.load_weights if side == "ours" else AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=getattr(torch, dtype))
+    loaded = peak_memory()
+    with torch.no_grad():                                       # what is only mapped so far is read now
+        model(torch.zeros(1, 1, dtype=torch.long))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (loaded - before) / weights, (peak_memory() - before) / weights
 
 
 def bandwidth(n_bytes):
@@ -201,15 +204,62 @@ def qwen(device):
                 limit = 1e3 * n_bytes / bandwidth(n_bytes)
                 print(f"    reading its {n_bytes / 1e6:.0f} MB by one matrix-vector product takes {limit:.2f} ms: {limit / a:.0%} of that speed")
         row("Qwen2-0.5B, a prompt of 512", "bf16", "bf16", *generators(1, 512, 1))
-        del ours, theirs
-        for name in ("torch.bfloat16", "torch.float32"):
-            (a, a_used), (b, b_used) = loading(folder, name)
-            print(f"Qwen2-0.5B as {name[6:]}: peak memory over the weights, loaded {a:.2f} (library {b:.2f}), after a token {a_used:.2f} "
+        for name in ("bfloat16", "float32"):
+            (a, a_used), (b, b_used) = (in_own_process(loading, side, folder, name) for side in ("ours", "theirs"))
+            print(f"Qwen2-0.5B as {name}: peak memory over the weights, loaded {a:.2f} (library {b:.2f}), after a token {a_used:.2f} "
                   f"(library {b_used:.2f})")
 
 
+def tuning_step(side, folder, fused=False, tokens=512):
+    """A function that makes one training step on a window of tokens, products in bf16, weights in float32."""
+    ids = torch.randint(QWEN2["vocab_size"], (10 * tokens,)).numpy()
+    if side == "ours":
+        args = argparse.Namespace(run="", lr=1e-5, weight_decay=0.01, batch_size=1, block_size=tokens, epochs=1.0, steps=1000, minutes=None,
+                                  also=[], warmup=1, clip=1.0, eval_every=None, accumulate=1, checkpointing=False)
+        model = qwen_load.load_weights(folder, dtype=torch.float32).train()
+        return finetune.FineTuner(args, "transformer", model, None, data.Windows(ids, 1, tokens, 0), None, torch.device("cpu"), torch.bfloat16).train_step
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=fused or None)
+    batch = torch.from_numpy(ids[:tokens + 1])[None]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def tuning_memory(side, folder, fused):
+    step = tuning_step(side, folder, fused)
+    for _ in range(3):
+        step()
+    return [peak_memory()]
+
+
+def finetuning(device):
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2)).to(torch.bfloat16).save_pretrained(folder)
+        for fused in (False, True):
+            name = "AdamW(fused=True)" if fused else "AdamW"
+            ours, theirs = tuning_step("ours", folder), tuning_step("theirs", folder, fused)
+            a, b = compare(ours, theirs, seconds=60)
+            del ours, theirs
+            print(f"Qwen2-0.5B, a step on 512 tokens   ours {512e3 / a:6.1f} tokens/s   library with {name} {512e3 / b:6.1f} tokens/s   {b / a:5.2f}x", flush=True)
+            del ours, theirs
+            (a,), (b,) = (in_own_process(tuning_memory, side, folder, fused) for side in ("ours", "theirs"))
+            print(f"    peak memory {a / 1e9:.2f} GB, library {b / 1e9:.2f} GB: {a / b:.2f}", flush=True)
+
+
 def main():
-    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen}
+    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen, "finetune": finetuning}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
     p.add_argument("--device", default="auto")

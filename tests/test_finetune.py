@@ -1,0 +1,344 @@
+"""Fine-tuning: the step against transformers and torch's AdamW, before and after against brute force, nothing lost."""
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import data
+import finetune
+import sample
+import train
+from data import UserError
+from finetune import FineTuner, first_share, held_out, measure
+from qwen_load import load_weights
+from tests.test_qwen_load import library_model, write_tokenizer
+from transformer import Transformer, TransformerConfig
+
+
+def settings(folder, **changes):
+    base = dict(run=str(folder), lr=1e-3, weight_decay=0.1, batch_size=4, block_size=12, epochs=1.0, steps=6, minutes=None, also=[], warmup=2,
+                clip=1.0, seed=1, log_every=1, eval_every=3, accumulate=1, checkpointing=False)
+    return argparse.Namespace(**base | changes)
+
+
+class Words:
+    """A stand-in for a tokenizer."""
+    kind, vocab_size, eos = "gpt2", 97, 0
+
+    def state(self):
+        return {"kind": "gpt2"}
+
+
+def tuner(folder, model, dtype=torch.float32, **changes):
+    args = settings(folder, **changes)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 600)
+    batches = data.Windows(ids, args.batch_size, args.block_size, args.seed)
+    trainer = FineTuner(args, "transformer", model, Words(), batches, lambda: {"val": {"nll": 1.0, "ppl": math.e}}, torch.device("cpu"), dtype)
+    trainer.model.train()
+    return trainer
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A small Qwen2 with random weights: the library's and ours."""
+    library = library_model(initializer_range=0.1)
+    library.save_pretrained(tmp_path / "base")
+    return library.train(), load_weights(tmp_path / "base", dtype=torch.float32).train()
+
+
+def library_name(name):
+    from qwen_load import hub_name
+    return hub_name(name)
+
+
+@pytest.mark.parametrize("how", [{}, {"accumulate": 2}, {"checkpointing": True}, {"accumulate": 4, "checkpointing": True}, {"clip": 0.05}])
+def test_three_steps_equal_transformers_with_adamw(qwen, tmp_path, how):
+    library, model = qwen
+    trainer = tuner(tmp_path / "run", model, **how)
+    theirs = dict(library.named_parameters())
+    groups = [[p for p in theirs.values() if p.dim() >= 2], [p for p in theirs.values() if p.dim() < 2]]
+    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], betas=(0.9, 0.99))
+    for step in range(3):
+        x, y = trainer.batches.batch(step)
+        logits = library(x).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        expected.backward()
+        norm = torch.nn.utils.clip_grad_norm_(library.parameters(), trainer.args.clip).item()
+        loss, got = trainer.gradients(x, y)
+        assert loss == pytest.approx(expected.item(), rel=1e-5) and got == pytest.approx(norm, rel=1e-4)
+        for name, p in model.named_parameters():
+            grad = theirs[library_name(name)].grad
+            assert (p.grad - grad).norm() <= 1e-4 * grad.norm(), name
+        trainer.optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, 6, 1e-3, 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.train_step()
+        for name, p in model.named_parameters():
+            assert (p - theirs[library_name(name)]).norm() <= 1e-4 * p.norm(), name
+
+
+@pytest.mark.parametrize("chunk", [1, 20_000_000])
+def test_the_bf16_copy_learns_what_float32_learns(qwen, tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr(FineTuner, "CHUNK", chunk)
+    _, model = qwen
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.load_state_dict(start)
+        trainer = tuner(tmp_path / "run", model, dtype, lr=1e-3, clip=0.5)
+        assert (trainer.copy is not None) == (dtype == torch.bfloat16)
+        for _ in range(3):
+            trainer.train_step()
+        moved[dtype] = torch.cat([(v - start[k]).flatten() for k, v in model.state_dict().items()])
+        if trainer.copy:
+            assert trainer.copy.head.weight is trainer.copy.embed.weight
+            for weight, copy in trainer.pairs:
+                assert weight.grad is None and copy.grad is None and torch.equal(weight.bfloat16(), copy)
+    cosine = torch.nn.functional.cosine_similarity(moved[torch.float32], moved[torch.bfloat16], dim=0)
+    assert cosine > 0.95 and moved[torch.bfloat16].norm() == pytest.approx(moved[torch.float32].norm().item(), rel=0.05)
+
+
+def test_updates_too_small_for_bf16_are_kept(qwen, tmp_path):
+    _, model = qwen
+    trainer = tuner(tmp_path / "run", model, torch.bfloat16, lr=1e-6, steps=30, warmup=0, weight_decay=0.0)
+    start = model.blocks[0].mlp.up_proj.weight.clone()
+    frozen = start.bfloat16()
+    for _ in range(20):
+        trainer.train_step()
+    now = model.blocks[0].mlp.up_proj.weight
+    assert (now != start).float().mean() > 0.99                    # the weights moved,
+    assert (now.bfloat16() != frozen).float().mean() < 0.2          # by less than bfloat16 can show
+
+
+def test_dropout_of_the_base_stays_on_in_the_copy(tmp_path):
+    model = Transformer(TransformerConfig(97, 32, 1, 2, 2, 16, 24, dropout=0.5)).train()
+    trainer = tuner(tmp_path, model, torch.bfloat16)
+    x, y = trainer.batches.batch(0)
+    assert trainer.gradients(x, y)[0] != trainer.gradients(x, y)[0]
+
+
+def test_shares_are_nested_and_end_with_a_document():
+    ids = np.array([5, 6, 0, 7, 0, 8, 9, 9, 0, 4, 0])
+    shares = [first_share(ids, f, 0).tolist() for f in (0.3, 0.6, 0.9, 1.0)]
+    assert shares == [[5, 6, 0], [5, 6, 0, 7, 0], [5, 6, 0, 7, 0, 8, 9, 9, 0], ids.tolist()]
+    assert first_share(np.arange(1, 11), 0.5, 0).tolist() == [1, 2, 3, 4, 5]                 # no end anywhere
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+SIZES = ["--n-embd", "16", "--n-hidden", "24", "--n-layer", "2", "--n-head", "2", "--batch-size", "4", "--block-size", "256"]
+QUICK = ["--data", "stories", "--batch-size", "4", "--block-size", "32", "--held-out", "12", "--eval-tokens", "500", "--sample-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "finance"
+    train.main(["--model", "transformer", "--steps", "20", "--run", str(folder), *SIZES])
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_before_and_after_are_measured_and_written(base, capsys):
+    finetune.main(["--base", base, "--run", "ft", "--steps", "12", "--dtype", "float32", *QUICK])
+    assert "corpus perplexity" in capsys.readouterr().out
+    result, report = json.load(open("ft/result.json")), open("ft/report.md").read()
+    for which, run in (("before", base), ("after", "ft")):
+        model, tokenizer, _ = train.load_run(run)
+        alone = []
+        for _, ids in held_out("stories", tokenizer, 12):
+            with torch.no_grad():                                   # each afresh, behind the end token, its own end included
+                hidden, _ = model(torch.tensor([[tokenizer.eos, *ids[:-1]]]))
+                alone.append(model.nll(hidden, torch.tensor([ids]))[0].double())
+        figures = result[which]
+        assert figures["documents"] == pytest.approx([math.exp(v.mean()) for v in alone], rel=1e-4)
+        assert figures["corpus"] == pytest.approx(math.exp(torch.cat(alone).mean()), rel=1e-4) and len(figures["samples"]) == 2
+        assert figures["mean"] == pytest.approx(sum(figures["documents"]) / 12)
+    assert result["after"]["corpus"] < result["before"]["corpus"] and result["before"]["retained"]["ppl"] != result["after"]["retained"]["ppl"]
+    assert all(f"Table {k}" in report for k in (3, 4, 5)) and "finance (not trained on)" in report and "the floor" in report
+    sample.main(["--run", "ft", "--tokens", "3"])
+
+
+def test_a_second_run_does_not_overwrite_the_first(base):
+    command = ["--base", base, "--run", "ft", "--steps", "2", *QUICK]
+    finetune.main(command)
+    with pytest.raises(UserError, match="already holds a run"):
+        finetune.main(command)
+
+
+def stop_at(monkeypatch, step, where="train_step"):
+    """The process dies (as by SIGKILL: nothing more is written) when the trainer comes to this step."""
+    original = getattr(FineTuner, where)
+
+    def dies(self, *rest):
+        if self.step == step:
+            raise MemoryError("killed")
+        return original(self, *rest)
+    monkeypatch.setattr(FineTuner, where, dies)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("where", ["train_step", "update"])
+def test_a_killed_run_goes_on_bit_for_bit(base, monkeypatch, dtype, where):
+    command = ["--base", base, "--steps", "12", "--eval-every", "4", "--dtype", dtype, *QUICK]
+    finetune.main([*command, "--run", "whole"])
+    with monkeypatch.context() as m:
+        stop_at(m, 6, where)
+        with pytest.raises(MemoryError):
+            finetune.main([*command, "--run", "killed"])
+    finetune.main(["--resume", "--run", "killed"])
+    a, b = (torch.load(f"{run}/last.pt", weights_only=True) for run in ("whole", "killed"))
+    assert a["step"] == b["step"] == 12 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    strip = lambda run: {k: v for k, v in json.load(open(f"{run}/result.json")).items() if k in ("before", "after", "val_ppl", "best_step")}
+    assert strip("whole") == strip("killed")
+
+
+def test_a_kill_while_saving_leaves_the_last_checkpoint(base, monkeypatch):
+    command = ["--base", base, "--steps", "8", "--eval-every", "2", "--run", "ft", *QUICK]
+    with monkeypatch.context() as m:
+        real_save, calls = torch.save, []
+
+        def half(value, f):
+            calls.append(1)
+            if len(calls) == 5:
+                f.write(b"half of it")
+                raise MemoryError("killed")
+            real_save(value, f)
+        m.setattr(torch, "save", half)
+        with pytest.raises(MemoryError):
+            finetune.main(command)
+    finetune.main(["--resume", "--run", "ft"])
+    assert json.load(open("ft/result.json"))["steps"] == 8
+
+
+def test_an_ablation_goes_on_where_it_was_killed_and_repeats_nothing(base, monkeypatch, capsys):
+    command = ["--ablate", "--base", base, "--ablate-epochs", "0.01", "0.02", "--ablate-fractions", "0.6", "0.9", "--dtype", "float32", *QUICK]
+    finetune.main([*command, "--run", "whole"])
+    table = capsys.readouterr().out
+    with monkeypatch.context() as m:
+        original, steps = FineTuner.train_step, []
+
+        def dies(self):
+            steps.append(self.run.name)
+            if len(set(steps)) == 3 and steps.count(steps[-1]) == 5:
+                raise MemoryError("killed")
+            return original(self)
+        m.setattr(FineTuner, "train_step", dies)
+        with pytest.raises(MemoryError):
+            finetune.main([*command, "--run", "killed"])
+    trained = []
+    with monkeypatch.context() as m:
+        original = FineTuner.train_step
+        m.setattr(FineTuner, "train_step", lambda self: trained.append(self.run.name) or original(self))
+        finetune.main([*command, "--run", "killed"])
+    assert sorted(set(trained)) == ["epochs-0.02-share-60", "epochs-0.02-share-90"]
+    assert capsys.readouterr().out.replace("killed", "whole") == table and table.count("\n") == 8
+    from pathlib import Path
+    assert not list(Path("killed").rglob("*.pt")) and len(list(Path("killed").rglob("result.json"))) == 5
+    epochs = [json.load(open(f"whole/epochs-{e}-share-{s}/result.json"))["train_tokens"] for e, s in (("0.01", 60), ("0.01", 90))]
+    assert epochs[0] < epochs[1]
+    with pytest.raises(UserError, match="was made with lr"):
+        finetune.main([*command, "--run", "killed", "--lr", "0.5"])
+
+
+# ---------------------------------------------------------------------------------------------------------- a Qwen2 base
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    library_model(vocab_size=300, initializer_range=0.1).save_pretrained(tmp_path / "hub")
+    write_tokenizer(tmp_path / "hub")
+    stories = [f"the {w} went in the hell and don't sing, said the {w} to the doer." for w in ("hen", "thing", "inn", "ring") * 30]
+    (tmp_path / "own.txt").write_text("<|endoftext|>\n".join(stories) + "<|endoftext|>\n")
+    return str(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
+    finetune.main(["--base", hub_folder, "--data", "own.txt", "--retain", "own.txt", "--run", "ft", "--steps", "10", "--lr", "1e-3", "--batch-size", "4",
+                   "--block-size", "32", "--held-out", "3", "--sample-tokens", "5", "--dtype", dtype])
+    result = json.load(open("ft/result.json"))
+    assert result["after"]["corpus"] < result["before"]["corpus"] and result["dtype"] == dtype
+    model, tokenizer, _ = train.load_run("ft")
+    library = transformers.AutoModelForCausalLM.from_pretrained("ft", dtype=torch.float32).eval()
+    ids = tokenizer.encode("the hen went in")
+    assert transformers.AutoTokenizer.from_pretrained("ft")("the hen went in", add_special_tokens=False)["input_ids"] == ids
+    with torch.no_grad():
+        torch.testing.assert_close(model.unembed(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
+    sample.main(["--run", "ft", "--tokens", "3"])
+    finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
+
+
+def test_a_folder_of_another_kind_is_no_base(hub_folder, tmp_path):
+    config = json.loads((tmp_path / "hub/config.json").read_text()) | {"model_type": "distilbert"}
+    (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="model_type 'distilbert'"):
+        finetune.main(["--base", hub_folder, "--data", "own.txt", "--run", "ft"])
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("wrong, message", [
+    ("--data-fraction 0", "data-fraction"), ("--data-fraction 1.5", "data-fraction"), ("--data-fraction nan", "data-fraction"),
+    ("--ablate --ablate-fractions 0.5 2", "data-fraction"), ("--ablate --ablate-epochs 0", "ablate-epochs"), ("--epochs 0", "--epochs must be above 0"),
+    ("--batch-size 0", "--batch-size must be above 0"), ("--accumulate 3 --batch-size 4", "equal micro-batches"), ("--lr -1", "--lr must be above 0"),
+    ("--data-fraction 0.0001", "too few for one batch"), ("--base runs/none", "there is no run at runs/none"), ("--resume --run none", "train a model first"),
+    ("--retain wikitext2", "--retain wikitext2 cannot be read|could not download")])
+def test_bad_input_is_said_in_a_line(base, wrong, message, monkeypatch, data_folder):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=message):
+        finetune.main(["--base", base, "--run", "ft", "--steps", "2", *QUICK, *wrong.split()] if "--ablate" not in wrong else ["--base", base, *wrong.split()])
+
+
+def test_an_empty_file_and_a_foreign_one(base, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "foreign.txt").write_text("zebra crossing\n" * 2000)
+    for file, message in (("empty.txt", "is empty"), ("foreign.txt", "cannot be read with")):
+        with pytest.raises(UserError, match=message):
+            finetune.main(["--base", base, "--data", file, "--run", "ft"])
+
+
+def test_a_document_longer_than_the_context_is_read_whole(base, tmp_path):
+    words = " ".join(w for doc, _ in data.embedded_documents("stories", "test")[:10] for w in doc[:-1])
+    (tmp_path / "long.txt").write_text((words + "\n") * 40)
+    model, tokenizer, config = train.load_run(base)
+    args = argparse.Namespace(data="long.txt", held_out=1, retain="", prompts=[], temperature=1.0, seed=1, sample_tokens=1)
+    figures = measure(model, tokenizer, args, torch.float32)
+    assert figures["tokens"] > 10 * config.block_size
+    finetune.main(["--base", base, "--data", "long.txt", "--run", "ft", "--steps", "2", *QUICK[2:]])
+
+
+def test_a_run_of_train_py_is_not_resumed_here_nor_the_other_way_round(base):
+    with pytest.raises(UserError, match="not a run of finetune.py"):
+        finetune.main(["--resume", "--run", base])
+    finetune.main(["--base", base, "--run", "ft", "--steps", "2", *QUICK])
+    with pytest.raises(UserError, match="not a run of train.py"):
+        train.main(["--resume", "--run", "ft"])
+
+
+def test_memory_is_estimated_and_too_little_is_said(qwen, monkeypatch):
+    _, model = qwen
+    args, n = settings("x"), sum(p.numel() for p in model.parameters())
+    needed = finetune.memory_needed(model, args, torch.bfloat16)
+    assert 16 * n < needed < finetune.memory_needed(model, settings("x", batch_size=64), torch.bfloat16)
+    assert finetune.memory_needed(model, settings("x", batch_size=64, checkpointing=True), torch.bfloat16) < \
+        finetune.memory_needed(model, settings("x", batch_size=64), torch.bfloat16)
+    assert "It will fail" not in finetune.warn_of_memory(model, args, torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(finetune.os, "sysconf", lambda name: 1)
+    assert "It will fail or crawl" in finetune.warn_of_memory(model, args, torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_recurrent_base_is_tuned_too(tmp_path):
+    train.main(["--model", "lstm", "--steps", "5", "--n-embd", "16", "--batch-size", "4", "--block-size", "16", "--run", "base"])
+    finetune.main(["--base", "base", "--run", "ft", "--steps", "4", *QUICK])
+    assert json.load(open("ft/result.json"))["model"] == "lstm"
+    with pytest.raises(UserError, match="need a Transformer"):
+        finetune.main(["--base", "base", "--run", "other", "--checkpointing", *QUICK])
