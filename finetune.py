@@ -83,7 +83,8 @@ class FineTuner(Trainer):
         if self.copy:
             loss = self.copy.loss(self.copy(x)[0], y) / y.numel()
             loss.backward()
-            norm = torch.stack([torch.linalg.vector_norm(c.grad, dtype=torch.float32) for _, c in self.pairs]).norm().item()
+            parts = [g for _, c in self.pairs for g in c.grad.split(4096)]          # float32 is made of a part at a time
+            norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in parts]).norm().item()
             self.scale = 1.0 if norm <= self.args.clip else self.args.clip / (norm + 1e-6)
             return loss.item(), norm
         if self.args.accumulate == 1:

@@ -210,17 +210,18 @@ def qwen(device):
                   f"(library {b_used:.2f})")
 
 
-def tuning_step(side, folder, fused=False, tokens=512):
-    """A function that makes one training step on a window of tokens, products in bf16, weights in float32."""
+def tuning_step(side, folder, option, tokens=512):
+    """A function that makes one training step on a window of tokens, products in bf16, weights in float32. option: ours with
+    checkpointing, the library's with AdamW(fused=True)."""
     ids = torch.randint(QWEN2["vocab_size"], (10 * tokens,)).numpy()
     if side == "ours":
         args = argparse.Namespace(run="", lr=1e-5, weight_decay=0.01, batch_size=1, block_size=tokens, epochs=1.0, steps=1000, minutes=None,
-                                  also=[], warmup=1, clip=1.0, eval_every=None, accumulate=1, checkpointing=False)
+                                  also=[], warmup=1, clip=1.0, eval_every=None, accumulate=1, checkpointing=option)
         model = qwen_load.load_weights(folder, dtype=torch.float32).train()
         return finetune.FineTuner(args, "transformer", model, None, data.Windows(ids, 1, tokens, 0), None, torch.device("cpu"), torch.bfloat16).train_step
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=fused or None)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=option or None)
     batch = torch.from_numpy(ids[:tokens + 1])[None]
 
     def step():
@@ -235,8 +236,8 @@ def tuning_step(side, folder, fused=False, tokens=512):
     return step
 
 
-def tuning_memory(side, folder, fused):
-    step = tuning_step(side, folder, fused)
+def tuning_memory(side, folder, option):
+    step = tuning_step(side, folder, option)
     for _ in range(3):
         step()
     return [peak_memory()]
@@ -247,15 +248,15 @@ def finetuning(device):
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2)).to(torch.bfloat16).save_pretrained(folder)
-        for fused in (False, True):
-            name = "AdamW(fused=True)" if fused else "AdamW"
-            ours, theirs = tuning_step("ours", folder), tuning_step("theirs", folder, fused)
-            a, b = compare(ours, theirs, seconds=60)
-            del ours, theirs
-            print(f"Qwen2-0.5B, a step on 512 tokens   ours {512e3 / a:6.1f} tokens/s   library with {name} {512e3 / b:6.1f} tokens/s   {b / a:5.2f}x", flush=True)
-            del ours, theirs
-            (a,), (b,) = (in_own_process(tuning_memory, side, folder, fused) for side in ("ours", "theirs"))
-            print(f"    peak memory {a / 1e9:.2f} GB, library {b / 1e9:.2f} GB: {a / b:.2f}", flush=True)
+        peaks = {(side, option): in_own_process(tuning_memory, side, folder, option)[0] for side in ("ours", "theirs") for option in (False, True)}
+        for mine, name in ((False, "ours"), (True, "ours --checkpointing")):
+            for fused, library in ((False, "AdamW"), (True, "AdamW(fused=True)")):
+                ours, theirs = tuning_step("ours", folder, mine), tuning_step("theirs", folder, fused)
+                a, b = compare(ours, theirs, seconds=40)
+                del ours, theirs                                # together they fill 17 GB
+                a_peak, b_peak = peaks["ours", mine], peaks["theirs", fused]
+                print(f"Qwen2-0.5B, a step on 512 tokens: {name} {512e3 / a:.1f} tokens/s, library with {library} {512e3 / b:.1f}, {b / a:.2f}x; "
+                      f"peak memory {a_peak / 1e9:.2f} GB, {b_peak / 1e9:.2f} GB, {a_peak / b_peak:.2f}", flush=True)
 
 
 def main():
