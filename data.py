@@ -765,6 +765,7 @@ def has_separator(path):
         return SEPARATOR.encode() in f.read(1 << 20)
 
 
+@lru_cache(2)                                                   # unpacking imdb takes 20 seconds
 def labelled(name, split):
     """[(text, label)] of `reviews` or `imdb`: label 1 positive, 0 negative. imdb: every 20th training review is `valid`."""
     if name == "reviews":

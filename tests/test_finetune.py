@@ -104,6 +104,21 @@ def test_the_bf16_copy_learns_what_float32_learns(qwen, tmp_path, chunk, monkeyp
     assert cosine > 0.95 and moved[torch.bfloat16].norm() == pytest.approx(moved[torch.float32].norm().item(), rel=0.05)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradients_of_the_copy_are_those_of_autograd_on_the_same_weights(qwen, tmp_path, checkpointing):
+    _, model = qwen
+    trainer = tuner(tmp_path / "run", model, torch.bfloat16, checkpointing=checkpointing)
+    x, y = trainer.batches.batch(0)
+    x[0] = x[0, 0]                                                  # a token that occurs often
+    loss, norm = trainer.gradients(x, y)
+    exact = Transformer(model.config).double()
+    exact.load_state_dict({k: v.bfloat16().double() for k, v in model.state_dict().items()})
+    (exact.loss(exact(x)[0], y) / y.numel()).backward()
+    for (name, p), (_, copy) in zip(exact.named_parameters(), trainer.pairs):
+        assert (copy.grad.double() - p.grad).norm() <= 0.03 * p.grad.norm() + 1e-4 * norm, name
+    assert norm == pytest.approx(math.sqrt(sum(p.grad.square().sum().item() for p in exact.parameters())), rel=0.01)
+
+
 def test_updates_too_small_for_bf16_are_kept(qwen, tmp_path):
     _, model = qwen
     trainer = tuner(tmp_path / "run", model, torch.bfloat16, lr=1e-6, steps=30, warmup=0, weight_decay=0.0)
