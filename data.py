@@ -114,7 +114,7 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        go_on = f"go on with: python train.py --resume --run {path.parent}" if (path.parent / "last.pt").exists() else "try again"
+        go_on = f"go on with --resume --run {path.parent}" if (path.parent / "last.pt").exists() else "try again"
         raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are whole: free some space and "
                         f"{go_on}") from e
 
@@ -765,12 +765,17 @@ def has_separator(path):
         return SEPARATOR.encode() in f.read(1 << 20)
 
 
-@lru_cache(2)                                                   # unpacking imdb takes 20 seconds
 def labelled(name, split):
     """[(text, label)] of `reviews` or `imdb`: label 1 positive, 0 negative. imdb: every 20th training review is `valid`."""
     if name == "reviews":
         return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents(name, split)]
     path = source_file("imdb", split)
+    return imdb_reviews(path, path.stat().st_mtime_ns, split)
+
+
+@lru_cache(2)                                                   # unpacking takes 20 seconds
+def imdb_reviews(path, changed, split):
+    """labelled's list from the archive at path, as it was changed last."""
     found = []
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:

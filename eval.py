@@ -173,8 +173,12 @@ def losses_afresh(model, texts, eos, dtype=None, group=32):
     device = next(model.parameters()).device
     limit = 4096 if model.recurrent else model.config.block_size
     out = [None if len(t) <= limit else token_losses(model, [eos, *t], dtype=dtype).numpy() for t in texts]
-    order = sorted((k for k, t in enumerate(texts) if len(t) <= limit), key=lambda k: len(texts[k]))
-    for members in (order[at:at + group] for at in range(0, len(order), group)):
+    order, groups = sorted((k for k, t in enumerate(texts) if len(t) <= limit), key=lambda k: len(texts[k])), [[]]
+    for k in order:                                                         # long texts in smaller groups
+        if len(groups[-1]) == group or len(groups[-1]) * len(texts[k]) > 1 << 15:
+            groups.append([])
+        groups[-1].append(k)
+    for members in filter(None, groups):
         targets = torch.full((len(members), max(1, len(texts[members[-1]]))), -1)
         for row, k in enumerate(members):
             targets[row, :len(texts[k])] = torch.tensor(texts[k], dtype=torch.long)
@@ -439,8 +443,7 @@ def number(value, digits=2):
 
 def table(header, rows):
     """A markdown table; None is a dash, and <unk> is not taken for HTML."""
-    cells = [[str(h) for h in header]] + [[number(v).replace("|", "\\|").replace("<", "&lt;").replace("\n", " / ") for v in row]
-                                          for row in rows]
+    cells = [[number(v).replace("|", "\\|").replace("<", "&lt;").replace("\n", " / ") for v in row] for row in [header, *rows]]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
 
@@ -585,7 +588,7 @@ def section_memory(runs, dtype, figures, js):
     md = []
     labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
     for corpus in data.DOMAINS:
-        memory = {run.name: name_memory(run, dtype) for run in runs if run.corpus == corpus and run.tokenizer.kind == "word"}
+        memory = {run.name: name_memory(run, dtype) for run in runs if run.corpus == corpus and getattr(run.tokenizer, "unk", 0) is None}
         if memory:
             js.setdefault("memory", {"distances": DISTANCES})[corpus] = memory
             losses = {name: [cell and cell[0] for cell in cells] for name, cells in memory.items()}

@@ -1,7 +1,7 @@
 """Fine-tune all parameters of a trained language model on other text, and show what changed.
 
     python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --run runs/stories     # 1 GB of weights, downloaded once
-    python finetune.py --base runs/transformer-finance --data stories                    # offline, minutes
+    python finetune.py --base runs/transformer-finance --data stories                    # offline, a minute
     python finetune.py --base runs/transformer-finance --data stories --ablate           # epochs x share of the data
     python finetune.py --resume --run runs/stories                                       # after a kill
 
@@ -28,6 +28,7 @@ import ctypes
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ import torch.distributed as dist
 
 import data
 from data import UserError, write_atomically
-from eval import Figures, losses_afresh, number, open_run, paint_curves, table
+from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, never_drawn
 from train import (MODELS, Trainer, build_model, clip_gradients, join_processes, load_run, perplexity, pick_device, pick_dtype,
@@ -44,9 +45,8 @@ from train import (MODELS, Trainer, build_model, clip_gradients, join_processes,
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
-EMBEDDED_PROMPTS = ["Queen Rowan, the singer,", "Mr. Harlow, the banker,"]      # for runs that know the embedded languages' words only
 
-# by base: Qwen2, a run of ours
+# by base: Qwen2 (not searched), a run of ours
 DEFAULTS = {True: dict(lr=2e-5, batch_size=8, block_size=256), False: dict(lr=1e-3, batch_size=16, block_size=128)}
 
 
@@ -68,7 +68,9 @@ class LateEmbedding(torch.nn.Module):
         return self.out
 
     def add_gradient(self):
-        self.weight.grad.index_add_(0, self.tokens.flatten(), self.out.grad.flatten(0, 1))
+        rows, at = self.tokens.flatten().unique(return_inverse=True)        # summed in float32: some tokens occur often
+        grad = self.weight.grad[rows].float().index_add_(0, at, self.out.grad.flatten(0, 1).float())
+        self.weight.grad[rows] = grad.to(self.weight.dtype)
         self.tokens = self.out = None
 
 
@@ -78,7 +80,7 @@ class FineTuner(Trainer):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.copy = None
+        self.copy = self.pairs = None
         if self.dtype == torch.bfloat16 and self.world == 1 and self.args.accumulate == 1 and not self.model.recurrent:
             with torch.device("meta"):
                 self.copy = type(self.model)(self.model.config)
@@ -141,13 +143,13 @@ class FineTuner(Trainer):
                 waiting, size = [], 0
 
 
-def memory_needed(model, args, dtype):
-    """Bytes that training will hold at its fullest, roughly: 16 or 18 a parameter, what the backward pass reads of a batch,
-    and the logits of one chunk of it."""
-    c, n = model.config, sum(p.numel() for p in model.parameters())
-    lean = dtype == torch.bfloat16 and args.accumulate == 1 and not model.recurrent
-    fixed = n * (18 if dtype == torch.bfloat16 and not lean else 16)
-    tokens, size = args.batch_size * args.block_size // args.accumulate, 2 if dtype == torch.bfloat16 else 4
+def memory_needed(model, args, dtype, world=1):
+    """Bytes that training will hold at its fullest in one process, roughly: 16 or 18 a parameter (4 more where the gradients of
+    several processes are averaged), what the backward pass reads of a batch, and the logits of one chunk of it."""
+    c, n, bf16 = model.config, sum(p.numel() for p in model.parameters()), dtype == torch.bfloat16
+    lean = args.accumulate == 1 and not model.recurrent and world == 1
+    fixed = n * ((18 if bf16 and not lean else 16) + 4 * (world > 1))
+    tokens, size = args.batch_size * min(args.block_size, context(model)) // args.accumulate // world, 2 if bf16 else 4
     per_layer = 14 * c.n_embd + 5 * c.n_hidden
     if not model.recurrent and args.checkpointing:
         kept = tokens * size * (c.n_layer * c.n_embd + per_layer)
@@ -156,17 +158,31 @@ def memory_needed(model, args, dtype):
     return fixed + kept + min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4
 
 
-def warn_of_memory(model, args, device, dtype):
-    needed = memory_needed(model, args, dtype)
-    there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_text(model, args, device, dtype, world=1):
+    """A line on the memory that training needs, with a warning if the machine has less."""
+    needed, there = memory_needed(model, args, dtype, world), None
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):                                            # one memory for all processes
+        needed, there = needed * world, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     words = f"{sum(p.numel() for p in model.parameters()):,} parameters: training needs about {needed / 1e9:.1f} GB of memory"
-    if needed > there:
+    if there and needed > there:
         words += (f", and this machine has {there / 1e9:.1f}. It will fail or crawl; take a smaller --batch-size or --block-size, "
                   "--checkpointing, or a smaller base")
     return words
 
 
+def context(model):
+    """The longest window a model can be trained on."""
+    return math.inf if model.recurrent else model.config.block_size
+
+
 # ------------------------------------------------------------------------------------------------- before and after
+
+def is_embedded(tokenizer):
+    """Whether its words are the embedded languages'."""
+    return tokenizer.kind == "word" and tokenizer.unk is None
+
 
 def held_out(name, tokenizer, n):
     """The first n documents of a corpus's test split as (text, ids)."""
@@ -217,9 +233,10 @@ def measure(model, tokenizer, args, dtype):
     return out
 
 
-def grammar_floor(name, n):
-    """The corpus perplexity of an embedded language's own grammar on its first n test documents; None for other corpora."""
-    if name not in data.DOMAINS:
+def grammar_floor(name, n, tokenizer):
+    """The corpus perplexity of an embedded language's own grammar on its first n test documents; None for other corpora, and
+    for models that do not read it in the grammar's words."""
+    if name not in data.DOMAINS or not is_embedded(tokenizer):
         return None
     nll = [v for words, _ in data.embedded_documents(name, "test")[:n] for v in data.language(name).nll(words)]
     return math.exp(math.fsum(nll) / len(nll))
@@ -237,19 +254,20 @@ def write_report(args, result, figures):
     if before["retained"]:
         rows.append([f"{args.retain} (not trained on), perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
     md = [f"# {args.base} fine-tuned on {args.data}\n",
-          f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens ({args.data_fraction:.0%} of the text), "
+          f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens ({100 * args.data_fraction:g} % of the text), "
           f"{result['epochs']:.2f} epochs, {result['seconds']:.0f} s at {number(result['tokens_per_second'], 0)} tokens/s, {result['dtype']}.\n",
           "## Perplexity before and after (Table 3)\n", table(["", "before", "after"], rows)]
     if result["floor"]:
         md.append(f"The grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n")
-    texts = [text for text, _ in held_out(args.data, result["tokenizer"], 20)]
+    texts = [text for text, _ in held_out(args.data, result["tokenizer"], min(20, args.held_out))]
     md += [f"{len(before['documents'])} held-out documents, each read afresh, {before['tokens']:,} tokens; the first {len(texts)}:\n",
            table(["document", "before", "after"], [[text if len(text) <= 80 else text[:80] + " …", b, a]
                                                    for text, b, a in zip(texts, before["documents"], after["documents"])])]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
-        what = ("in the style of the data (Table 4)", "that has nothing to do with it (Table 5)", "")[min(k, 2)]
-        md += [f"## A prompt {what}\n".replace("  ", " "), table(["", b["prompt"]], [["before", b["text"] or "(nothing)"], ["after", a["text"] or "(nothing)"]])]
-    md += ["## Loss (Figure 4)\n", figures.draw("loss", "Loss while fine-tuning", paint_curves([open_run(run, "cpu")]), panels=2)]
+        md += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
+               table(["", b["prompt"]], [["before", b["text"] or "(nothing)"], ["after", a["text"] or "(nothing)"]])]
+    curve = Run(run.name, None, None, read_log(run / "log.csv"), {}, {})
+    md += ["## Loss (Figure 4)\n", figures.draw("loss", "Loss while fine-tuning", paint_curves([curve]), panels=2)]
     write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
 
 
@@ -264,10 +282,10 @@ def first_share(ids, fraction, eos):
 
 def tune(args, device, dtype, checkpoint=None):
     """Fine-tune as args say, into the folder args.run; -> what result.json holds."""
-    run, rank = Path(args.run), dist.get_rank() if dist.is_initialized() else 0
+    run, rank, resumed = Path(args.run), dist.get_rank() if dist.is_initialized() else 0, checkpoint is not None
     if rank:
         dist.barrier()                                              # the first process downloads and encodes
-    if checkpoint:
+    if resumed:
         model, tokenizer = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]), data.tokenizer_from(checkpoint["tokenizer"])
         model, kind = model.to(device), checkpoint["kind"]
         try:
@@ -277,20 +295,22 @@ def tune(args, device, dtype, checkpoint=None):
     else:
         model, tokenizer, _ = load_run(args.base, device, torch.float32)
         kind = next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
-        settle(args, model, tokenizer)
+        settle(args, model, tokenizer, dist.get_world_size() if dist.is_initialized() else 1)
+    if rank == 0:
+        print(memory_text(model, args, device, dtype, dist.get_world_size() if dist.is_initialized() else 1), file=sys.stderr)
     torch.manual_seed(args.seed + rank)
     corpus = data.load(args.data, tokenizer, splits=("train", "valid"))
     if rank == 0 and dist.is_initialized():
         dist.barrier()
     if len(corpus.ids["valid"]) < 2:
         raise UserError(f"{args.data} is too short: its validation part (5 %, cut between lines) holds {len(corpus.ids['valid'])} tokens")
-    if checkpoint and args.text != corpus.fingerprint():
+    if resumed and args.text != corpus.fingerprint():
         raise UserError(f"{args.data} is no longer the text that the run in {run} was started with; restore it, or start a new run")
     args.text = corpus.fingerprint()
     train_ids = first_share(corpus.ids["train"], args.data_fraction, tokenizer.eos)
     cut = data.Streams if model.recurrent else data.Windows
-    batches = cut(train_ids, args.batch_size, args.block_size, args.seed)
-    if not checkpoint and rank == 0:
+    batches = cut(train_ids, args.batch_size, min(args.block_size, context(model)), args.seed)
+    if not resumed and rank == 0:
         before, args.before = args.before or measure(model, tokenizer, args, dtype), None
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
@@ -298,19 +318,20 @@ def tune(args, device, dtype, checkpoint=None):
     evaluate = lambda: {"val": perplexity(model, valid, rows=max(1, min(16, len(valid) // 500)), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = args.go_on
-    args.warmup = min(args.warmup, max(1, trainer.steps // 10))
-    if checkpoint:
+    trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
+    if resumed:
         try:
             trainer.restore(checkpoint)
+            checkpoint.clear()                                      # its memory is needed
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
             raise UserError(f"{run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
-    trainer.open_log(resumed=bool(checkpoint))
-    trainer.show(f"{args.base} on {args.data}: {warn_of_memory(model, args, device, dtype)}; {len(train_ids):,} training tokens, "
-                 f"{trainer.steps} steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    trainer.open_log(resumed)
+    trainer.show(f"{args.base} on {args.data}: {len(train_ids):,} training tokens, {trainer.steps} steps, {device.type} "
+                 f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
     trainer.fit()
     if rank:
         return None
-    del trainer.optimizer, trainer.copy
+    trainer.optimizer = trainer.copy = trainer.pairs = None         # their memory
     model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     after = measure(model.eval(), tokenizer, args, dtype)
     if tokenizer.kind == "qwen2":
@@ -319,10 +340,10 @@ def tune(args, device, dtype, checkpoint=None):
               "train_tokens": len(train_ids), "epochs": trainer.step / batches.steps_per_epoch, "steps": trainer.step,
               "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed, "device": device.type,
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds,
-              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)), "floor": grammar_floor(args.data, args.held_out),
+              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)), "floor": grammar_floor(args.data, args.held_out, tokenizer),
               "before": before, "after": after, "args": kept_arguments(args)}
-    save_json(run / "result.json", result)
     write_report(args, result | {"tokenizer": tokenizer}, Figures(run))
+    save_json(run / "result.json", result)                          # last: it says that the run is finished
     return result
 
 
@@ -333,29 +354,34 @@ def kept_arguments(args):
 def ablate(args, device, dtype):
     """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out documents.
     A finished cell keeps its result and is not run again; one that was interrupted goes on."""
-    folder, rows = Path(args.run), []
-    grid, before = [(e, f) for e in args.ablate_epochs for f in args.ablate_fractions], None
+    folder, rows, before = Path(args.run), [], None
+    varied = ("run", "resume", "typed", "before", "go_on", "epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
+    settings = {k: v for k, v in vars(args).items() if k not in varied}
+    if (folder / "ablation.json").exists():
+        for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
+            if settings.get(name) != value:
+                raise UserError(f"the table in {folder} was begun with {name} {value}, not {settings.get(name)}; choose another folder with --run")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(folder / "ablation.json", settings)
+    grid = [(e, f) for e in args.ablate_epochs for f in args.ablate_fractions]
     for epochs, fraction in grid:
         cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
-        one = argparse.Namespace(**vars(args) | {"epochs": epochs, "data_fraction": fraction, "run": str(cell), "before": before,
+        one = argparse.Namespace(**vars(args) | {"epochs": epochs, "data_fraction": fraction, "run": str(cell), "before": before, "ablate": False,
                                                  "go_on": "the same command again; finished cells are not repeated"})
         if (cell / "result.json").exists():
             result = json.loads((cell / "result.json").read_text(encoding="utf-8"))
-            for name in args.typed & {"base", "data", "lr", "batch_size", "block_size", "seed", "held_out", "retain"}:
-                if result["args"].get(name) != getattr(args, name):
-                    raise UserError(f"{cell} was made with {name} {result['args'].get(name)}, not {getattr(args, name)}; choose another --run")
         else:
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
             if checkpoint:
                 one = argparse.Namespace(**vars(one) | checkpoint["args"])
             result = tune(one, device, dtype, checkpoint)
-            for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):     # the figures are what is kept
-                file.unlink()
+        for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
+            file.unlink()
         before = result["before"]
-        rows.append([f"{epochs:g}", f"{fraction:.0%}", result["after"]["mean"], result["after"]["corpus"],
+        rows.append([f"{epochs:g}", f"{100 * fraction:g} %", result["after"]["mean"], result["after"]["corpus"],
                      result["after"]["retained"] and result["after"]["retained"]["ppl"], result["after"]["samples"][0]["text"]])
-    header = ["epochs", "share of the data", "mean of the documents' perplexities", "corpus perplexity", f"{args.retain}, not trained on",
-              f"continues: {args.prompts[0] if args.prompts else result['args']['prompts'][0]}"]
+    header = ["epochs", "share of the data", "mean of the documents' perplexities", "corpus perplexity",
+              f"{result['args']['retain'] or 'another text'}, not trained on", f"continues: {result['args']['prompts'][0]}"]
     rows.append(["none", "", before["mean"], before["corpus"], before["retained"] and before["retained"]["ppl"], before["samples"][0]["text"]])
     text = f"# {args.base} fine-tuned on {args.data}: epochs and share of the data (Table 6)\n\n" + table(header, rows)
     if result["floor"]:
@@ -367,27 +393,38 @@ def ablate(args, device, dtype):
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def settle(args, model, tokenizer):
-    """Fill in what depends on the base."""
-    pretrained = is_pretrained(args.base)
-    for name, value in DEFAULTS[pretrained].items():
+def default_prompts(args, tokenizer):
+    """One in the style of the data, one that has nothing to do with it."""
+    if not is_embedded(tokenizer):
+        return [STYLE_PROMPT, OTHER_PROMPT]
+    own = args.data if args.data in data.DOMAINS else "stories"
+    other = "finance" if own != "finance" else "stories"
+    return [data.embedded_text(name, "test", 5) for name in (own, other)]
+
+
+def settle(args, model, tokenizer, world):
+    """Fill in what depends on the base; UserError for what does not go with it."""
+    qwen2 = tokenizer.kind == "qwen2"
+    for name, value in DEFAULTS[qwen2].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not model.recurrent:
-        args.block_size = min(args.block_size, model.config.block_size)
-    elif args.accumulate > 1 or args.checkpointing:
+    if model.recurrent and (args.accumulate > 1 or args.checkpointing):
         raise UserError("--accumulate and --checkpointing need a Transformer for a base")
-    if args.batch_size % args.accumulate:
-        raise UserError(f"--batch-size {args.batch_size} cannot be cut into {args.accumulate} equal micro-batches")
+    if args.batch_size % (args.accumulate * world):
+        raise UserError(f"--batch-size {args.batch_size} cannot be cut into {args.accumulate * world} equal micro-batches")
     if args.prompts is None:
-        closed = getattr(tokenizer, "unk", 0) is None                       # a vocabulary without <unk>: the embedded languages'
-        args.prompts = EMBEDDED_PROMPTS if closed else [STYLE_PROMPT, OTHER_PROMPT]
+        args.prompts = default_prompts(args, tokenizer)
+    for prompt in args.prompts:
+        if len(encode_prompt(tokenizer, prompt)) > context(model):
+            raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context(model)} tokens; give shorter --prompts")
     if args.retain is None:
-        args.retain = "wikitext2" if pretrained else open_run(args.base, "cpu").corpus
+        args.retain = "wikitext2" if is_pretrained(args.base) or qwen2 else open_run(args.base, "cpu").corpus
         try:
+            if args.retain == args.data:
+                raise UserError("the base was trained on the same text; name another with --retain")
             retained_ids(args.retain, tokenizer)
         except UserError as e:
-            print(f"nothing is measured from outside, because {e}")
+            print(f"nothing is measured from outside: {e}", file=sys.stderr)
             args.retain = ""
     args.model = f"{args.base}, fine-tuned"
 
@@ -424,7 +461,8 @@ def parser():
     m = p.add_argument_group("before and after")
     m.add_argument("--held-out", type=int, default=200, metavar="N", help="documents of the test split (default: %(default)s)")
     m.add_argument("--retain", metavar="DATA", help="a text that is not trained on (default: what the base was trained on; wikitext2 for Qwen2)")
-    m.add_argument("--prompts", nargs="+", metavar="TEXT", help="to continue: one in the style of the data, one unrelated (default: a knight, the climate)")
+    m.add_argument("--prompts", nargs="+", metavar="TEXT", help="to continue (default: a knight's journey and the climate; for an "
+                   "embedded language the beginnings of a document of --data and of another one)")
     m.add_argument("--sample-tokens", type=int, default=60, metavar="N", help="default: %(default)s")
     m.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of the samples (default: %(default)s)")
     m.add_argument("--eval-tokens", type=int, default=8192, metavar="N", help="of the validation split, for the loss curve (default: %(default)s)")
@@ -465,13 +503,16 @@ def main(argv=None):
         if "base" not in checkpoint.get("args", {}):
             raise UserError(f"{args.run} is not a run of finetune.py; python train.py --resume --run {args.run} may go on with it")
         take_arguments(args, checkpoint["args"])
-    elif any(Path(args.run).glob("*.pt")) and os.environ.get("RANK", "0") == "0":
-        raise UserError(f"{args.run} already holds a run. Go on with it: python finetune.py --resume --run {args.run}; or choose "
+    elif any(file for pattern in ("*.pt", "config.json", "result.json") for file in Path(args.run).glob(pattern)) \
+            and not (Path(args.run) / "ablation.json").exists() and os.environ.get("RANK", "0") == "0":
+        raise UserError(f"{args.run} already holds a run or weights. Go on with it: python finetune.py --resume --run {args.run}; or choose "
                         "another folder with --run")
     rank, world, device = join_processes(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
     if args.ablate:
         return ablate(args, device, dtype)
+    if (Path(args.run) / "ablation.json").exists():
+        raise UserError(f"{args.run} holds an ablation; choose another folder with --run")
     result = tune(args, device, dtype, checkpoint)
     if rank == 0:
         before, after = result["before"], result["after"]

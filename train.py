@@ -209,7 +209,7 @@ def learning_rate(step, steps, peak, warmup):
     warm-up, as the first MEASURED steps are in any case, so that --steps repeats what --minutes planned."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    start = max(warmup, MEASURED)
+    start = max(warmup, MEASURED if steps is None or steps > MEASURED else 0)
     progress = 0.0 if steps is None else min(1.0, max(0, step - start) / max(1, steps - start))
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -296,6 +296,7 @@ class Trainer:
         if self.world > 1:                                          # averages the gradients of all processes
             self.losses = DistributedDataParallel(self.losses, device_ids=[device] if device.type == "cuda" else None)
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
+        self.warmup = args.warmup
         self.memory = None                                          # recurrent state, carried from batch to batch
         self.step, self.best, self.best_step = 0, math.inf, -1
         self.seconds, self.step_seconds, self.eval_seconds = 0.0, 0.0, 0.0      # in all; in training steps; one evaluation
@@ -407,7 +408,7 @@ class Trainer:
         if self.batches.first(self.step) or not self.model.recurrent:
             self.memory = None
         x, y = (t[self.mine].to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
-        self.learning_rate = learning_rate(self.step, self.steps, self.args.lr, self.args.warmup)
+        self.learning_rate = learning_rate(self.step, self.steps, self.args.lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         loss, self.grad_norm = self.gradients(x, y)

@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import sample
 import train
 from data import UserError
 from finetune import FineTuner, first_share, held_out, measure
-from qwen_load import load_weights
+from qwen_load import hub_name, load_weights
 from tests.test_qwen_load import library_model, write_tokenizer
+from tests.test_train import torchrun
 from transformer import Transformer, TransformerConfig
 
 
@@ -50,11 +52,6 @@ def qwen(tmp_path):
     return library.train(), load_weights(tmp_path / "base", dtype=torch.float32).train()
 
 
-def library_name(name):
-    from qwen_load import hub_name
-    return hub_name(name)
-
-
 @pytest.mark.parametrize("how", [{}, {"accumulate": 2}, {"checkpointing": True}, {"accumulate": 4, "checkpointing": True}, {"clip": 0.05}])
 def test_three_steps_equal_transformers_with_adamw(qwen, tmp_path, how):
     library, model = qwen
@@ -71,7 +68,7 @@ def test_three_steps_equal_transformers_with_adamw(qwen, tmp_path, how):
         loss, got = trainer.gradients(x, y)
         assert loss == pytest.approx(expected.item(), rel=1e-5) and got == pytest.approx(norm, rel=1e-4)
         for name, p in model.named_parameters():
-            grad = theirs[library_name(name)].grad
+            grad = theirs[hub_name(name)].grad
             assert (p.grad - grad).norm() <= 1e-4 * grad.norm(), name
         trainer.optimizer.zero_grad()
         for group in optimizer.param_groups:
@@ -80,7 +77,7 @@ def test_three_steps_equal_transformers_with_adamw(qwen, tmp_path, how):
         optimizer.zero_grad()
         trainer.train_step()
         for name, p in model.named_parameters():
-            assert (p - theirs[library_name(name)]).norm() <= 1e-4 * p.norm(), name
+            assert (p - theirs[hub_name(name)]).norm() <= 1e-4 * p.norm(), name
 
 
 @pytest.mark.parametrize("chunk", [1, 20_000_000])
@@ -129,6 +126,27 @@ def test_updates_too_small_for_bf16_are_kept(qwen, tmp_path):
     now = model.blocks[0].mlp.up_proj.weight
     assert (now != start).float().mean() > 0.99                    # the weights moved,
     assert (now.bfloat16() != frozen).float().mean() < 0.2          # by less than bfloat16 can show
+
+
+def test_the_copys_gradients_are_clipped(qwen, tmp_path):
+    _, model = qwen
+    trainer = tuner(tmp_path / "run", model, torch.bfloat16, clip=0.01)
+    _, norm = trainer.gradients(*trainer.batches.batch(0))
+    clipped = [copy.grad.float() * 0.01 / norm for _, copy in trainer.pairs]
+    trainer.update()
+    for (weight, _), grad in zip(trainer.pairs, clipped):               # AdamW's first moment: 0.1 of the gradient
+        torch.testing.assert_close(trainer.optimizer.state[weight]["exp_avg"], 0.1 * grad, rtol=1e-3, atol=1e-9)
+
+
+def test_a_token_that_occurs_a_thousand_times_keeps_its_gradient(tmp_path):
+    model = Transformer(TransformerConfig(97, 1024, 1, 2, 2, 16, 24)).train()
+    trainer = tuner(tmp_path, model, torch.bfloat16)
+    x, y = torch.full((1, 1024), 5), torch.randint(97, (1, 1024))
+    trainer.gradients(x, y)
+    exact = Transformer(model.config).double()
+    exact.load_state_dict({k: v.bfloat16().double() for k, v in model.state_dict().items()})
+    (exact.loss(exact(x)[0], y) / y.numel()).backward()
+    assert (trainer.copy.embed.weight.grad[5].double() - exact.embed.weight.grad[5]).norm() <= 0.02 * exact.embed.weight.grad[5].norm()
 
 
 def test_dropout_of_the_base_stays_on_in_the_copy(tmp_path):
@@ -181,6 +199,19 @@ def test_before_and_after_are_measured_and_written(base, capsys):
     assert result["after"]["corpus"] < result["before"]["corpus"] and result["before"]["retained"]["ppl"] != result["after"]["retained"]["ppl"]
     assert all(f"Table {k}" in report for k in (3, 4, 5)) and "finance (not trained on)" in report and "the floor" in report
     sample.main(["--run", "ft", "--tokens", "3"])
+
+
+def test_a_floor_stands_beside_models_that_read_the_grammars_words_only():
+    closed, other = data.build_word_tokenizer("stories"), data.WordTokenizer(["<eos>", "<unk>", "the"])
+    assert finetune.grammar_floor("stories", 5, closed) > 1 and finetune.grammar_floor("stories", 5, other) is None
+    assert finetune.grammar_floor("stories", 5, Words()) is None and finetune.grammar_floor("ptb", 5, closed) is None
+
+
+def test_foreign_weights_are_not_overwritten(base, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run or weights"):
+        finetune.main(["--base", base, "--run", "mine", *QUICK])
 
 
 def test_a_second_run_does_not_overwrite_the_first(base):
@@ -250,18 +281,21 @@ def test_an_ablation_goes_on_where_it_was_killed_and_repeats_nothing(base, monke
         m.setattr(FineTuner, "train_step", dies)
         with pytest.raises(MemoryError):
             finetune.main([*command, "--run", "killed"])
+    with pytest.raises(UserError, match="was begun with seed 1, not 2"):
+        finetune.main([*command, "--run", "killed", "--seed", "2"])
+    finetune.main(["--resume", "--run", "killed/epochs-0.02-share-60"])     # the cell alone may be resumed too
+    capsys.readouterr()
     trained = []
     with monkeypatch.context() as m:
         original = FineTuner.train_step
         m.setattr(FineTuner, "train_step", lambda self: trained.append(self.run.name) or original(self))
         finetune.main([*command, "--run", "killed"])
-    assert sorted(set(trained)) == ["epochs-0.02-share-60", "epochs-0.02-share-90"]
+    assert set(trained) == {"epochs-0.02-share-90"}
     assert capsys.readouterr().out.replace("killed", "whole") == table and table.count("\n") == 8
-    from pathlib import Path
     assert not list(Path("killed").rglob("*.pt")) and len(list(Path("killed").rglob("result.json"))) == 5
     epochs = [json.load(open(f"whole/epochs-{e}-share-{s}/result.json"))["train_tokens"] for e, s in (("0.01", 60), ("0.01", 90))]
     assert epochs[0] < epochs[1]
-    with pytest.raises(UserError, match="was made with lr"):
+    with pytest.raises(UserError, match="was begun with lr None, not 0.5"):
         finetune.main([*command, "--run", "killed", "--lr", "0.5"])
 
 
@@ -290,6 +324,7 @@ def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
         torch.testing.assert_close(model.unembed(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
     sample.main(["--run", "ft", "--tokens", "3"])
     finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
+    assert json.load(open("again/result.json"))["args"]["lr"] == finetune.DEFAULTS[True]["lr"]      # a tuned Qwen2 is a Qwen2
 
 
 def test_a_folder_of_another_kind_is_no_base(hub_folder, tmp_path):
@@ -311,6 +346,12 @@ def test_bad_input_is_said_in_a_line(base, wrong, message, monkeypatch, data_fol
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match=message):
         finetune.main(["--base", base, "--run", "ft", "--steps", "2", *QUICK, *wrong.split()] if "--ablate" not in wrong else ["--base", base, *wrong.split()])
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_trained(base):
+    with pytest.raises(UserError, match="longer than the base's context of 256 tokens"):
+        finetune.main(["--base", base, "--run", "ft", *QUICK, "--prompts", "the " * 300])
+    assert not Path("ft").exists()
 
 
 def test_an_empty_file_and_a_foreign_one(base, tmp_path):
@@ -346,9 +387,9 @@ def test_memory_is_estimated_and_too_little_is_said(qwen, monkeypatch):
     assert 16 * n < needed < finetune.memory_needed(model, settings("x", batch_size=64), torch.bfloat16)
     assert finetune.memory_needed(model, settings("x", batch_size=64, checkpointing=True), torch.bfloat16) < \
         finetune.memory_needed(model, settings("x", batch_size=64), torch.bfloat16)
-    assert "It will fail" not in finetune.warn_of_memory(model, args, torch.device("cpu"), torch.bfloat16)
+    assert "It will fail" not in finetune.memory_text(model, args, torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(finetune.os, "sysconf", lambda name: 1)
-    assert "It will fail or crawl" in finetune.warn_of_memory(model, args, torch.device("cpu"), torch.bfloat16)
+    assert "It will fail or crawl" in finetune.memory_text(model, args, torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_recurrent_base_is_tuned_too(tmp_path):
@@ -357,3 +398,13 @@ def test_a_recurrent_base_is_tuned_too(tmp_path):
     assert json.load(open("ft/result.json"))["model"] == "lstm"
     with pytest.raises(UserError, match="need a Transformer"):
         finetune.main(["--base", "base", "--run", "other", "--checkpointing", *QUICK])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(base):
+    command = ["--base", base, "--steps", "8", "--eval-every", "4", "--dtype", "float32", *QUICK]
+    two = torchrun(2, *command, "--run", "two", script="finetune.py")
+    assert two.wait(120) == 0, two.stderr.read()
+    finetune.main([*command, "--run", "one"])
+    one, two = (json.load(open(f"{run}/result.json")) for run in ("one", "two"))
+    assert one["val_ppl"] == pytest.approx(two["val_ppl"], rel=1e-5) and one["after"]["documents"] == pytest.approx(two["after"]["documents"], rel=1e-4)

@@ -413,9 +413,9 @@ def test_a_search_of_other_configurations_is_not_mixed_in(capsys):
 
 # --------------------------------------------------------------------------------------------- several processes
 
-def torchrun(n, *args):
+def torchrun(n, *args, script="train.py"):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port",
-                             str(random.randrange(20_000, 60_000)), "--", str(ROOT / "train.py"), *args], text=True,
+                             str(random.randrange(20_000, 60_000)), "--", str(ROOT / script), *args], text=True,
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
