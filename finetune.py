@@ -40,8 +40,8 @@ from data import UserError, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, never_drawn
-from train import (MODELS, Trainer, build_model, clip_gradients, join_processes, load_run, perplexity, pick_device, pick_dtype,
-                   read_checkpoint, take_arguments, with_context)
+from train import (MODELS, Trainer, build_model, clip_gradients, join_processes, load_run, parse, perplexity, pick_device,
+                   pick_dtype, read_checkpoint, take_arguments, with_context)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
@@ -56,8 +56,8 @@ C = ctypes.CDLL(None) if os.name == "posix" else None           # the C library
 
 
 class LateEmbedding(torch.nn.Module):
-    """An embedding tied to the head. Its gradient is added to the head's when the backward pass is over, so that autograd
-    never holds both, and their sum, as matrices of the whole vocabulary (0.8 GB for Qwen2-0.5B)."""
+    """An embedding tied to the head. Its gradient is added to the head's when the backward pass is over, in float32 and for the
+    tokens that occur only: autograd would make a matrix of the whole vocabulary, and sum a frequent token's in bfloat16."""
 
     def __init__(self, weight):
         super().__init__()
@@ -282,7 +282,8 @@ def first_share(ids, fraction, eos):
 
 def tune(args, device, dtype, checkpoint=None):
     """Fine-tune as args say, into the folder args.run; -> what result.json holds."""
-    run, rank, resumed = Path(args.run), dist.get_rank() if dist.is_initialized() else 0, checkpoint is not None
+    run, resumed = Path(args.run), checkpoint is not None
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank:
         dist.barrier()                                              # the first process downloads and encodes
     if resumed:
@@ -295,12 +296,12 @@ def tune(args, device, dtype, checkpoint=None):
     else:
         model, tokenizer, _ = load_run(args.base, device, torch.float32)
         kind = next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
-        settle(args, model, tokenizer, dist.get_world_size() if dist.is_initialized() else 1)
+        settle(args, model, tokenizer, world)
     if rank == 0:
-        print(memory_text(model, args, device, dtype, dist.get_world_size() if dist.is_initialized() else 1), file=sys.stderr)
+        print(memory_text(model, args, device, dtype, world), file=sys.stderr)
     torch.manual_seed(args.seed + rank)
     corpus = data.load(args.data, tokenizer, splits=("train", "valid"))
-    if rank == 0 and dist.is_initialized():
+    if world > 1 and rank == 0:
         dist.barrier()
     if len(corpus.ids["valid"]) < 2:
         raise UserError(f"{args.data} is too short: its validation part (5 %, cut between lines) holds {len(corpus.ids['valid'])} tokens")
@@ -473,16 +474,9 @@ def parser():
 
 
 def arguments(argv=None):
-    """The arguments, with `typed`: the names of those on the command line."""
     p = parser()
-    untyped = object()
-    asked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(p.parse_args([])), untyped)))
-    args = p.parse_args(argv)
-    args.typed = {name for name, value in vars(asked).items() if value is not untyped}
-    for name in ("epochs", "steps", "lr", "batch_size", "block_size", "accumulate", "clip", "log_every", "eval_every", "held_out",
-                 "sample_tokens", "eval_tokens"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    args = parse(p, argv, ("epochs", "steps", "lr", "batch_size", "block_size", "accumulate", "clip", "log_every", "eval_every",
+                           "held_out", "sample_tokens", "eval_tokens"))
     if not all(0 < f <= 1 for f in [args.data_fraction, *args.ablate_fractions]):
         p.error("--data-fraction and --ablate-fractions must be above 0 and at most 1")
     if not all(0 < e < math.inf for e in args.ablate_epochs):

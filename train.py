@@ -713,17 +713,23 @@ def parser():
     return p
 
 
-def arguments(argv=None):
-    """The arguments, with `typed`: the names of those on the command line (a resumed run takes no others)."""
-    p = parser()
+def parse(p, argv, positive):
+    """The arguments, with `typed`: the names of those on the command line (a resumed run takes no others). An error unless
+    those named in `positive`, where they are given, are above 0."""
     untyped = object()
     asked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(p.parse_args([])), untyped)))
     args = p.parse_args(argv)
     args.typed = {name for name, value in vars(asked).items() if value is not untyped}
-    for name in ("epochs", "steps", "minutes", "batch_size", "block_size", "lr", "n_layer", "n_head", "n_embd", "n_hidden",
-                 "eval_every", "log_every", "clip", "search"):
+    for name in positive:
         if (value := getattr(args, name, None)) is not None and not 0 < value < math.inf:
             p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    return args
+
+
+def arguments(argv=None):
+    p = parser()
+    args = parse(p, argv, ("epochs", "steps", "minutes", "batch_size", "block_size", "lr", "n_layer", "n_head", "n_embd",
+                           "n_hidden", "eval_every", "log_every", "clip", "search"))
     for name in ("dropout", "dropout_hidden", "dropout_input", "dropout_embed"):
         if not 0 <= getattr(args, name, 0) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 0 and below 1")
