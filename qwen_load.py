@@ -149,7 +149,9 @@ HUB_NAMES = (("model.embed_tokens.", "embed."), ("model.layers.", "blocks."), ("
 
 
 def our_name(name):
-    """A parameter's name on the hub -> its name here."""
+    """A parameter's name on the hub -> its name here; None for RoPE's frequencies, which old files keep."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return None
     for theirs, ours in HUB_NAMES:
         name = name.replace(theirs, ours)
     return name
@@ -220,12 +222,10 @@ def weight_files(folder):
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 
-def load_weights(folder, device="cpu", dtype=None):
-    """The model of a hub folder, in eval mode; dtype None keeps that of the file. UserError unless the file has exactly the
-    parameters of its config.json, each in its shape."""
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = Transformer(config)                                         # no memory yet: the file's tensors move in
+def read_parameters(model, folder, our_name, device="cpu", dtype=None):
+    """{our name: tensor} of a hub folder's weights; dtype None keeps that of the file. our_name: the hub's name of a tensor ->
+    the name it has in model (which may be on the meta device), or None for one that is to be passed over. UserError for a
+    tensor that the model does not have, or has in another shape."""
     wanted = {name: p.shape for name, p in model.state_dict().items()}
     state = {}
     for path in weight_files(folder):
@@ -239,9 +239,8 @@ def load_weights(folder, device="cpu", dtype=None):
             raise UserError(reason) from e
         for name in list(tensors):
             tensor = tensors.pop(name)                                      # converted one by one: never two whole copies
-            if name.endswith("rotary_emb.inv_freq"):                        # old files keep RoPE's frequencies
+            if (ours := our_name(name)) is None:
                 continue
-            ours = our_name(name)
             if ours not in wanted or ours in state:
                 what = "is there twice" if ours in state else "is no parameter of this model"
                 raise UserError(f"{path} has {name}, which {what}")
@@ -249,9 +248,19 @@ def load_weights(folder, device="cpu", dtype=None):
                 raise UserError(f"{path} has {name} in the shape {list(tensor.shape)}; by its config.json it should be "
                                 f"{list(wanted[ours])}")
             state[ours] = tensor.to(device=device, dtype=dtype)
+    return state
+
+
+def load_weights(folder, device="cpu", dtype=None):
+    """The model of a hub folder, in eval mode; dtype None keeps that of the file. UserError unless the file has exactly the
+    parameters of its config.json, each in its shape."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)                                         # no memory yet: the file's tensors move in
+    state = read_parameters(model, folder, our_name, device, dtype)
     if config.tied and "embed.weight" in state:
         state.setdefault("head.weight", state["embed.weight"])
-    if missing := [hub_name(name) for name in wanted if name not in state]:
+    if missing := [hub_name(name) for name in model.state_dict() if name not in state]:
         raise UserError(f"{folder} lacks {len(missing)} parameters: {', '.join(missing[:3])}")
     if config.tied and not torch.equal(state["head.weight"], state["embed.weight"]):
         raise UserError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is another matrix")
@@ -367,7 +376,7 @@ def repo_folder(name):
     if weights and weights.endswith(".index.json"):
         for path in weight_files(folder):
             fetch(path.name)
-    if fetch("vocab.json"):
+    if fetch("vocab.json", "vocab.txt") == "vocab.json":
         fetch("merges.txt")
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         fetch(file)

@@ -345,8 +345,7 @@ class Trainer:
     def open_log(self, resumed):
         self.run.mkdir(parents=True, exist_ok=True)
         path = self.run / "log.csv" if self.rank == 0 else os.devnull
-        self.columns = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second",
-                        "val_loss", "val_ppl"] + [f"ppl_{name}" for name in self.args.also]
+        self.columns = self.log_columns()
         if resumed and (not os.path.exists(path) or self.rank == 0 and os.path.getsize(path) < self.log_bytes):
             raise UserError(f"{path} is shorter than {self.run}/last.pt remembers: they are not of the same run")
         self.log_file = open(path, "r+b" if resumed else "w+b")
@@ -355,6 +354,10 @@ class Trainer:
         self.log_file.seek(0, os.SEEK_END)
         if not resumed:
             self.write_row(self.columns)
+
+    def log_columns(self):
+        return ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second", "val_loss",
+                "val_ppl"] + [f"ppl_{name}" for name in self.args.also]
 
     def write_row(self, row):
         text = io.StringIO()
@@ -374,6 +377,16 @@ class Trainer:
             row |= {f"ppl_{name}": scores[name]["ppl"] for name in self.args.also}
         self.write_row([row.get(c, "") for c in self.columns])
         self.loss_sum, self.loss_steps = 0.0, 0
+
+    def status(self, loss):
+        """What the live line says of a step."""
+        return (f"step {self.step}/{self.steps or '?'}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
+                f"{self.step * self.tokens_per_step / self.step_seconds:,.0f} tokens/s")
+
+    def verdict(self, scores, better):
+        """What it says of an evaluation."""
+        also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.args.also)
+        return f"val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}"
 
     def show(self, text, end="\r"):
         """The live line: rewritten in place on a terminal; elsewhere only what ends with a new line is printed."""
@@ -508,18 +521,14 @@ class Trainer:
                 self.plan((time.perf_counter() - started) / (MEASURED - from_step))
             per_step = (self.seconds - self.eval_seconds) / self.step           # the first evaluation is not repeated
             left = "" if not self.steps else f"{per_step * (self.steps - self.step):.0f} s left"
-            line = (f"step {self.step}/{self.steps or '?'}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
-                    f"{self.step * self.tokens_per_step / self.step_seconds:,.0f} tokens/s")
             if self.seconds - shown > 0.2:
                 shown = self.seconds
-                self.show(f"{line}  {left}")
+                self.show(f"{self.status(loss)}  {left}")
             if self.steps and (self.step % self.interval == 0 or self.step == self.steps):
                 scores, better = self.evaluate_and_log()
                 self.seconds = time.perf_counter() - clock
                 self.save(best=better)
-                also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.args.also)
-                self.show(f"{line}  val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}  "
-                          f"{self.seconds:.0f} s, {left}", "\n")
+                self.show(f"{self.status(loss)}  {self.verdict(scores, better)}  {self.seconds:.0f} s, {left}", "\n")
             elif self.step % self.args.log_every == 0:
                 self.log()
 
