@@ -1,0 +1,982 @@
+"""HEAD"""
+import argparse
+import copy
+import json
+import math
+import random
+import sys
+import time
+import unicodedata
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+from data import UserError, write_atomically
+from eval import COLOURS, Figures, distinct, read_log, table
+from finetune import context, is_embedded, kept_arguments, save_json
+from qwen_load import read_json, read_parameters, repo_folder, save_model, write_safetensors
+from rnn import token_nll
+from sample import encode_prompt, end_tokens, never_drawn, steps
+from train import (MODELS, NotFinite, Trainer, build_model, clip_gradients, learning_rate, load_run, parse, pick_device, pick_dtype,
+                   read_checkpoint, take_arguments)
+
+
+# ------------------------------------------------------------------------------------------------------- WordPiece
+
+class PerCharacter(dict):
+    """A table for str.translate that applies rule(character) -> str, once to every character that it meets."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __missing__(self, code):
+        self[code] = self.rule(chr(code))
+        return self[code]
+
+
+IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF),
+              (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+
+
+def clean(ch):
+    """Any white space as a space; without control characters; a Chinese character is a word of its own."""
+    if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z" and ch.isspace():
+        return " "
+    if ch in "\0\ufffd" or unicodedata.category(ch)[0] == "C":
+        return ""
+    return f" {ch} " if any(low <= ord(ch) <= high for low, high in IDEOGRAPHS) else ch
+
+
+def apart(ch):
+    """Punctuation, and all ASCII signs that Unicode calls symbols, as words of their own."""
+    sign = ch.isascii() and ch.isprintable() and not ch.isalnum() and ch != " "
+    return f" {ch} " if sign or unicodedata.category(ch)[0] == "P" else ch
+
+
+CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
+WITHOUT_ACCENTS = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch)
+
+
+def basic_words(text):
+    """BERT's basic tokenisation, uncased: a text as words and punctuation marks."""
+    text = text.translate(CLEAN)
+    if not text.isascii():
+        text = unicodedata.normalize("NFD", text).translate(WITHOUT_ACCENTS)
+    return text.lower().translate(APART).split()
+
+
+class WordPiece:
+    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them."""
+
+    def __init__(self, vocab):
+        self.vocab = list(vocab)
+        self.ids, self.memo = {piece: i for i, piece in enumerate(self.vocab)}, {}
+        try:
+            self.pad, self.unk, self.cls, self.sep = (self.ids[s] for s in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+        except KeyError as e:
+            raise UserError(f"this is no WordPiece vocabulary: it has no {e}") from e
+
+    def pieces(self, word):
+        """The ids of one word: the longest piece that it begins with, then the longest of the rest, and so on."""
+        if word not in self.memo:
+            ids, start = [], 0
+            while start < len(word) <= 100:
+                end = next((e for e in range(len(word), start, -1) if ("##" if start else "") + word[start:e] in self.ids), None)
+                if end is None:
+                    break
+                ids.append(self.ids[("##" if start else "") + word[start:end]])
+                start = end
+            self.memo[word] = ids if start == len(word) else [self.unk]
+        return self.memo[word]
+
+    def encode(self, text):
+        return [i for word in basic_words(text) for i in self.pieces(word)]
+
+    def state(self):
+        return {"kind": "wordpiece", "vocab": self.vocab}
+
+
+def build_wordpiece(texts, size=8000):
+    """A vocabulary for these texts: their characters, alone and inside a word; then whole words, the most frequent first, and
+    in the last eighth the endings that the words left out have most often."""
+    counts = Counter(word for text in texts for word in basic_words(text))
+    letters = Counter()
+    for word, n in counts.items():
+        letters.update(dict.fromkeys(word, n))
+    letters = [ch for ch, _ in letters.most_common(size // 16)]
+    vocab = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + ch for ch in letters)])
+    by_count = [word for word, n in sorted(counts.items(), key=lambda wn: (-wn[1], wn[0])) if n > 1]
+    for word in by_count:
+        if len(vocab) >= size * 7 // 8:
+            break
+        vocab[word] = None
+    endings = Counter()
+    for word in by_count:
+        if word not in vocab:
+            for k in range(2, min(6, len(word))):
+                endings["##" + word[-k:]] += counts[word]
+    return WordPiece([*vocab, *(e for e, _ in endings.most_common(max(0, size - len(vocab))))])
+
+
+# ------------------------------------------------------------------------------------------------------ DistilBERT
+
+@dataclass
+class ScorerConfig:
+    """Sizes, under the names of DistilBERT's config.json."""
+    vocab_size: int
+    dim: int = 128
+    hidden_dim: int = 256
+    n_layers: int = 2
+    n_heads: int = 4
+    max_position_embeddings: int = 512
+    dropout: float = 0.1
+    positive: int = 1               # which of the two labels is the positive one
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_heads = c.n_heads
+        self.q_lin, self.k_lin, self.v_lin, self.out_lin = (nn.Linear(c.dim, c.dim) for _ in range(4))
+
+    def forward(self, x, bias):
+        """x [B, T, D], bias [B, 1, 1, T]: 0 where there is a token, -inf at padding."""
+        B, T, D = x.shape
+        q, k, v = (lin(x).view(B, T, self.n_heads, -1).transpose(1, 2) for lin in (self.q_lin, self.k_lin, self.v_lin))
+        if T > 64:                                                          # torch's fused form: three times as fast at T = 256
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            y = torch.softmax(q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2) + bias, -1) @ v
+        return self.out_lin(y.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.lin1, self.lin2, self.dropout = nn.Linear(c.dim, c.hidden_dim), nn.Linear(c.hidden_dim, c.dim), nn.Dropout(c.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.lin2(F.gelu(self.lin1(x))))
+
+
+def layer_norm(dim):
+    """(x - mean) / sqrt(variance + 1e-12) * weight + bias, over the last dimension."""
+    return nn.LayerNorm(dim, eps=1e-12)
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm: the sum is normalised, not what goes in."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.attention, self.sa_layer_norm = SelfAttention(c), layer_norm(c.dim)
+        self.ffn, self.output_layer_norm = FeedForward(c), layer_norm(c.dim)
+
+    def forward(self, x, bias):
+        x = self.sa_layer_norm(x + self.attention(x, bias))
+        return self.output_layer_norm(x + self.ffn(x))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.word_embeddings, self.position_embeddings = nn.Embedding(c.vocab_size, c.dim), nn.Embedding(c.max_position_embeddings, c.dim)
+        self.LayerNorm, self.dropout = layer_norm(c.dim), nn.Dropout(c.dropout)
+
+    def forward(self, tokens):
+        return self.dropout(self.LayerNorm(self.word_embeddings(tokens) + self.position_embeddings.weight[:tokens.shape[1]]))
+
+
+class Scorer(nn.Module):
+    """DistilBERT with its classification head; parameters have the hub's names without the leading `distilbert.`."""
+    recurrent = False
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.config, self.tokenizer, c = config, tokenizer, config
+        self.embeddings, self.transformer = Embeddings(c), nn.Module()
+        self.transformer.layer = nn.ModuleList(EncoderLayer(c) for _ in range(c.n_layers))
+        self.pre_classifier, self.dropout, self.classifier = nn.Linear(c.dim, c.dim), nn.Dropout(c.dropout), nn.Linear(c.dim, 2)
+
+    def forward(self, tokens):
+        """tokens [B, T], [PAD] at the end of the shorter rows -> logits [B, 2]."""
+        x = self.embeddings(tokens)
+        bias = torch.zeros_like(tokens, dtype=x.dtype).masked_fill(tokens == self.tokenizer.pad, -math.inf)[:, None, None]
+        for layer in self.transformer.layer:
+            x = layer(x, bias)
+        return self.classifier(self.dropout(F.relu(self.pre_classifier(x[:, 0]))))
+
+    def batch(self, texts):
+        """Lists of ids -> tokens [B, T]: [CLS], what fits, [SEP], and [PAD] on the right."""
+        fits = self.config.max_position_embeddings - 2
+        rows = [torch.tensor([self.tokenizer.cls, *ids[:fits], self.tokenizer.sep]) for ids in texts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad)
+
+    @torch.no_grad()
+    def logits(self, texts, group=32):
+        """Lists of ids -> float32 [N, 2] on the CPU. Texts of like length are read side by side. Dropout is off."""
+        was_training, device = self.training, self.classifier.weight.device
+        self.eval()
+        order, out = sorted(range(len(texts)), key=lambda k: len(texts[k])), torch.empty(len(texts), 2)
+        for at in range(0, len(order), group):
+            members = order[at:at + group]
+            out[members] = self(self.batch([texts[k] for k in members]).to(device)).float().cpu()
+        self.train(was_training)
+        return out
+
+    def score(self, texts):
+        """The positive class's logit of each text (a string): float32 [N], on the CPU."""
+        return self.logits([self.tokenizer.encode(text) for text in texts])[:, self.config.positive]
+
+
+def positive_label(config, folder):
+    """Which of a classifier's two labels is the positive one, by its config's id2label."""
+    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+    if len(labels) != 2:
+        raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two, a negative one and a positive one")
+    positive = [int(i) for i, label in labels.items() if str(label).lower().startswith("pos")]
+    if len(positive) != 1:
+        raise UserError(f"{folder}: which of the labels {', '.join(map(str, labels.values()))} is the positive one? Call it POSITIVE in "
+                        "id2label of config.json")
+    return positive[0]
+
+
+def our_scorer_name(name):
+    """A tensor's name on the hub -> its name here; old files also keep the numbers of the positions."""
+    return None if name.endswith("position_ids") else name.removeprefix("distilbert.")
+
+
+def load_scorer(name, device="cpu", dtype=torch.float32):
+    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what --train-reward writes is one) or
+    the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval mode. UserError for what is not one."""
+    if not Path(name).is_dir() and Path(name).parent.name == "runs":
+        raise UserError(f"there is no scorer at {name}. Train one first: python ppo.py --train-reward --data reviews --run {name}")
+    folder = repo_folder(name)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no scorer: there is no config.json. Train one: python ppo.py --train-reward --data reviews --run FOLDER")
+    c = read_json(folder / "config.json")
+    if c.get("model_type") != "distilbert" or c.get("activation", "gelu") != "gelu" or c.get("sinusoidal_pos_embds"):
+        raise UserError(f"{folder}/config.json describes a {c.get('model_type')} model that is not implemented; a scorer is a DistilBERT with GELU "
+                        "and learned positions, as lvwerra/distilbert-imdb")
+    try:
+        config = ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"], c.get("max_position_embeddings", 512),
+                              c.get("dropout", 0.1), positive_label(c, folder))
+        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except KeyError as e:
+        raise UserError(f"{folder}/config.json does not say {e}") from e
+    except FileNotFoundError as e:
+        raise UserError(f"{folder}/vocab.txt is missing; fetch it again") from e
+    if len(vocab) > config.vocab_size:
+        raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it {config.vocab_size:,}: they do not belong together")
+    with torch.device("meta"):
+        scorer = Scorer(config, WordPiece(vocab))
+    state = read_parameters(scorer, folder, our_scorer_name, device, dtype)
+    if missing := [name for name in scorer.state_dict() if name not in state]:
+        raise UserError(f"{folder} is no scorer: it lacks {', '.join(missing[:3])}")
+    scorer.load_state_dict(state, assign=True)
+    return scorer.requires_grad_(False).eval()
+
+
+def save_scorer(scorer, folder):
+    """Write a folder in the hub's layout, which transformers opens as it is."""
+    c, folder = scorer.config, Path(folder)
+    config = {"architectures": ["DistilBertForSequenceClassification"], "model_type": "distilbert", "activation": "gelu",
+              "sinusoidal_pos_embds": False, "attention_dropout": c.dropout, "seq_classif_dropout": c.dropout, "pad_token_id": scorer.tokenizer.pad,
+              "id2label": {str(i): "POSITIVE" if i == c.positive else "NEGATIVE" for i in (0, 1)},
+              "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
+    config.pop("positive")
+    for name, text in (("config.json", json.dumps(config, indent=2)), ("vocab.txt", "\n".join(scorer.tokenizer.vocab)),
+                       ("tokenizer_config.json", json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))):
+        write_atomically(folder / name, lambda f: f.write((text + "\n").encode()))
+    tensors = {(name if "classifier" in name else f"distilbert.{name}"): p for name, p in scorer.state_dict().items()}
+    write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------- training a scorer
+
+class Texts:
+    """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once: whole, or (every
+    other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored is short. `batch(step)` depends on
+    nothing but (seed, step). texts: lists of ids; labels: 0 or 1."""
+
+    def __init__(self, scorer, texts, labels, batch_size, seed):
+        self.scorer, self.texts, self.labels, self.batch_size, self.seed = scorer, texts, labels, batch_size, seed
+        fits = scorer.config.max_position_embeddings - 2
+        self.block_size = round(sum(min(len(t), fits) + min(len(t), 32) for t in texts) / len(texts) / 2)   # pieces of a text, roughly
+        self.steps_per_epoch, self.planned = len(texts) // batch_size, (None, None)
+        if self.steps_per_epoch < 1:
+            raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
+
+    def first(self, step):
+        return step % self.steps_per_epoch == 0
+
+    def plan(self, epoch):
+        """The batches of an epoch as lists of (text, start, end)."""
+        rng = random.Random(f"{self.seed} {epoch}")
+        crops = []
+        for k in rng.sample(range(len(self.texts)), self.steps_per_epoch * self.batch_size):
+            n = len(self.texts[k])
+            size = n if (k + epoch) % 2 else min(n, rng.randint(4, 60))
+            start = rng.randint(0, n - size)
+            crops.append((k, start, start + size))
+        batches = []
+        for at in range(0, len(crops), 32 * self.batch_size):
+            near = sorted(crops[at:at + 32 * self.batch_size], key=lambda c: c[2] - c[1])
+            batches += [near[b:b + self.batch_size] for b in range(0, len(near), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+    def batch(self, step):
+        """-> tokens [B, T], labels [B]."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if self.planned[0] != epoch:
+            self.planned = epoch, self.plan(epoch)
+        crops = self.planned[1][k]
+        return self.scorer.batch([self.texts[t][start:end] for t, start, end in crops]), torch.tensor([self.labels[t] for t, _, _ in crops])
+
+
+class ScorerTrainer(Trainer):
+    """train.py's loop with the cross-entropy of two classes."""
+
+    def gradients(self, tokens, labels):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            loss = F.cross_entropy(self.model(tokens).float(), labels)
+        loss.backward()
+        return loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
+
+    def status(self, loss):
+        return f"step {self.step}/{self.steps}  loss {loss:.3f}"
+
+    def verdict(self, scores, better):
+        return f"validation loss {scores['val']['nll']:.3f}{' *' if better else ''}, accuracy {scores['val']['accuracy']:.1%}"
+
+
+def judge(scorer, texts, labels, dtype):
+    """The mean cross-entropy and the accuracy on labelled texts (lists of ids)."""
+    with torch.autocast(scorer.classifier.weight.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = scorer.logits(texts)
+    labels = torch.tensor(labels)
+    nll = F.cross_entropy(logits, labels).item()
+    return {"nll": nll, "ppl": math.exp(nll), "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
+
+
+def train_reward(args, device, dtype, checkpoint=None):
+    """Train a scorer from scratch on labelled reviews, into args.run: a folder in the hub's layout."""
+    run = Path(args.run)
+    splits = {split: data.labelled(args.data, split) for split in ("train", "valid", "test")}
+    torch.manual_seed(args.seed)
+    tokenizer = WordPiece(checkpoint["tokenizer"]["vocab"]) if checkpoint else build_wordpiece(text for text, _ in splits["train"])
+    ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
+    labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
+    scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
+    for name, p in scorer.named_parameters():                       # BERT's; a wider embedding learns little in a short training
+        if p.dim() == 2:
+            nn.init.normal_(p, 0.0, 0.02 if "embeddings" in name else p.shape[1] ** -0.5)
+    batches = Texts(scorer, ids["train"], labels["train"], args.batch_size, args.seed)
+    trainer = ScorerTrainer(args, "scorer", scorer, tokenizer, batches, lambda: {"val": judge(scorer, ids["valid"], labels["valid"], dtype)}, device, dtype)
+    trainer.go_on = f"python ppo.py --train-reward --resume --run {run}"
+    trainer.warmup = min(100, max(1, trainer.steps // 10))
+    if checkpoint:
+        trainer.restore(checkpoint)
+    trainer.open_log(resumed=bool(checkpoint))
+    trainer.show(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on {len(ids['train']):,} texts of {args.data}, {trainer.steps} "
+                 f"steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    trainer.fit()
+    scorer.load_state_dict(read_checkpoint(run / "best.pt")["model"])
+    short = [t[:32] for t in ids["test"]]
+    whole, beginning = judge(scorer, ids["test"], labels["test"], dtype), judge(scorer, short, labels["test"], dtype)
+    save_scorer(scorer, run)
+    result = {"model": "scorer", "data": args.data, "params": sum(p.numel() for p in scorer.parameters()), "vocabulary": len(tokenizer.vocab),
+              "seconds": trainer.seconds, "steps": trainer.step, "best_step": trainer.best_step, "seed": args.seed, "held_out": len(short),
+              "accuracy": whole["accuracy"], "accuracy_first_32": beginning["accuracy"], "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    save_json(run / "result.json", result)
+    print(f"scorer on {args.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts {whole['accuracy']:.1%}, "
+          f"on their first 32 pieces {beginning['accuracy']:.1%}, {trainer.seconds:.0f} s")
+    print(f"written to {run}")
+
+
+# ------------------------------------------------------------------------------------------------------ PPO's parts
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where there is a token, then 0 to the end of
+    the row; after the last token nothing follows. -> advantages, returns (advantages + values), 0 outside the mask."""
+    advantages, after, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]           # the surprise at t
+        after = (delta + gamma * lam * after) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = after
+    return advantages, (advantages + values) * mask
+
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """x with mean 0 and variance 1 over the mask; 0 outside."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def policy_loss(log_prob, old_log_prob, advantage, clip):
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a mean over tokens; all arguments [N].
+    -> loss, the share of tokens where the clipping holds the policy back, and an estimate of KL(old, new) a token."""
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    free, held = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    with torch.no_grad():
+        clipped, kl = (held < free).float().mean(), (ratio - 1 - log_ratio).mean()      # r - 1 - log r: never negative
+    return -torch.minimum(free, held).mean(), clipped, kl
+
+
+def value_loss(value, old_value, returns, clip):
+    """Half the squared error, of the worse of the new value and the new value kept within clip of the old one. All [N]."""
+    near = old_value + (value - old_value).clamp(-clip, clip)
+    return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2).mean()
+
+
+def repetition(ids):
+    """Share of the bigrams of a response (ids) that stand earlier in it: 0 if nothing is said twice."""
+    return 1 - (distinct([ids], 2) or 1.0) if len(ids) > 1 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------- prompts, responses
+
+class Prompts:
+    """Batches of prompts (lists of ids) in random order, each once an epoch. `batch(step)` depends on (seed, step) only."""
+
+    def __init__(self, prompts, batch_size, block_size, seed):
+        self.prompts, self.batch_size, self.block_size, self.seed = prompts, batch_size, block_size, seed
+        self.steps_per_epoch = len(prompts) // batch_size
+        if self.steps_per_epoch < 1:
+            raise UserError(f"{len(prompts)} prompts are too few for a --batch-size of {batch_size}")
+
+    def batch(self, step):
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
+        return [self.prompts[i] for i in order[k * self.batch_size:(k + 1) * self.batch_size]]
+
+
+def read_prompts(name, split, tokenizer, most=10_000):
+    """The first 2 to 8 tokens of reviews of a split, behind whatever a text begins with: lists of ids."""
+    rng, prompts = random.Random(f"{name} {split}"), []
+    for text, _ in data.labelled(name, split)[:most]:
+        beginning = text[:300].rsplit(" ", 1)[0]                            # 300 characters hold 8 tokens; no word is cut
+        try:
+            head, ids = encode_prompt(tokenizer, "")[:tokenizer.kind != "qwen2"], tokenizer.encode(beginning)
+        except ValueError as e:
+            raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take --data reviews for a base on an embedded language, "
+                            "or a base that was trained with --tokenizer gpt2") from e
+        if len(ids) >= 2:
+            prompts.append(head + ids[:rng.randint(2, 8)])
+    return prompts
+
+
+@dataclass
+class Responses:
+    """What a model wrote after B prompts. R: the longest response; a response's end token is part of it."""
+    tokens: object      # int64 [B, T]: prompt and response, zeros on the right, where a causal model does not see them
+    at: object          # int64 [B, R]: where in the inputs each token of the response is predicted
+    actions: object     # int64 [B, R]: the tokens of the response
+    mask: object        # float32 [B, R]: 1 where there is one
+    log_probs: object   # float32 [B, R]: as the sampler had them
+    ids: list           # the responses without end tokens
+    prompts: list
+
+
+def roll_out(model, prompts, n_tokens, ends, seed, banned=()):
+    """Continue each prompt by at most n_tokens, at temperature 1 and from the whole distribution."""
+    drawn = [(token, log_prob) for token, log_prob, _ in steps(model, prompts, n_tokens, eos=ends, seed=seed, banned=banned)]
+    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))              # [B, S]: each row's prompt is forced, then it answers
+    new, device = token >= 0, token.device
+    start = torch.tensor([len(p) for p in prompts], device=device)
+    length = new.sum(1)
+    offsets = torch.arange(int(length.max()), device=device)
+    mask = offsets < length[:, None]
+    first = new.int().argmax(1)
+    where = (first[:, None] + offsets).clamp(max=token.shape[1] - 1)
+    actions, log_probs = token.gather(1, where).masked_fill(~mask, 0), log_prob.gather(1, where).masked_fill(~mask, 0.0)
+    tokens = torch.zeros(len(prompts), int((start + length).max()), dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+        tokens[row, len(prompt):len(prompt) + length[row]] = actions[row, :length[row]]
+    at = (start[:, None] - 1 + offsets).masked_fill(~mask, 0)
+    ids = [[t for t in row[:n] if t not in ends] for row, n in zip(actions.tolist(), length.tolist())]
+    return Responses(tokens, at, actions, mask.float(), log_probs, ids, prompts)
+
+
+class Judge:
+    """Everything that says how good responses are: the scorer's reward, and how far the policy has moved from the reference."""
+
+    def __init__(self, reference, scorer, tokenizer, args, dtype):
+        self.reference, self.scorer, self.tokenizer, self.args, self.dtype = reference, scorer, tokenizer, args, dtype
+        self.ends = end_tokens(tokenizer.stops if tokenizer.kind == "qwen2" else tokenizer.eos)
+        self.banned = torch.tensor(never_drawn(tokenizer), dtype=torch.long)
+
+    def texts(self, responses):
+        skip = self.tokenizer.kind != "qwen2"                               # the end token that our texts begin with
+        return [self.tokenizer.decode(prompt[skip:] + ids) for prompt, ids in zip(responses.prompts, responses.ids)]
+
+    def reward(self, responses):
+        """float32 [B]: the scorer's logit for prompt and response together. UserError where it is not a number."""
+        if not any(responses.ids):
+            raise UserError("every response is empty: the policy ends its texts at once. Take another base, or a smaller --lr")
+        scores = self.scorer.score(self.texts(responses)).float().cpu()
+        if not scores.isfinite().all():
+            raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a reward that is not a number: its "
+                            f"weights are damaged, or not those of a scorer. What was saved in {self.args.run} is whole")
+        return scores
+
+    def logits(self, model, responses, rows):
+        """The model's hidden states and logits where it predicts the tokens of these rows' responses: [N, D], [N, V] for N tokens."""
+        tokens, at, mask = responses.tokens[rows], responses.at[rows], responses.mask[rows] > 0
+        tokens = tokens[:, :int(at[mask].max()) + 1]                        # no column that is padding in all rows
+        hidden = model(tokens)[0]
+        hidden = hidden[torch.arange(len(at), device=at.device)[:, None], at][mask]
+        logits = model.unembed(hidden)
+        return hidden, logits.index_fill(-1, self.banned.to(logits.device), -1e9) if len(self.banned) else logits
+
+    def autocast(self, device):
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @torch.no_grad()
+    def compare(self, model, responses, value_head=None):
+        """The policy beside the reference at every token of the responses: float32 [B, R] each, 0 outside the mask.
+        log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in nats; entropy; value."""
+        mask, out = responses.mask, {}
+        for rows in torch.arange(len(mask)).split(self.args.minibatch):
+            inside = mask[rows] > 0
+            with self.autocast(mask.device):
+                hidden, logits = self.logits(model, responses, rows)
+                ref_logits = self.logits(self.reference, responses, rows)[1]
+            action = responses.actions[rows][inside][:, None]
+            log_p, log_q = torch.log_softmax(logits.float(), -1), torch.log_softmax(ref_logits.float(), -1)
+            found = {"log_prob": log_p.gather(1, action)[:, 0], "ref_log_prob": log_q.gather(1, action)[:, 0]}
+            p = log_p.exp()
+            found["entropy"] = -(p * log_p).sum(-1)
+            found["kl"] = -found["entropy"] - (p * log_q).sum(-1)
+            if value_head is not None:
+                found["value"] = value_head(hidden.float())[:, 0]
+            for name, values in found.items():
+                out.setdefault(name, torch.zeros_like(mask))[rows] = torch.zeros_like(mask[rows]).masked_scatter(inside, values)
+        return out
+
+    def measure(self, model, prompts, seed, group=64):
+        """Responses of a policy and what they are worth: figures over all, and a list of single ones."""
+        each, ids = [], []
+        for at in range(0, len(prompts), group):
+            responses = roll_out(model, prompts[at:at + group], self.args.response_tokens, self.ends, seed + at, self.banned)
+            rewards, there = self.reward(responses), self.compare(model, responses)
+            kl, nll, n = there["kl"].sum(1), -there["ref_log_prob"].sum(1), responses.mask.sum(1)
+            for k, text in enumerate(self.texts(responses)):
+                prompt = self.tokenizer.decode(responses.prompts[k][self.tokenizer.kind != "qwen2":])
+                each.append({"prompt": prompt, "text": text, "reward": rewards[k].item(), "kl": kl[k].item(), "tokens": int(n[k]),
+                             "ref_ppl": math.exp(min(nll[k].item() / int(n[k]), 700)), "repetition": repetition(responses.ids[k])})
+            ids += responses.ids
+        column = lambda name: np.array([r[name] for r in each])
+        tokens = column("tokens")
+        return {"reward": column("reward").mean(), "reward_sd": column("reward").std(ddof=1), "kl": column("kl").mean(),
+                "distinct_2": distinct(ids, 2), "repetition": column("repetition").mean(), "length": tokens.mean(),
+                "ref_ppl": math.exp(min((np.log(column("ref_ppl")) * tokens).sum() / tokens.sum(), 700)), "each": each}
+
+
+# ------------------------------------------------------------------------------------------------------------- PPO
+
+class PPO(Trainer):
+    """train.py's loop, in which a step is an iteration of PPO: respond, score, compare, update."""
+    KEPT = *Trainer.KEPT, "kl_coef"
+    COLUMNS = ("reward", "reward_sd", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss", "value_loss", "explained_variance",
+               "length", "distinct_2", "repetition", "sft_loss", "grad_norm", "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
+
+    def __init__(self, args, kind, model, tokenizer, prompts, evaluate, device, dtype, judge, text=None):
+        super().__init__(args, kind, model, tokenizer, prompts, evaluate, device, dtype)
+        self.judge, self.text, self.kl_coef, self.row = judge, text, args.kl_coef, {}
+        self.value_head = nn.Linear(model.head.in_features, 1).to(device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.parameters = [*model.parameters(), *self.value_head.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, args.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"))
+        self.sampler = copy.deepcopy(model).to(dtype) if dtype == torch.bfloat16 and not model.recurrent else model
+
+    def train_step(self):
+        """One iteration; -> the mean reward."""
+        args, mask_of = self.args, lambda v, r: v[r.mask > 0]
+        self.model.eval()                                                   # no dropout: the ratio is to be 1 before the first update
+        self.learning_rate = learning_rate(self.step, self.steps, args.lr, self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        started = time.perf_counter()
+        if self.sampler is not self.model:
+            self.sampler.load_state_dict(self.model.state_dict())
+        r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends, self.seed_of(0), self.judge.banned)
+        rolled = time.perf_counter()
+        score = self.judge.reward(r)                                        # [B]
+        repeated = torch.tensor([repetition(ids) for ids in r.ids])
+        scored = time.perf_counter()
+
+        old = self.judge.compare(self.model, r, self.value_head)
+        kl_estimate = old["log_prob"] - old["ref_log_prob"]                 # [B, R], its mean is the KL
+        rewards = -self.kl_coef * kl_estimate
+        last = r.mask.sum(1).long() - 1
+        rewards[torch.arange(len(last)), last] += (score - args.repetition_coef * repeated).to(rewards.device)
+        advantages, returns = gae(rewards, old["value"], r.mask, args.gamma, args.lam)
+        explained = 1 - mask_of(returns - old["value"], r).var() / mask_of(returns, r).var().clamp(min=1e-8)
+        if args.whiten:
+            advantages = whiten(advantages, r.mask)
+        updates = self.update_policy(r, old, advantages, returns)
+        if args.sft_every and (self.step + 1) % args.sft_every == 0:
+            for k in range(args.batch_size // args.minibatch):
+                updates.append({"sft_loss": self.supervised(k, 1.0), "grad_norm": self.apply_gradients()})
+
+        tokens, rows = r.mask.sum(), len(r.mask)
+        mean_of = lambda name: (lambda v: sum(v) / len(v) if v else "")([u[name] for u in updates if name in u])
+        self.row = {"reward": score.mean().item(), "reward_sd": score.std().item(), "kl": old["kl"].sum().item() / rows,
+                    "kl_estimate": kl_estimate.sum().item() / rows, "kl_coef": self.kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
+                    "explained_variance": explained.item(), "length": tokens.item() / rows, "distinct_2": distinct(r.ids, 2) or "",
+                    "repetition": repeated.mean().item(), "updates": len(updates), "seconds_rollout": rolled - started,
+                    "seconds_scoring": scored - rolled, "seconds_update": time.perf_counter() - scored}
+        self.row |= {name: mean_of(name) for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm")}
+        if args.kl_target:                                                  # Ziegler et al. 2019, section 2.2
+            self.kl_coef *= 1 + 0.5 * min(0.2, max(-0.2, self.row["kl"] / args.kl_target - 1))
+        self.step += 1
+        self.stopping = self.interrupted
+        return self.row["reward"]
+
+    def update_policy(self, r, old, advantages, returns):
+        """Several epochs of minibatches over one batch of responses; -> what was logged of each."""
+        args, updates = self.args, []
+        for epoch in range(args.epochs):
+            order = torch.randperm(len(r.mask), generator=torch.Generator().manual_seed(self.seed_of(1 + epoch)))
+            for rows in order.split(args.minibatch):
+                inside = r.mask[rows] > 0
+                part = {name: v[rows][inside] for name, v in (old | {"advantage": advantages, "returns": returns}).items()}
+                with self.judge.autocast(self.device):
+                    hidden, logits = self.judge.logits(self.model, r, rows)
+                log_prob = -token_nll(logits, r.actions[rows][inside])
+                loss, clipped, kl = policy_loss(log_prob, part["log_prob"], part["advantage"], args.clip_range)
+                if kl > args.kl_stop:                                       # too far from what drew these responses
+                    return updates
+                v_loss = value_loss(self.value_head(hidden.float())[:, 0], part["value"], part["returns"], args.clip_range)
+                (loss + args.value_coef * v_loss).backward()
+                done = {"policy_loss": loss.item(), "value_loss": v_loss.item(), "clip_fraction": clipped.item()}
+                if args.sft_coef:
+                    done["sft_loss"] = self.supervised(len(updates), args.sft_coef)
+                updates.append(done | {"grad_norm": self.apply_gradients()})
+        return updates
+
+    def supervised(self, k, coef):
+        """Add the gradient of coef times the loss on the k-th batch of text of this iteration; -> the loss in nats per token."""
+        per_iteration = (self.args.epochs + 1) * self.args.batch_size // self.args.minibatch
+        x, y = (t.to(self.device) for t in self.text.batch(self.step * per_iteration + k))
+        with self.judge.autocast(self.device):
+            loss = self.model.loss(self.model(x)[0], y) / y.numel()
+        (coef * loss).backward()
+        return loss.item()
+
+    def apply_gradients(self):
+        norm = clip_gradients(self.parameters, self.args.clip)
+        if not math.isfinite(norm):
+            raise NotFinite(f"the gradient is not finite in iteration {self.step}. The last good checkpoint is kept in {self.run}; train anew with a "
+                            "smaller --lr and another --run")
+        self.update()
+        return norm
+
+    def seed_of(self, k):
+        """A seed for the k-th random draw of this iteration, the same after --resume."""
+        return int(np.random.default_rng((self.args.seed, self.step, k)).integers(2 ** 62))
+
+    # ---- checkpoints and log
+
+    def model_checkpoint(self):
+        return super().model_checkpoint() | {"value_head": self.value_head.state_dict()}
+
+    def restore(self, checkpoint):
+        super().restore(checkpoint)
+        self.value_head.load_state_dict(checkpoint["value_head"])
+
+    def log_columns(self):
+        return ["step", "seconds", "lr", *self.COLUMNS, *(f"eval_{name}" for name in EVALUATED)]
+
+    def log(self, scores=None):
+        row = self.row | {"step": self.step, "seconds": self.seconds, "lr": self.learning_rate}
+        row |= {f"eval_{name}": scores[name] for name in EVALUATED} if scores else {}
+        self.write_row([row.get(c, "") for c in self.columns])
+
+    def evaluate_and_log(self):
+        """best.pt is the policy with the highest reward - coefficient * KL on the validation split's prompts."""
+        scores = self.evaluate()
+        worth = scores["reward"] - self.args.kl_coef * scores["kl"]
+        better = -worth < self.best
+        if better:
+            self.best, self.best_step = -worth, self.step
+        self.log(scores)
+        return scores, better
+
+    def status(self, reward):
+        return f"iteration {self.step}/{self.steps}  reward {reward:.2f}  KL {self.row['kl']:.2f}  coefficient {self.kl_coef:.3f}"
+
+    def verdict(self, scores, better):
+        return f"evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}"
+
+
+EVALUATED = ("reward", "reward_sd", "kl", "distinct_2", "repetition", "length", "ref_ppl")
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+NAMED = "Life Begins", "Now I don't", "There are no people like"       # prompts of the report, before those of the test split
+REPORTED = (("reward", "reward, mean"), ("reward_sd", "reward, standard deviation"), ("kl", "KL to the reference, nats a response"),
+            ("distinct_2", "distinct-2"), ("repetition", "repeated bigrams in a response, share"), ("ref_ppl", "perplexity under the reference"),
+            ("length", "tokens of a response"))
+
+
+def paint_rewards(rows):
+    """Figure 5: reward with its band of one standard deviation; KL and its coefficient; distinct-2. rows: of log.csv."""
+    def paint(reward, kl, variety):
+        def draw(axes, name, **look):
+            points = [(r["step"], r[name]) for r in rows if name in r]
+            axes.plot(*zip(*points), **look) if points else None
+        steps, mean, sd = (np.array([r[name] for r in rows if "reward" in r]) for name in ("step", "reward", "reward_sd"))
+        draw(reward, "reward", color=COLOURS[0], label="mean")
+        reward.fill_between(steps, mean - sd, mean + sd, color=COLOURS[0], alpha=0.2, linewidth=0, label="± standard deviation")
+        draw(reward, "eval_reward", color=COLOURS[1], marker="o", markersize=3, linestyle="--", label="validation prompts")
+        draw(kl, "kl", color=COLOURS[0], label="all tokens at each prefix")
+        draw(kl, "kl_estimate", color=COLOURS[2], linewidth=0.7, label="from the sampled tokens")
+        draw(variety, "distinct_2", color=COLOURS[0], label="distinct-2")
+        draw(variety, "repetition", color=COLOURS[1], linestyle="--", label="repeated bigrams")
+        reward.set(xlabel="iteration", ylabel="reward (logit of positive)")
+        kl.set(xlabel="iteration", ylabel="KL to the reference (nats a response)")
+        variety.set(xlabel="iteration", ylabel="share", ylim=(0, 1))
+        for axes in (reward, kl, variety):
+            axes.legend(fontsize=7)
+    return paint
+
+
+def worst(each, badness, n=4):
+    """The n responses that the scorer likes and badness does not: highest sum of both, each in standard deviations."""
+    def standard(values):
+        values = np.array(values)
+        return (values - values.mean()) / max(values.std(), 1e-9)
+    order = np.argsort(-(standard([r["reward"] for r in each]) + standard([badness(r) for r in each])), kind="stable")
+    return [each[k] for k in order[:n]]
+
+
+def write_report(args, result, figures):
+    """report.md: figures before and after, Figure 5, Tables 7 and 8."""
+    before, after, run = result["before"], result["after"], Path(args.run)
+    shown = [("repetition", lambda r: r["repetition"]), ("perplexity under the reference", lambda r: math.log(r["ref_ppl"]))]
+    repairs = [f"KL coefficient {args.kl_coef:g}" + (f", adapted to {args.kl_target:g} nats" if args.kl_target else ", fixed"), f"lr {args.lr:g}"]
+    repairs += [f"{name.replace('_', '-')} {getattr(args, name):g}" for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(args, name)]
+    md = [f"# {args.base} with PPO, rewarded by {args.scorer}\n",
+          f"{result['steps']} iterations of {args.batch_size} responses of at most {args.response_tokens} tokens to beginnings of {args.data}, "
+          f"{result['seconds']:.0f} s; {', '.join(repairs)}; the best policy is that of iteration {result['best_step']}.\n",
+          f"## Before and after, {len(before['each'])} held-out prompts\n",
+          table(["", "before", "after"], [[label, before[name], after[name]] for name, label in REPORTED]),
+          f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n",
+          "## Reward (Figure 5)\n", figures.draw("rewards", "Reward, KL and variety while training", paint_rewards(read_log(run / "log.csv")), panels=3),
+          "## The same prompts, the same seed (Table 7)\n",
+          table(["prompt", "before", "reward", "after", "reward"],
+                [[b["prompt"], b["text"], b["reward"], a["text"], a["reward"]] for b, a in list(zip(before["each"], after["each"]))[:8]]),
+          "## Unexpected outputs, found automatically (Table 8)\n"]
+    for name, badness in shown:
+        md += [f"High reward with high {name}:\n", table(["text", "reward", "repeated bigrams", "perplexity under the reference"],
+                                                        [[r["text"], r["reward"], r["repetition"], r["ref_ppl"]] for r in worst(after["each"], badness)])]
+    write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
+
+
+def fingerprint(*modules):
+    """Tells whether a run that goes on finds the weights that it was started with."""
+    crc = 0
+    for p in (p for module in modules for p in module.parameters()):
+        crc = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def check_fit(args, model, scorer, tokenizer, prompts):
+    """UserError for prompts that are too long, and for a scorer that cannot read what the policy writes."""
+    longest, limit = max(map(len, prompts)), context(model)
+    if longest + args.response_tokens > limit:
+        raise UserError(f"a prompt of {longest} tokens and a response of {args.response_tokens} do not fit the base's context of {limit}; take a smaller "
+                        "--response-tokens, or a base with a larger --block-size")
+    pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(tokenizer.decode(prompt))]
+    unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
+    if unknown > 0.3:
+        raise UserError(f"{args.base} and {args.scorer} do not fit: the scorer does not know {unknown:.0%} of the words of the prompts. Train one on the "
+                        f"same reviews: python ppo.py --train-reward --data {args.data}")
+
+
+def settle(args, model, tokenizer):
+    """Fill in what depends on the base."""
+    for name, value in DEFAULTS[tokenizer.kind == "qwen2"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.data is None:
+        args.data = "reviews" if is_embedded(tokenizer) else "imdb"
+    if args.batch_size % args.minibatch:
+        raise UserError(f"--batch-size {args.batch_size} cannot be cut into minibatches of {args.minibatch}")
+    args.eval_every = args.eval_every or -(-args.steps // 10)
+    args.model = f"{args.base}, PPO"
+
+
+def train_policy(args, device, dtype, checkpoint=None):
+    """PPO as args say, into the folder args.run; -> what result.json holds."""
+    run, resumed = Path(args.run), checkpoint is not None
+    reference, tokenizer, _ = load_run(args.base, device, torch.float32)
+    if not resumed:
+        settle(args, reference, tokenizer)
+    scorer = load_scorer(args.scorer, device, dtype)
+    kind = next(kind for kind, (model_type, _) in MODELS.items() if type(reference) is model_type)
+    prompts = {split: read_prompts(args.data, split, tokenizer) for split in ("train", "valid", "test")}
+    named = [] if is_embedded(tokenizer) else [encode_prompt(tokenizer, text) for text in NAMED]
+    test = (named + prompts["test"])[:args.held_out]
+    check_fit(args, reference, scorer, tokenizer, prompts["train"] + test)
+    weights = fingerprint(reference, scorer)
+    if resumed and args.weights != weights:
+        raise UserError(f"{args.base} or {args.scorer} no longer holds the weights that the run in {run} was started with; restore them, or start a new run")
+    args.weights = weights
+    model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device) if resumed else copy.deepcopy(reference)
+    model.requires_grad_(True)
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{n:,} parameters: PPO needs about {n * (26 if dtype == torch.bfloat16 else 20) / 1e9:.1f} GB of memory for the policy, its moments and "
+          "gradients, and the reference", file=sys.stderr)
+    text = None
+    if args.sft_coef or args.sft_every:
+        cut = data.Streams if model.recurrent else data.Windows
+        length = min(context(model), 8 + args.response_tokens)
+        text = cut(data.load(args.data, tokenizer, splits=("train",)).ids["train"], args.minibatch, length, args.seed)
+    judge = Judge(reference.requires_grad_(False), scorer, tokenizer, args, dtype)
+    if resumed:
+        try:
+            before = json.loads((run / "before.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. Start anew with another --run") from e
+    else:
+        before = judge.measure(reference, test, args.seed)
+        run.mkdir(parents=True, exist_ok=True)
+        save_json(run / "before.json", before)
+    trainer = PPO(args, kind, model, tokenizer, Prompts(prompts["train"], args.batch_size, args.response_tokens, args.seed),
+                  lambda: judge.measure(model, prompts["valid"][:args.held_out], args.seed), device, dtype, judge, text)
+    trainer.go_on = f"python ppo.py --resume --run {run}"
+    if resumed:
+        try:
+            trainer.restore(checkpoint)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+    trainer.open_log(resumed)
+    trainer.show(f"{args.base} rewarded by {args.scorer}: {len(prompts['train']):,} prompts, {trainer.steps} iterations, {device.type} "
+                 f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
+    trainer.fit()
+    model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
+    after = judge.measure(model.eval(), test, args.seed)
+    if tokenizer.kind == "qwen2":
+        save_model(model, tokenizer, run)
+    result = {"model": kind, "base": args.base, "scorer": args.scorer, "data": args.data, "params": n, "steps": trainer.step, "best_step": trainer.best_step,
+              "seconds": trainer.seconds, "seed": args.seed, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+              "rise": (after["reward"] - before["reward"]) / before["reward_sd"], "before": before, "after": after, "args": kept_arguments(args)}
+    write_report(args, result, Figures(run))
+    save_json(run / "result.json", result)                                  # last: it says that the run is finished
+    print(f"{args.base} rewarded by {args.scorer}: reward {before['reward']:.2f} before, {after['reward']:.2f} after "
+          f"({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} nats a response, distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
+    print(f"written to {run}/report.md. Next: python sample.py --run {run}")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+# by base: Qwen2 (not searched), a run of ours
+DEFAULTS = {True: dict(lr=1e-5, steps=200), False: dict(lr=1e-4, steps=100)}
+REWARD_DEFAULTS = {"lr": 1e-3, "batch_size": 32, "epochs": {"reviews": 1.0, "imdb": 3.0}}
+
+
+def parser():
+    p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="Reinforcement learning from a sentiment scorer: PPO on a language model, and the training of a scorer.",
+                    epilog="examples:\n  python ppo.py --train-reward --data reviews\n"
+                           "  python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews\n"
+                           "  python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo")
+    p.add_argument("--base", default="Qwen/Qwen2-0.5B", help="the policy to begin with: a run of train.py or finetune.py, or Qwen2's weights, a folder or "
+                   "their name on the hub (default: %(default)s, 1 GB)")
+    p.add_argument("--scorer", default="lvwerra/distilbert-imdb", help="the reward model: what --train-reward wrote, or a DistilBERT sentiment classifier, a "
+                   "folder or its name on the hub (default: %(default)s, 0.3 GB)")
+    p.add_argument("--data", choices=("reviews", "imdb"), help="whose beginnings are the prompts (default: reviews for an embedded language, else imdb)")
+    p.add_argument("--run", help="folder of the result (default: runs/ppo-BASE, runs/scorer-DATA)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
+    p.add_argument("--train-reward", action="store_true", help="train a small scorer on --data instead (--lr 1e-3, --batch-size 32; --epochs 1 for "
+                   "reviews, 3 for imdb); of the other arguments only --seed, --device and --dtype mean something then")
+    g = p.add_argument_group("PPO")
+    for name, kind, default, text in (
+            ("--steps", int, None, f"iterations (default: {DEFAULTS[False]['steps']}; Qwen2 {DEFAULTS[True]['steps']})"),
+            ("--lr", float, None, f"highest learning rate (default: {DEFAULTS[False]['lr']:g}; Qwen2 {DEFAULTS[True]['lr']:g}, not searched)"),
+            ("--batch-size", int, 64, "responses of an iteration"), ("--minibatch", int, 16, "responses of an update"),
+            ("--epochs", float, 4, "times that each response is used"), ("--response-tokens", int, 24, "longest response"),
+            ("--kl-coef", float, 0.2, "what a nat of KL to the reference costs"),
+            ("--kl-target", float, 0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is fixed"),
+            ("--kl-stop", float, 0.1, "end an iteration's updates when the policy has moved by so many nats a token"),
+            ("--clip-range", float, 0.2, "of the ratio, and of the values"), ("--value-coef", float, 0.1, "weight of the value loss"),
+            ("--gamma", float, 1.0, "discount"), ("--lam", float, 0.95, "GAE's lambda"), ("--clip", float, 1.0, "largest gradient norm"),
+            ("--warmup", int, 5, "iterations of linear warm-up")):
+        g.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=text + ("" if default is None else " (default: %(default)s)"))
+    g.add_argument("--whiten", action=argparse.BooleanOptionalAction, default=True, help="advantages with mean 0 and variance 1 (default: yes)")
+    r = p.add_argument_group("against degenerate texts")
+    r.add_argument("--repetition-coef", type=float, default=0.0, metavar="X", help="take X times the share of repeated bigrams from the reward (default: 0)")
+    r.add_argument("--sft-coef", type=float, default=0.0, metavar="X", help="add X times the loss on --data's text to every update (default: 0)")
+    r.add_argument("--sft-every", type=int, default=0, metavar="N", help="after every Nth iteration, train on --data's text (default: 0, never)")
+    p.add_argument("--held-out", type=int, default=256, metavar="N", help="prompts that the policy is measured on (default: %(default)s)")
+    p.add_argument("--eval-every", type=int, metavar="N", help="iterations between measurements (default: a 10th of the run)")
+    p.add_argument("--seed", type=int, default=1, metavar="N", help="of prompts and responses (default: 1)")
+    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the products, weights are float32 (default: bfloat16 where the hardware multiplies it)")
+    return p
+
+
+def arguments(argv=None):
+    p = parser()
+    args = parse(p, argv, ("steps", "lr", "batch_size", "minibatch", "epochs", "response_tokens", "kl_stop", "clip_range", "clip", "held_out", "eval_every"))
+    for name in ("kl_coef", "kl_target", "value_coef", "repetition_coef", "sft_coef", "sft_every", "warmup", "seed"):
+        if not 0 <= getattr(args, name) < math.inf:
+            p.error(f"--{name.replace('_', '-')} must not be negative")
+    if not (0 <= args.gamma <= 1 and 0 <= args.lam <= 1):
+        p.error("--gamma and --lam must be from 0 to 1")
+    if args.train_reward:
+        args.data = args.data or "reviews"
+        for name, value in REWARD_DEFAULTS.items():
+            if name not in args.typed:
+                setattr(args, name, value[args.data] if isinstance(value, dict) else value)
+        args.steps, args.log_every, args.base = None, 50, None
+    else:
+        args.log_every = 1
+        if args.epochs != int(args.epochs):
+            p.error("--epochs must be whole")
+        args.epochs = int(args.epochs)
+    args.run = args.run or (f"runs/scorer-{args.data}" if args.train_reward else f"runs/ppo-{Path(args.base).name}")
+    args.minutes, args.also, args.weight_decay = None, [], 0.01
+    return args
+
+
+def main(argv=None):
+    args, checkpoint = arguments(argv), None
+    if args.resume:
+        checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python ppo.py")
+        saved = checkpoint.get("args", {})
+        if "train_reward" not in saved or saved["train_reward"] != args.train_reward:
+            raise UserError(f"{args.run} is not a run of python ppo.py{' --train-reward' * args.train_reward}; go on with what started it")
+        take_arguments(args, saved)
+    elif any(file for pattern in ("*.pt", "config.json", "result.json") for file in Path(args.run).glob(pattern)):
+        raise UserError(f"{args.run} already holds a run or weights. Go on with it: python ppo.py{' --train-reward' * args.train_reward} --resume --run "
+                        f"{args.run}; or choose another folder with --run")
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    (train_reward if args.train_reward else train_policy)(args, device, dtype, checkpoint)
+
+
+if __name__ == "__main__":
+    data.run_main(main)
