@@ -455,8 +455,8 @@ def spread(values):
     return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values))}"
 
 
-def summary(runs):
-    """The table's header and rows: one row per configuration; finished runs that differ in their seed alone share one."""
+def by_configuration(runs):
+    """[{seed: run}]: finished runs that differ in their seed alone are together."""
     groups = defaultdict(dict)
     for run in runs:
         same = {k: v for k, v in run.args.items() if k not in ("seed", "run", "text")}
@@ -464,8 +464,13 @@ def summary(runs):
         if not run.result or seed in groups[key]:                           # not finished, or a copy: a row of its own
             key += run.name
         groups[key][seed] = run
+    return list(groups.values())
+
+
+def summary(runs):
+    """The table's header and rows: one row per configuration."""
     rows = []
-    for members in groups.values():
+    for members in by_configuration(runs):
         first, results = next(iter(members.values())), [run.result for run in members.values()]
         logged = [r["val_ppl"] for r in first.log if "val_ppl" in r]
         over_seeds = {k: spread([r[k] for r in results if k in r]) for k in ("val_ppl", "test_ppl", "tokens_per_second", "seconds")}
@@ -632,8 +637,43 @@ def section_search(path, figures, js):
     return md
 
 
+def paint_frontier(groups):
+    """Reward against KL, at every evaluation of the first run of each configuration: what a nat of KL buys."""
+    def paint(axes):
+        for k, members in enumerate(groups):
+            run = next(iter(members.values()))
+            points = [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r]
+            axes.plot(*zip(*points), **style(k), marker=MARKERS[k % len(MARKERS)], markersize=3, linewidth=0.8, label=run.name)
+        axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return paint
+
+
+def section_rewards(runs, figures, js):
+    """Policies that ppo.py trained."""
+    groups = by_configuration(runs)
+    header = ["run", "KL coefficient", "KL target", "lr", "repetition-coef", "sft-coef", "sft-every", "iterations", "reward before", "reward", "rise, deviations",
+              "KL", "distinct-2", "of the reference's", "repeated bigrams", "perplexity under the reference", "seeds"]
+    rows = []
+    for members in groups:
+        first, finished = next(iter(members.values())), [run.result for run in members.values() if run.result]
+        a = first.args
+        over = lambda value: spread([value(r) for r in finished])
+        rows.append([first.name if finished else f"{first.name} (unfinished)", f"{a['kl_coef']:g}", f"{a['kl_target']:g}", f"{a['lr']:g}",
+                     *(f"{a[name]:g}" for name in ("repetition_coef", "sft_coef", "sft_every")), a["steps"], over(lambda r: r["before"]["reward"]),
+                     over(lambda r: r["after"]["reward"]), over(lambda r: r["rise"]), over(lambda r: r["after"]["kl"]), over(lambda r: r["after"]["distinct_2"]),
+                     over(lambda r: r["after"]["distinct_2"] / r["before"]["distinct_2"]), over(lambda r: r["after"]["repetition"]),
+                     over(lambda r: r["after"]["ref_ppl"]), " ".join(map(str, members))])
+    js["rewards"] = [dict(zip(header, row)) for row in rows]
+    groups = [members for members in groups if any("eval_kl" in r for r in next(iter(members.values())).log)]
+    return ["## Policies trained by PPO\n", table(header, rows),
+            figures.draw("frontier", "Reward against KL while training", paint_frontier(groups), width=5) if groups else ""]
+
+
 def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
-    """Write report.md, report.json and the figures into the folder `out`; -> the rows of the summary."""
+    """Write report.md, report.json and the figures into the folder `out`; -> the rows of the summaries. Policies of ppo.py have a
+    section of their own and are in no other."""
+    policies, runs = [r for r in runs if "kl_coef" in r.args], [r for r in runs if "kl_coef" not in r.args]
     scores, gaps = {}, {}
     for name, sentence_list in domains.items():
         for run in runs:
@@ -644,15 +684,18 @@ def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
     figures, js = Figures(out), {}
     md = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines all at its top.\n",
           *(f"Left out: {reason}.\n" for reason in missing)]
-    md += section_summary(runs, figures, js) + section_curves(runs, figures, js) + section_stages(runs, figures, js)
-    md += section_domains(runs, domains, scores, gaps, n_sentences, figures, js)
-    md += section_frequencies(runs, domains, scores, figures, js)
-    md += section_memory(runs, dtype, figures, js) + section_samples(runs, prompt, dtype, js)
+    if runs:
+        md += section_summary(runs, figures, js) + section_curves(runs, figures, js) + section_stages(runs, figures, js)
+        md += section_domains(runs, domains, scores, gaps, n_sentences, figures, js)
+        md += section_frequencies(runs, domains, scores, figures, js)
+        md += section_memory(runs, dtype, figures, js) + section_samples(runs, prompt, dtype, js)
+    if policies:
+        md += section_rewards(policies, figures, js)
     for path in trials:
         md += section_search(path, figures, js)
     write_atomically(out / "report.json", lambda f: f.write((json.dumps(js, indent=1, ensure_ascii=False) + "\n").encode()))
     write_atomically(out / "report.md", lambda f: f.write("\n".join(md).encode()))
-    return js["summary"]
+    return js.get("summary", []) + js.get("rewards", [])
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -747,7 +790,7 @@ def main(argv=None):
     write_atomically(out / "report.json", lambda f: f.write(b"{}\n"))       # marks the folder as ours, should this be cut off
     trials = sorted(Path("runs").glob("*/trials.csv")) if not args.runs else []
     for row in report(runs, domains, missing, out, args.prompt, args.sentences, dtype, trials):
-        print("  ".join(f"{k} {number(v)}" for k, v in row.items() if k in ("run", "best validation", "test", "floor")))
+        print("  ".join(f"{k} {number(v)}" for k, v in row.items() if k in ("run", "best validation", "test", "floor", "reward", "KL", "distinct-2")))
     print(f"written to {out}/report.md")
 
 

@@ -1,4 +1,63 @@
-"""HEAD"""
+"""Reinforcement learning from a sentiment scorer: a reward model by hand, and PPO on a language model.
+
+    python train.py --model transformer --data reviews                  # a policy to begin with, a minute and a half
+    python ppo.py --train-reward --data reviews                         # a scorer, half a minute
+    python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
+    python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo-qwen2      # 1.3 GB, downloaded once
+    python ppo.py --resume --run runs/ppo-transformer-reviews           # after a kill
+
+**The reward model** is DistilBERT (Sanh et al. 2019) with a classification head: half of BERT's encoder layers. With
+x = LayerNorm(E[token] + P[position]), every layer does (post-norm, as in Vaswani et al. 2017)
+
+    x <- LayerNorm(x + W_o Attention(x))            attention looks both ways; padding is masked
+    x <- LayerNorm(x + W_2 GELU(W_1 x))
+
+and the logits of the two classes are W_c relu(W_p x_[CLS]). The reward of a text is the logit of the positive class and not
+its probability, which is nearly 1 soon and then rewards nothing. The text is cut by WordPiece (Schuster & Nakajima 2012):
+lower-cased, without accents, apart at spaces and punctuation; each word then, from its left end, into the longest pieces
+that the vocabulary has, those inside a word marked with ##.
+
+**PPO** (Schulman et al. 2017; on language models Ziegler et al. 2019). The policy pi begins as a copy of the reference. In an
+iteration it continues a batch of prompts; token t of a response is an action a_t in the state s_t, all tokens before it.
+
+    r_t = -beta (log pi(a_t|s_t) - log ref(a_t|s_t)), and at the last token also the scorer's reward
+    delta_t = r_t + gamma V(s_t+1) - V(s_t),    A_t = delta_t + gamma lambda A_t+1        (GAE, Schulman et al. 2016)
+    ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    policy loss = -mean min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
+    value loss = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2,    R_t = A_t + V_old(s_t)
+
+V(s) is a linear function of the model's hidden state. Without the KL term the policy ends in whatever the scorer likes best,
+one sentence for all prompts; with it the optimum is ref(text) exp(reward / beta), normalised. The KL is logged twice: as the
+mean of log pi - log ref over the sampled tokens, which is noisy, and in full, sum over all tokens of pi log(pi / ref) at every
+prefix that was sampled.
+
+Of "The N Implementation Details of RLHF with PPO" (Huang et al. 2023), in its order:
+  scorer and value head read prompt and response together    yes
+  padding token, truncation, positions shifted for padding   not needed: prompts of unequal length are stepped together without
+      padding, and what stands right of a response is never seen
+  responses of fixed length, also beyond the end token       no: a response ends with its end token, whose probability is part
+      of it; the reward stands there
+  learning rate annealed                                     yes, after a short warm-up, by half a cosine
+  other seeds in other processes                             one process
+  reward at the last token only                              yes
+  reward head's initialisation                               the head of --train-reward: BERT's classifier
+  reward normalised to mean 0, variance 1                    no: the report is in the scorer's logits, and whitened advantages do not
+      see the scale; the KL coefficient does, so it belongs to a scorer
+  logits divided by the temperature everywhere               temperature 1
+  value head begins at zero                                  yes
+  prompts that begin and end with a full stop                no: the first 2 to 8 tokens of reviews, as in the experiment reproduced
+  rejection of responses without a full stop                 no, for the same reason
+  discount 1                                                 yes (--gamma), lambda 0.95
+  batch, minibatch, micro-batch                              a batch of --batch-size responses, --epochs times in minibatches
+  per-token KL penalty                                       yes
+  rewards and advantages whitened, per minibatch             advantages, over the batch: a few hundred tokens make a noisy
+      variance. Rewards are not: dividing them would change what a nat of KL costs
+  clipped value loss                                         yes
+  adaptive KL coefficient                                    yes (--kl-target), and fixed
+  Adam's epsilon, inside or outside the bias correction      PyTorch's Adam with epsilon 1e-5, which damps the first updates likewise
+Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--kl-stop); in bfloat16 the old and the
+reference log-probabilities come from the same forward pass as the new ones, so that the ratio begins at 1 and the KL at 0.
+"""
 import argparse
 import copy
 import json
@@ -46,10 +105,10 @@ IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 
 
 
 def clean(ch):
-    """Any white space as a space; without control characters; a Chinese character is a word of its own."""
-    if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z" and ch.isspace():
+    """Any white space as a space; without control and private characters; a Chinese character is a word of its own."""
+    if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z":
         return " "
-    if ch in "\0\ufffd" or unicodedata.category(ch)[0] == "C":
+    if ch in "\0\ufffd" or unicodedata.category(ch) in ("Cc", "Cf", "Co", "Cs"):
         return ""
     return f" {ch} " if any(low <= ord(ch) <= high for low, high in IDEOGRAPHS) else ch
 
@@ -393,6 +452,8 @@ def train_reward(args, device, dtype, checkpoint=None):
     short = [t[:32] for t in ids["test"]]
     whole, beginning = judge(scorer, ids["test"], labels["test"], dtype), judge(scorer, short, labels["test"], dtype)
     save_scorer(scorer, run)
+    for checkpoint in run.glob("*.pt"):                             # the folder is the scorer now
+        checkpoint.unlink()
     result = {"model": "scorer", "data": args.data, "params": sum(p.numel() for p in scorer.parameters()), "vocabulary": len(tokenizer.vocab),
               "seconds": trainer.seconds, "steps": trainer.step, "best_step": trainer.best_step, "seed": args.seed, "held_out": len(short),
               "accuracy": whole["accuracy"], "accuracy_first_32": beginning["accuracy"], "device": device.type, "dtype": str(dtype).removeprefix("torch.")}

@@ -135,6 +135,8 @@ def load_run(folder, device="cpu", dtype=None):
         raise UserError(f"there is no run at {folder}. Train one first: python train.py --model lstm --run {folder}")
     path = folder / "best.pt"
     checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
+    if checkpoint["kind"] not in MODELS:
+        raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of train.py")
     model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device).eval()
     return model, data.tokenizer_from(checkpoint["tokenizer"]), model.config
 

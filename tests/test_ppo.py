@@ -1,0 +1,718 @@
+"""PPO: the scorer and WordPiece against transformers, the estimators against loops, the optimum against its closed form."""
+import argparse
+import copy
+import csv
+import json
+import math
+import random
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import data
+import eval
+import ppo
+import train
+from data import UserError
+from lstm import LSTMConfig, LSTMLM
+from ppo import PPO, Judge, Prompts, WordPiece, gae, load_scorer, policy_loss, repetition, roll_out, value_loss, whiten
+from rnn import RNNConfig, RNNLM
+from tests.conftest import real
+from tests.test_qwen_load import library_model, write_tokenizer
+from transformer import Transformer, TransformerConfig
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+VOCAB = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *"!,.'-", "film", "##ing", "##ings", "good",
+         "go", "##o", "bad", "not", "very", "##ly", "the", "actor", "act", "plays", "play", "##s", "\u4e2d", "e", "cafe"]
+
+
+# ------------------------------------------------------------------------------------------------------- WordPiece
+
+def library_tokenizer(vocab_file):
+    return transformers.BertTokenizer(vocab=str(vocab_file), do_lower_case=True)
+
+
+def agree(ours, theirs, texts):
+    for text in texts:
+        expected = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
+        assert ours.encode(text) == expected, ascii(text)
+
+
+def settled(code):
+    """Whether a character has been in Unicode, under its category of today, since version 3.2: the library's tables are older than Python's."""
+    ch = chr(code)
+    return unicodedata.category(ch) == unicodedata.ucd_3_2_0.category(ch) not in ("Cn", "Cs")
+
+
+def random_unicode(n, seed):
+    """Texts of characters from all over Unicode."""
+    rng = random.Random(seed)
+    ranges = [(9, 127), (0x80, 0x24f), (0x300, 0x36f), (0x370, 0x6ff), (0x900, 0x1fff), (0x2000, 0x2fff), (0x3040, 0x9fff), (0xac00, 0xd7a3), (0xf900, 0xffff),
+              (0x1d000, 0x1d7ff), (0x20000, 0x2fa1f)]
+    out = []
+    for _ in range(n):
+        chars = []
+        while len(chars) < rng.randint(1, 40):
+            code = rng.randint(*rng.choice(ranges))
+            chars += [chr(code)] if settled(code) else []
+            if rng.random() < 0.4:
+                chars.append(rng.choice([" ", "\t", "\n", "film", "caf\u00e9", "Good", "\u0130", "\u00df", "\u00a0", "...", "\x00", "\ufffd"]))
+        out.append("".join(chars))
+    return out
+
+
+def test_every_settled_character_is_treated_as_the_library_does(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    library = library_tokenizer(tmp_path / "vocab.txt").backend_tokenizer
+    codes = [code for code in range(0x110000) if settled(code)]
+    assert len(codes) > 90_000
+    for at in range(0, len(codes), 500):
+        text = " q".join(f"a{chr(code)}B" for code in codes[at:at + 500])
+        expected = [word for word, _ in library.pre_tokenizer.pre_tokenize_str(library.normalizer.normalize_str(text))]
+        assert ppo.basic_words(text) == expected
+
+
+def test_wordpiece_equals_the_librarys_on_a_made_up_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    fixed = ["", " ", "The actor's FILMINGS are not good!", "caf\u00e9 Cafe\u0301", "a" * 100, "a" * 101, "\u4e2dfilm\u4e2d", "go\u00adod", "good\u2014bad", "1.5,x"]
+    agree(WordPiece(VOCAB), library_tokenizer(tmp_path / "vocab.txt"), fixed + random_unicode(2000, 0))
+
+
+def test_wordpiece_equals_the_librarys_on_the_real_vocabulary():
+    path = real("distilbert/vocab.txt")
+    ours, theirs = WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n")), library_tokenizer(path)
+    agree(ours, theirs, random_unicode(3000, 1))
+    real("imdb/aclImdb_v1.tar.gz")
+    texts = [text for text, _ in data.labelled("imdb", "train")[:5000]]
+    expected = theirs(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [ours.encode(text) for text in texts] == expected and len(texts) == 5000
+
+
+def test_a_vocabulary_of_ones_own_knows_frequent_words_letters_and_endings():
+    texts = ["the film is good , the actor acts", "the film is bad , the actor overacts", "filmed nicely , acted badly"] * 5 + ["rare"]
+    piece = ppo.build_wordpiece(texts, 128)
+    assert len(piece.vocab) == len(set(piece.vocab)) <= 128 and piece.vocab[0] == "[PAD]"
+    assert [piece.vocab[i] for i in piece.encode("the film")] == ["the", "film"]
+    assert piece.unk not in piece.encode("relisted")                        # letters that it has seen spell any word
+    assert piece.encode("\u4e2d") == [piece.unk]
+    small = ppo.build_wordpiece([f"{a}{b}ing" for a in "abcdefgh" for b in "klmnop"] * 2, 70)
+    assert "##ing" in small.vocab
+
+
+# ---------------------------------------------------------------------------------------------------------- scorer
+
+def library_scorer(folder, seed=0, **changes):
+    """A DistilBERT with random weights, biases and norms too, in folder with a vocabulary."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=len(VOCAB), dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=128,
+                 id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}) | changes
+    model = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes)).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, float("norm.weight" in name.lower()), 0.3 if p.dim() == 1 else 2.0 if "embeddings" in name else 1.5 * p.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    return model
+
+
+def some_texts(rng, n, longest):
+    return [" ".join(rng.choice(VOCAB[42:]).removeprefix("##") for _ in range(rng.randint(0, longest))) for _ in range(n)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_heads": 1, "n_layers": 1}, {"dim": 24, "n_heads": 3, "hidden_dim": 7}, {"n_layers": 5},
+                                     {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}])
+def test_scores_equal_transformers(tmp_path, changes):
+    library = library_scorer(tmp_path, **changes)
+    scorer, tokenizer = load_scorer(tmp_path), library_tokenizer(tmp_path / "vocab.txt")
+    texts = ["", "good"] + some_texts(random.Random(1), 40, 20) + some_texts(random.Random(2), 8, 110) + ["bad film " * 100]    # cut at 128
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    with torch.no_grad():
+        logits = library(encoded["input_ids"], encoded["attention_mask"]).logits
+    positive = 0 if "id2label" in changes else 1
+    torch.testing.assert_close(scorer.score(texts), logits[:, positive], atol=1e-4, rtol=1e-4)
+    assert logits[:, positive].std() > 0.05
+
+
+def test_scores_of_the_full_size_equal_transformers(tmp_path):
+    library = library_scorer(tmp_path, dim=768, hidden_dim=3072, n_layers=6, n_heads=12, max_position_embeddings=512)
+    texts = some_texts(random.Random(3), 3, 30) + ["good " * 600]
+    encoded = library_tokenizer(tmp_path / "vocab.txt")(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
+    with torch.no_grad():
+        logits = library(encoded["input_ids"], encoded["attention_mask"]).logits
+    scorer = load_scorer(tmp_path)
+    torch.testing.assert_close(scorer.score(texts), logits[:, 1], atol=1e-4, rtol=1e-4)
+    assert scorer.batch([scorer.tokenizer.encode(texts[-1])]).shape == (1, 512)
+    low = load_scorer(tmp_path, dtype=torch.bfloat16).score(texts)
+    assert low.dtype == torch.float32 and (low - logits[:, 1]).abs().max() < 0.1 * logits.abs().max()
+
+
+def test_pytorch_files_are_read_too_and_old_names_passed_over(tmp_path):
+    library = library_scorer(tmp_path)
+    state = library.state_dict() | {"distilbert.embeddings.position_ids": torch.arange(128)[None]}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with torch.no_grad():
+        logits = library(torch.tensor([[3, 60, 61, 4]])).logits[0]
+    ids = [VOCAB[60], VOCAB[61]]
+    scorer = load_scorer(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(scorer(torch.tensor([[3, 60, 61, 4]]))[0], logits, atol=1e-4, rtol=1e-4)
+    assert all(i in VOCAB for i in ids)
+
+
+def test_padding_changes_nothing_and_dropout_is_off(tmp_path):
+    library_scorer(tmp_path)
+    scorer = load_scorer(tmp_path)
+    scorer.train()
+    texts = some_texts(random.Random(4), 20, 100)
+    alone = torch.cat([scorer.score([t]) for t in texts])
+    torch.testing.assert_close(scorer.score(texts), alone, atol=1e-5, rtol=1e-5)
+    assert scorer.training
+
+
+def test_the_library_opens_a_scorer_that_was_saved_here(tmp_path):
+    torch.manual_seed(0)
+    scorer = ppo.Scorer(ppo.ScorerConfig(len(VOCAB), dim=16, n_heads=2, positive=1), WordPiece(VOCAB)).eval()
+    ppo.save_scorer(scorer, tmp_path)
+    library = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer, texts = transformers.AutoTokenizer.from_pretrained(tmp_path), some_texts(random.Random(5), 10, 30)
+    with torch.no_grad():
+        logits = library(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(scorer.score(texts), logits[:, 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(load_scorer(tmp_path).score(texts), scorer.score(texts), atol=0, rtol=0)
+    assert library.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("labels, message", [
+    ({"0": "POSITIVE"}, "tells 1 labels apart"), ({"0": "NEGATIVE", "1": "NEUTRAL", "2": "POSITIVE"}, "tells 3 labels apart"),
+    ({"0": "LABEL_0", "1": "LABEL_1"}, "which of the labels LABEL_0, LABEL_1"), ({"0": "POS", "1": "positive"}, "which of the labels")])
+def test_a_scorer_must_have_a_negative_and_a_positive_label(tmp_path, labels, message):
+    library_scorer(tmp_path)
+    edit_config(tmp_path, id2label=labels)
+    with pytest.raises(UserError, match=message):
+        load_scorer(tmp_path)
+
+
+def test_what_is_no_scorer_is_refused_in_a_line(tmp_path):
+    with pytest.raises(UserError, match="there is no scorer at runs/none. Train one first: python ppo.py --train-reward"):
+        load_scorer("runs/none")
+    library_scorer(tmp_path / "a")
+    for name, changes, message in (("type", {"model_type": "qwen2"}, "describes a qwen2 model"), ("sizes", {"dim": 64}, "should be"),
+                                   ("more", {"n_layers": 3}, "lacks transformer.layer.2"), ("few", {"vocab_size": 9}, "do not belong together")):
+        library_scorer(tmp_path / name)
+        edit_config(tmp_path / name, **changes)
+        with pytest.raises(UserError, match=message):
+            load_scorer(tmp_path / name)
+    (tmp_path / "a/vocab.txt").write_text("good\nbad\n")
+    with pytest.raises(UserError, match="no WordPiece vocabulary"):
+        load_scorer(tmp_path / "a")
+    (tmp_path / "a/vocab.txt").unlink()
+    with pytest.raises(UserError, match="vocab.txt is missing"):
+        load_scorer(tmp_path / "a")
+
+
+def test_batches_for_a_scorer_read_every_text_once_an_epoch_whole_or_cropped():
+    scorer = ppo.Scorer(ppo.ScorerConfig(100, dim=8, n_heads=1), WordPiece(VOCAB))
+    texts, labels = [[10 + k] * random.Random(k).randint(1, 300) for k in range(70)], [k % 2 for k in range(70)]
+    batches = ppo.Texts(scorer, texts, labels, 8, seed=1)
+    lengths = {0: {}, 1: {}}
+    for step in range(2 * batches.steps_per_epoch):
+        tokens, y = batches.batch(step)
+        for row, label in zip(tokens.tolist(), y.tolist()):
+            inside = [t for t in row if t][1:-1]
+            k = inside[0] - 10
+            assert row[0] == 3 and set(inside) == {10 + k} and label == k % 2 and len(inside) <= len(texts[k])
+            assert k not in lengths[step // batches.steps_per_epoch]
+            lengths[step // batches.steps_per_epoch][k] = len(inside)
+    assert all(len(found) == 64 for found in lengths.values())
+    both = set(lengths[0]) & set(lengths[1])
+    assert all(lengths[k % 2 == 0][k] == len(texts[k]) and lengths[k % 2 == 1][k] <= 60 for k in both)     # whole in one epoch, a crop in the other
+    again = ppo.Texts(scorer, texts, labels, 8, seed=1)
+    assert torch.equal(again.batch(11)[0], batches.batch(11)[0]) and not torch.equal(ppo.Texts(scorer, texts, labels, 8, seed=2).batch(11)[0], again.batch(11)[0])
+
+
+# ------------------------------------------------------------------------------------------------ estimators and losses
+
+def random_rows(seed, B=7, T=9):
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (B,), generator=rng)
+    mask = (torch.arange(T) < lengths[:, None]).double()
+    return [torch.randn(B, T, generator=rng, dtype=torch.float64) for _ in range(2)] + [mask, lengths.tolist()]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0), (0.0, 0.7)])
+def test_gae_equals_its_definition(gamma, lam):
+    rewards, values, mask, lengths = random_rows(int(100 * gamma + lam))
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for b, n in enumerate(lengths):
+        for t in range(len(mask[0])):
+            if t >= n:
+                assert advantages[b, t] == 0 and returns[b, t] == 0
+                continue
+            delta = [rewards[b, k] + (gamma * values[b, k + 1] if k + 1 < n else 0) - values[b, k] for k in range(t, n)]
+            expected = sum((gamma * lam) ** k * d for k, d in enumerate(delta)).item()
+            assert advantages[b, t].item() == pytest.approx(expected) and returns[b, t].item() == pytest.approx(expected + values[b, t].item())
+            if lam == 1:                                                    # then it is the return minus the value
+                future = sum(gamma ** (k - t) * rewards[b, k] for k in range(t, n)).item()
+                assert returns[b, t].item() == pytest.approx(future)
+
+
+def test_whitening_gives_mean_0_and_variance_1_inside_the_mask():
+    x, _, mask, _ = random_rows(3)
+    x = 5 * x + 2
+    white, inside = whiten(x, mask), x[mask > 0].numpy()
+    np.testing.assert_allclose(white[mask > 0].numpy(), (inside - inside.mean()) / inside.std(), rtol=1e-6)
+    assert (white[mask == 0] == 0).all()
+    assert whiten(torch.ones(2, 3), torch.ones(2, 3)).abs().max() == 0     # nothing to divide by
+
+
+def test_the_policy_loss_equals_a_loop_and_its_gradient_stops_where_it_is_clipped():
+    rng = torch.Generator().manual_seed(0)
+    old, advantage = torch.randn(50, generator=rng, dtype=torch.float64), torch.randn(50, generator=rng, dtype=torch.float64)
+    new = (old + 0.4 * torch.randn(50, generator=rng, dtype=torch.float64)).requires_grad_()
+    loss, clipped, kl = policy_loss(new, old, advantage, 0.2)
+    terms, held, divergence = [], [], []
+    for n, o, a in zip(new.tolist(), old.tolist(), advantage.tolist()):
+        r = math.exp(n - o)
+        terms.append(min(r * a, min(max(r, 0.8), 1.2) * a))
+        held.append((a > 0 and r > 1.2) or (a < 0 and r < 0.8))
+        divergence.append(r - 1 - (n - o))
+    assert loss.item() == pytest.approx(-sum(terms) / 50) and clipped.item() == pytest.approx(sum(held) / 50) and 0 < sum(held) < 50
+    assert kl.item() == pytest.approx(sum(divergence) / 50)
+    loss.backward()
+    assert ((new.grad == 0) == torch.tensor(held)).all()
+
+
+def test_the_value_loss_equals_a_loop():
+    rng = torch.Generator().manual_seed(1)
+    value, old, returns = (torch.randn(40, generator=rng, dtype=torch.float64) for _ in range(3))
+    expected = [0.5 * max((v - r) ** 2, (o + min(max(v - o, -0.2), 0.2) - r) ** 2) for v, o, r in zip(value.tolist(), old.tolist(), returns.tolist())]
+    assert value_loss(value, old, returns, 0.2).item() == pytest.approx(sum(expected) / 40)
+
+
+def test_repetition_is_the_share_of_bigrams_said_before():
+    assert repetition([]) == repetition([5]) == repetition([1, 2, 3, 4]) == 0
+    assert repetition([7, 7, 7, 7]) == pytest.approx(2 / 3) and repetition([1, 2, 1, 2, 1]) == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------------- responses
+
+V = 23
+
+
+class Words:
+    """A stand-in for a tokenizer: token k is the word wk."""
+    kind, vocab_size, eos = "gpt2", V, 0
+
+    def encode(self, text):
+        return [int(w[1:]) for w in text.split()]
+
+    def decode(self, ids):
+        return " ".join(f"w{i}" for i in ids)
+
+    def state(self):
+        return {"kind": "gpt2"}
+
+
+class Table:
+    """A stand-in for a scorer: the reward of a text is the sum of its words' worths."""
+
+    def __init__(self, worth):
+        self.worth = worth
+
+    def score(self, texts):
+        return torch.tensor([sum(float(self.worth[int(w[1:])]) for w in text.split()) for text in texts])
+
+
+def policies():
+    torch.manual_seed(0)
+    yield Transformer(TransformerConfig(V, 16, 2, 4, 2, 32, 24, dropout=0.5))
+    yield RNNLM(RNNConfig(V, 16, 16, 2, dropout=0.5))
+    yield LSTMLM(LSTMConfig(V, 16, 16, 1, dropout=0.5))
+
+
+def settings(folder, **changes):
+    base = dict(run=str(folder), lr=1e-3, batch_size=16, minibatch=4, epochs=2, steps=4, response_tokens=6, kl_coef=0.1, kl_target=0.0, kl_stop=1e9,
+                clip_range=0.2, value_coef=0.1, gamma=1.0, lam=0.95, clip=1.0, warmup=1, whiten=True, repetition_coef=0.0, sft_coef=0.0, sft_every=0,
+                eval_every=2, log_every=1, seed=1, minutes=None, also=[], weight_decay=0.0, held_out=8)
+    return argparse.Namespace(**base | changes)
+
+
+PROMPTS = [[0, *(1 + (7 * k + j) % (V - 1) for j in range(k % 7))] for k in range(40)]      # 1 to 7 tokens
+
+
+def trainer_for(folder, model, worth=None, dtype=torch.float32, prompts=PROMPTS, text=None, **changes):
+    args = settings(folder, **changes)
+    scorer = Table(torch.linspace(-1, 1, V) if worth is None else worth)
+    judge = Judge(copy.deepcopy(model).eval().requires_grad_(False), scorer, Words(), args, dtype)
+    return PPO(args, "transformer", model, Words(), Prompts(prompts, args.batch_size, args.response_tokens, args.seed),
+               lambda: judge.measure(model, prompts[:8], 1), torch.device("cpu"), dtype, judge, text)
+
+
+@pytest.mark.parametrize("model", list(policies()), ids=lambda m: type(m).__name__)
+def test_sampled_and_recomputed_log_probabilities_agree(model, tmp_path):
+    """Unequal prompts, some responses that end early: the first ratio is 1."""
+    trainer = trainer_for(tmp_path, model.eval())
+    r = roll_out(model, PROMPTS, 6, [0], seed=3)
+    there = trainer.judge.compare(model, r, trainer.value_head)
+    ratio = (there["log_prob"] - r.log_probs).exp()
+    assert (ratio - 1).abs().max() < 1e-5
+    lengths = r.mask.sum(1)
+    assert lengths.min() < 6 and lengths.max() == 6
+    for row, prompt in enumerate(PROMPTS):                                  # each row, read alone, says the same
+        n = int(lengths[row])
+        answer = r.actions[row, :n].tolist()
+        assert r.tokens[row, :len(prompt) + n].tolist() == prompt + answer and (answer[-1] == 0 or n == 6) and 0 not in answer[:-1]
+        assert r.ids[row] == [t for t in answer if t]
+        with torch.no_grad():
+            log_p = torch.log_softmax(model.unembed(model(torch.tensor([prompt + answer]))[0]), -1)[0]
+        alone = [log_p[len(prompt) - 1 + k, t].item() for k, t in enumerate(answer)]
+        np.testing.assert_allclose(there["log_prob"][row, :n].numpy(), alone, atol=2e-5)
+    assert (there["log_prob"][r.mask == 0] == 0).all() and there["kl"].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_minibatch_has_ratio_one(tmp_path, dtype, monkeypatch):
+    ratios = []
+    monkeypatch.setattr(ppo, "policy_loss", lambda new, old, *rest: ratios.append((new - old).exp().detach()) or policy_loss(new, old, *rest))
+    trainer = trainer_for(tmp_path, next(policies()).train(), dtype=dtype)  # dropout 0.5, if it were on
+    trainer.open_log(resumed=False)
+    trainer.train_step()
+    assert len(ratios) == 8 and (ratios[0] - 1).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)
+    assert (ratios[-1] - 1).abs().max() > 1e-3                              # and after updates it has not
+
+
+def test_divergence_and_entropy_equal_torchs(tmp_path):
+    model, trainer = next(policies()).eval(), None
+    trainer = trainer_for(tmp_path, model)
+    for p in model.parameters():                                            # away from the reference
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    r = roll_out(model, PROMPTS, 6, [0], seed=3)
+    there = trainer.judge.compare(model, r, trainer.value_head)
+    for row, prompt in enumerate(PROMPTS):
+        n = int(r.mask[row].sum())
+        with torch.no_grad():
+            hidden = [m(r.tokens[row:row + 1])[0][0, len(prompt) - 1:len(prompt) - 1 + n] for m in (model, trainer.judge.reference)]
+            p, q = (torch.distributions.Categorical(logits=m.unembed(h)) for m, h in zip((model, trainer.judge.reference), hidden))
+        np.testing.assert_allclose(there["kl"][row, :n], torch.distributions.kl_divergence(p, q), atol=1e-5)
+        np.testing.assert_allclose(there["entropy"][row, :n], p.entropy(), atol=1e-5)
+        np.testing.assert_allclose(there["ref_log_prob"][row, :n], q.log_prob(r.actions[row, :n]), atol=1e-5)
+    assert there["kl"].min() > -1e-6 and there["kl"].sum(1).mean() > 0.1
+
+
+def test_the_sampled_estimate_of_the_divergence_is_unbiased_and_not_negative(tmp_path):
+    model = next(policies()).eval()
+    trainer = trainer_for(tmp_path, model)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    r = roll_out(model, PROMPTS * 50, 6, [0], seed=5)
+    there = trainer.judge.compare(model, r)
+    estimate, full = (there["log_prob"] - there["ref_log_prob"]).sum(1), there["kl"].sum(1)
+    error = (estimate - full).std() / len(full) ** 0.5
+    assert (estimate - full).mean().abs() < 3 * error and estimate.mean() > 0 and error < 0.2 * full.mean()
+
+
+def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monkeypatch):
+    banned = [3, 9, 22]
+    monkeypatch.setattr(ppo, "never_drawn", lambda tokenizer: banned)
+    model = next(policies()).eval()
+    trainer = trainer_for(tmp_path, model)
+    r = roll_out(model, PROMPTS * 10, 6, [0], 1, trainer.judge.banned)
+    assert not torch.isin(r.actions, torch.tensor(banned)).any()
+    there = trainer.judge.compare(model, r)
+    assert ((there["log_prob"] - r.log_probs).exp() - 1).abs().max() < 1e-5 and there["kl"].abs().max() < 1e-6 and there["entropy"].max() <= math.log(V - 3) + 1e-5
+
+
+def test_prompts_are_a_permutation_every_epoch():
+    prompts = Prompts([[k] for k in range(10)], 3, 6, seed=1)
+    epochs = [sum((prompts.batch(3 * e + k) for k in range(3)), []) for e in range(2)]
+    assert all(len({p[0] for p in epoch}) == 9 for epoch in epochs) and epochs[0] != epochs[1] and prompts.batch(4) == prompts.batch(4)
+    with pytest.raises(UserError, match="2 prompts are too few"):
+        Prompts([[1], [2]], 3, 6, 1)
+
+
+def test_prompts_are_the_first_two_to_eight_tokens_of_reviews():
+    tokenizer = data.build_word_tokenizer("reviews")
+    prompts = ppo.read_prompts("reviews", "test", tokenizer)
+    assert len(prompts) > 400 and {len(p) for p in prompts} == set(range(3, 10))
+    for prompt, (text, _) in zip(prompts, data.labelled("reviews", "test")):
+        assert prompt[0] == tokenizer.eos and prompt[1:] == tokenizer.encode(text)[:len(prompt) - 1]
+
+
+# --------------------------------------------------------------------------------------------------------- learning
+
+@pytest.mark.parametrize("coef", [0.25, 0.5, 1.5])
+def test_one_token_policies_reach_the_optimum_in_closed_form(tmp_path, coef):
+    """One state, one action: the best policy for reward - coef * KL is ref * exp(reward / coef), normalised."""
+    torch.manual_seed(1)
+    model = Transformer(TransformerConfig(V, 16, 1, 2, 2, 16, 8))
+    worth = torch.randn(V, generator=torch.Generator().manual_seed(2))
+    trainer = trainer_for(tmp_path, model, worth, prompts=[[0]] * 512, batch_size=512, minibatch=512, epochs=2, steps=150, response_tokens=1, lr=0.01,
+                          kl_coef=coef, whiten=False, eval_every=1000, value_coef=1.0)
+    with torch.no_grad():
+        log_ref = torch.log_softmax(model.unembed(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
+    trainer.open_log(resumed=False)
+    while trainer.step < trainer.steps:
+        trainer.train_step()
+    with torch.no_grad():
+        log_pi = torch.log_softmax(model.unembed(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
+    worth = worth.double()
+    worth[0] = 0                                                            # the end token is an empty text
+    optimum = torch.log_softmax(log_ref + worth / coef, -1)
+    (got_reward, got_kl), (best_reward, best_kl) = [((p.exp() * worth).sum().item(), (p.exp() * (p - log_ref)).sum().item()) for p in (log_pi, optimum)]
+    assert got_reward == pytest.approx(best_reward, rel=0.05) and got_kl == pytest.approx(best_kl, rel=0.05)
+    assert best_kl > 0.1 and best_reward > 0.2
+
+
+def test_the_coefficient_adapts_towards_the_target(tmp_path):
+    for target, moved in ((1e-6, 1.1), (1e6, 0.9)):
+        trainer = trainer_for(tmp_path, next(policies()), kl_target=target, kl_coef=0.3, lr=1e-2)
+        trainer.open_log(resumed=False)
+        trainer.train_step()
+        trainer.train_step()
+        first = 0.9                                                         # before the first update KL is 0: below any target
+        assert trainer.kl_coef == pytest.approx(0.3 * first * moved)
+
+
+def test_an_iteration_ends_when_the_policy_has_moved_too_far(tmp_path):
+    trainer = trainer_for(tmp_path, next(policies()), kl_stop=1e-4, lr=0.1)
+    trainer.open_log(resumed=False)
+    trainer.train_step()
+    assert 1 <= trainer.row["updates"] < 8
+
+
+def test_rewards_stand_on_the_last_token_and_the_penalty_on_every_one(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(ppo, "gae", lambda rewards, values, mask, gamma, lam: seen.update(rewards=rewards.clone(), mask=mask) or gae(rewards, values, mask, gamma, lam))
+    model = next(policies())
+    trainer = trainer_for(tmp_path, model, kl_coef=0.3, repetition_coef=2.0)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    trainer.open_log(resumed=False)
+    before, memory = copy.deepcopy(model).eval(), ppo.roll_out
+    monkeypatch.setattr(ppo, "roll_out", lambda *a: seen.setdefault("r", memory(*a)))
+    trainer.train_step()
+    r = seen["r"]
+    there = trainer.judge.compare(before, r)
+    worth = trainer.judge.scorer.score(trainer.judge.texts(r))
+    for row, ids in enumerate(r.ids):
+        n = int(r.mask[row].sum())
+        expected = (-0.3 * (there["log_prob"] - there["ref_log_prob"]))[row, :n].tolist()
+        expected[-1] += worth[row].item() - 2.0 * repetition(ids)
+        np.testing.assert_allclose(seen["rewards"][row, :n], expected, atol=1e-4)
+
+
+def test_supervised_steps_add_the_gradient_of_the_text(tmp_path):
+    model = next(policies()).eval()
+    ids = np.random.default_rng(0).integers(1, V, 600)
+    trainer = trainer_for(tmp_path, model, text=data.Windows(ids, 4, 14, 1), sft_coef=0.5)
+    loss = trainer.supervised(3, 0.5)
+    x, y = trainer.text.batch(trainer.step * (2 + 1) * 4 + 3)
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected = F.cross_entropy(model.unembed(model(x)[0]).flatten(0, 1), y.flatten())
+    (0.5 * expected).backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for g, p in zip(got, model.parameters()):
+        torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_supervised_iterations_alternate(tmp_path):
+    ids = np.random.default_rng(0).integers(1, V, 600)
+    trainer = trainer_for(tmp_path, next(policies()), text=data.Windows(ids, 4, 14, 1), sft_every=2)
+    trainer.open_log(resumed=False)
+    counts = []
+    for _ in range(4):
+        trainer.train_step()
+        counts.append(trainer.row["updates"])
+    assert counts == [8, 12, 8, 12]
+
+
+def test_a_reward_that_is_not_a_number_ends_the_run_in_a_line(tmp_path):
+    worth = torch.linspace(-1, 1, V)
+    worth[5] = math.nan
+    trainer = trainer_for(tmp_path, next(policies()), worth)
+    trainer.open_log(resumed=False)
+    with pytest.raises(UserError, match="a reward that is not a number"):
+        trainer.fit()
+    assert {p.name for p in tmp_path.iterdir()} >= {"last.pt", "log.csv"}
+
+
+def test_only_empty_responses_end_the_run_in_a_line_but_single_ones_do_not(tmp_path):
+    model = next(policies())
+    trainer = trainer_for(tmp_path, model)
+    assert trainer.judge.reward(ppo.Responses(None, None, None, None, None, [[], [4]], [[0, 1], [0, 2]])).shape == (2,)
+    with pytest.raises(UserError, match="every response is empty"):
+        trainer.judge.reward(ppo.Responses(None, None, None, None, None, [[], []], [[0, 1], [0, 2]]))
+
+
+def test_best_is_the_highest_reward_minus_the_price_of_the_divergence(tmp_path):
+    trainer = trainer_for(tmp_path, next(policies()), kl_coef=0.5)
+    trainer.open_log(resumed=False)
+    scores = iter([(1.0, 0.0), (2.0, 3.0), (2.0, 1.0), (9.0, 20.0)])
+    trainer.evaluate = lambda: dict.fromkeys(ppo.EVALUATED, 0.0) | dict(zip(("reward", "kl"), next(scores)))
+    assert [trainer.evaluate_and_log()[1] for _ in range(4)] == [True, False, True, False] and trainer.best == -1.5
+
+
+def test_the_worst_outputs_are_liked_and_bad():
+    each = [{"reward": r, "repetition": b} for r, b in ((1, 0), (5, 0), (5, 0.9), (0, 0.9), (4, 0.5), (-3, 0))]
+    assert ppo.worst(each, lambda r: r["repetition"], 2) == [each[2], each[4]]
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small policy on reviews and a scorer that was trained for a few steps, in one folder."""
+    folder = tmp_path_factory.mktemp("ppo")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        train.main(["--model", "transformer", "--data", "reviews", "--n-embd", "32", "--n-layer", "2", "--n-head", "2", "--block-size", "64", "--steps", "150",
+                    "--run", "base"])
+        ppo.main(["--train-reward", "--data", "reviews", "--epochs", "0.1", "--run", "scorer"])
+    return folder
+
+
+QUICK = ["--steps", "4", "--batch-size", "16", "--minibatch", "8", "--epochs", "2", "--response-tokens", "8", "--held-out", "12", "--eval-every", "2",
+         "--dtype", "float32", "--base", "base", "--scorer", "scorer"]
+
+
+@pytest.fixture
+def there(trained, tmp_path, monkeypatch):
+    for name in ("base", "scorer"):
+        (tmp_path / name).symlink_to(trained / name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_scorer_of_ones_own_learns_to_tell_reviews_apart(trained):
+    result = json.load(open(trained / "scorer/result.json"))
+    assert result["accuracy"] > 0.8 and result["accuracy_first_32"] > 0.7 and result["held_out"] == 500
+    scorer, texts = load_scorer(trained / "scorer"), data.labelled("reviews", "test")
+    scores, labels = scorer.score([text for text, _ in texts]), torch.tensor([label for _, label in texts])
+    assert scores[labels == 1].mean() > scores[labels == 0].mean() + 1
+    assert not list((trained / "scorer").glob("*.pt"))
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(trained / "scorer").num_labels == 2
+
+
+def test_a_whole_run_writes_its_report(there, capsys):
+    ppo.main([*QUICK, "--run", "out", "--steps", "10", "--lr", "1e-3", "--repetition-coef", "0.5", "--sft-coef", "0.1", "--sft-every", "3", "--kl-target", "5"])
+    result, report = json.load(open("out/result.json")), Path("out/report.md").read_text()
+    assert result["steps"] == 10 and len(result["before"]["each"]) == len(result["after"]["each"]) == 12
+    before, after = result["before"], result["after"]
+    assert before["kl"] == pytest.approx(0, abs=1e-5) and after["kl"] >= 0
+    assert before["reward"] == pytest.approx(np.mean([r["reward"] for r in before["each"]]))
+    assert result["rise"] == pytest.approx((after["reward"] - before["reward"]) / before["reward_sd"])
+    assert [r["prompt"] for r in before["each"]] == [r["prompt"] for r in after["each"]]
+    assert all(word in report for word in ("Figure 5", "Table 7", "Table 8", "sft-every 3", "rewards.png")) and Path("out/rewards.png").exists()
+    rows = list(csv.DictReader(open("out/log.csv")))
+    assert len(rows) == 11 and rows[0]["eval_reward"] and all(row["kl_estimate"] and row["seconds_rollout"] for row in rows[1:])
+    assert float(rows[1]["kl"]) == pytest.approx(0, abs=1e-4) and float(rows[3]["sft_loss"]) > 0
+    model, tokenizer, _ = train.load_run("out")                             # an ordinary run
+    train.load_run("base")
+    assert tokenizer.vocab_size == model.config.vocab_size
+    capsys.readouterr()
+    eval.main(["--runs", "out", "base", "--domains", "stories", "--sentences", "3", "--out", "report"])
+    assert "out  reward" in capsys.readouterr().out.replace("run ", "") and "Policies trained by PPO" in Path("report/report.md").read_text()
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(there, monkeypatch):
+    command = [*QUICK, "--sft-coef", "0.1", "--kl-target", "1", "--lr", "1e-3"]
+    ppo.main([*command, "--run", "whole"])
+    with monkeypatch.context() as m:
+        original = PPO.train_step
+
+        def dies(self):
+            if self.step == 3:
+                raise MemoryError("killed")
+            return original(self)
+        m.setattr(PPO, "train_step", dies)
+        with pytest.raises(MemoryError):
+            ppo.main([*command, "--run", "killed"])
+    ppo.main(["--resume", "--run", "killed"])
+    a, b = (torch.load(f"{run}/last.pt", weights_only=True) for run in ("whole", "killed"))
+    assert a["kl_coef"] == b["kl_coef"] != 0.2 and a["best"] == b["best"]
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    assert torch.equal(a["value_head"]["weight"], b["value_head"]["weight"]) and a["value_head"]["weight"].abs().max() > 0
+    log = lambda run: [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(open(f"{run}/log.csv"))]
+    assert log("whole") == log("killed")
+    strip = lambda run: {k: v for k, v in json.load(open(f"{run}/result.json")).items() if k != "seconds"}
+    assert strip("whole") == strip("killed")
+
+
+def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--train-reward", "--data", "reviews", "--epochs", "0.04", "--eval-every", "4", "--dtype", "float32"]
+    ppo.main([*command, "--run", "whole"])
+    with monkeypatch.context() as m:
+        original = ppo.ScorerTrainer.gradients
+
+        def dies(self, *batch):
+            if self.step == 7:
+                raise MemoryError("killed")
+            return original(self, *batch)
+        m.setattr(ppo.ScorerTrainer, "gradients", dies)
+        with pytest.raises(MemoryError):
+            ppo.main([*command, "--run", "killed"])
+    ppo.main(["--train-reward", "--resume", "--run", "killed"])
+    a, b = (load_scorer(run).state_dict() for run in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert json.load(open("whole/result.json"))["accuracy"] == json.load(open("killed/result.json"))["accuracy"]
+
+
+def test_what_does_not_go_together_is_said_in_a_line(there, tmp_path):
+    def refused(message, *command):
+        with pytest.raises(UserError, match=message):
+            ppo.main([*QUICK, "--run", "out", *command])
+        assert not Path("out/last.pt").exists()
+    refused("do not fit the base's context of 64", "--response-tokens", "60")
+    refused("cannot be cut into minibatches of 5", "--minibatch", "5")
+    refused("there is no run at nowhere", "--base", "nowhere")
+    refused("there is no scorer at runs/nowhere. Train one first", "--scorer", "runs/nowhere")
+    refused("holds no scorer", "--scorer", "base")
+    refused("model_type", "--base", "scorer")
+    library_scorer(tmp_path / "foreign")
+    refused("do not fit: the scorer does not know", "--scorer", "foreign")
+    for wrong in (["--kl-coef", "-1"], ["--gamma", "2"], ["--epochs", "1.5"], ["--steps", "0"], ["--held-out", "0"]):
+        refused(wrong[0], *wrong)
+    refused("16 prompts|too few", "--batch-size", "20000", "--minibatch", "20000")
+    ppo.main([*QUICK, "--run", "out"])
+    with pytest.raises(UserError, match="already holds a run"):
+        ppo.main([*QUICK, "--run", "out"])
+    with pytest.raises(UserError, match="was started with lr"):
+        ppo.main(["--resume", "--run", "out", "--lr", "1"])
+    with pytest.raises(UserError, match="is not a run of python ppo.py"):
+        ppo.main(["--resume", "--run", "base"])
+    with pytest.raises(UserError, match="already holds a run or weights"):
+        ppo.main(["--train-reward", "--data", "reviews", "--run", "scorer"])
+
+
+def test_other_weights_than_at_the_start_are_noticed(there, tmp_path, trained):
+    ppo.main([*QUICK, "--run", "out"])
+    (tmp_path / "scorer").unlink()
+    ppo.main(["--train-reward", "--data", "reviews", "--epochs", "0.02", "--run", "scorer"])
+    with pytest.raises(UserError, match="no longer holds the weights"):
+        ppo.main(["--resume", "--run", "out"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_qwen2_trained_by_ppo_opens_in_transformers(there, tmp_path, dtype, monkeypatch):
+    library_model(vocab_size=300, initializer_range=0.1).save_pretrained(tmp_path / "hub")
+    write_tokenizer(tmp_path / "hub")
+    monkeypatch.setattr(ppo, "check_fit", lambda *a: None)                  # the prompts are gibberish to it
+    ppo.main([*QUICK, "--base", "hub", "--data", "reviews", "--run", "out", "--lr", "1e-3", "--dtype", dtype])
+    model, tokenizer, _ = train.load_run("out")
+    library = transformers.AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32).eval()
+    ids = tokenizer.encode("the film is good")
+    with torch.no_grad():
+        torch.testing.assert_close(model.float().unembed(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
+    assert json.load(open("out/result.json"))["after"]["each"][0]["prompt"] == ppo.NAMED[0]
