@@ -7,8 +7,10 @@ turn, and the medians of many rounds are compared. Above 1: ours is faster.
     python tests/bench.py transformer   # (c) a training step of the Transformer against nn.TransformerEncoderLayer
     python tests/bench.py qwen          # (d) Qwen2-0.5B's shape with random weights: generation, loading (3 GB of memory)
     python tests/bench.py finetune      # (e) the same shape: a training step on 512 tokens (18 GB)
+    python tests/bench.py ppo           # (f) an iteration of PPO: 64 responses of 24 tokens, scoring, 4 epochs
 """
 import argparse
+import copy
 import re
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import finetune
+import ppo
 import qwen_load
 import sample
 import train
@@ -259,8 +262,111 @@ def finetuning(device):
                       f"peak memory {a_peak / 1e9:.2f} GB, {b_peak / 1e9:.2f} GB, {a_peak / b_peak:.2f}", flush=True)
 
 
+class LibraryPPO:
+    """One iteration of PPO as a user of transformers would write it: `generate`, its DistilBERT, and ppo.py's update on the logits
+    that its models return. The estimators, the optimizer and the number of updates are those of ppo.py."""
+
+    def __init__(self, policy, reference, scorer, tokenizer, wordpiece, prompts, args, dtype):
+        self.policy, self.reference, self.scorer, self.tokenizer, self.wordpiece = policy, reference, scorer, tokenizer, wordpiece
+        self.prompts, self.args, self.dtype = prompts, args, dtype
+        self.value_head = nn.Linear(policy.config.hidden_size, 1)
+        self.parameters = [*policy.parameters(), *self.value_head.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, args.lr, eps=1e-5, fused=True)
+
+    def logits(self, model, tokens, mask, positions):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False)
+        n = self.args.response_tokens
+        return out.logits[:, -n - 1:-1].float(), out.hidden_states[-1][:, -n - 1:-1].float()
+
+    def step(self):
+        args, pad = self.args, 0
+        longest = max(map(len, self.prompts))
+        prompts = torch.tensor([[pad] * (longest - len(p)) + p for p in self.prompts])              # padded on the left
+        mask = (torch.arange(longest) >= torch.tensor([[longest - len(p)] for p in self.prompts])).long()
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                tokens = self.policy.generate(prompts, attention_mask=mask, max_new_tokens=args.response_tokens, min_new_tokens=args.response_tokens,
+                                              do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=pad)
+            texts = [self.tokenizer.decode(row) for row in tokens.tolist()]
+            encoded = self.wordpiece(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                score = self.scorer(**encoded).logits[:, 1].float()
+            actions, mask = tokens[:, longest:], torch.cat((mask, torch.ones_like(tokens[:, longest:])), 1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            old = {name: [] for name in ("log_prob", "ref_log_prob", "kl", "entropy", "value")}
+            for rows in torch.arange(len(tokens)).split(args.minibatch):
+                logits, hidden = self.logits(self.policy, tokens[rows], mask[rows], positions[rows])
+                log_p, log_q = logits.log_softmax(-1), self.logits(self.reference, tokens[rows], mask[rows], positions[rows])[0].log_softmax(-1)
+                action = actions[rows][..., None]
+                values = (log_p.gather(-1, action)[..., 0], log_q.gather(-1, action)[..., 0], (log_p.exp() * (log_p - log_q)).sum(-1),
+                          -(log_p.exp() * log_p).sum(-1), self.value_head(hidden)[..., 0])
+                for name, value in zip(old, values):
+                    old[name].append(value)
+            old = {name: torch.cat(values) for name, values in old.items()}
+        rewards, inside = -args.kl_coef * (old["log_prob"] - old["ref_log_prob"]), torch.ones_like(old["value"])
+        rewards[:, -1] += score
+        advantages, returns = ppo.gae(rewards, old["value"], inside, args.gamma, args.lam)
+        advantages = ppo.whiten(advantages, inside)
+        for _ in range(args.epochs):
+            for rows in torch.randperm(len(tokens)).split(args.minibatch):
+                logits, hidden = self.logits(self.policy, tokens[rows], mask[rows], positions[rows])
+                log_prob = logits.log_softmax(-1).gather(-1, actions[rows][..., None])[..., 0]
+                loss = ppo.policy_loss(log_prob.flatten(), old["log_prob"][rows].flatten(), advantages[rows].flatten(), args.clip_range)[0]
+                loss = loss + args.value_coef * ppo.value_loss(self.value_head(hidden)[..., 0].flatten(), old["value"][rows].flatten(),
+                                                               returns[rows].flatten(), args.clip_range)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, args.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+
+class NoEnd:
+    """GPT-2's ids for either side, without an end token, so that both write responses of the same length."""
+    kind, vocab_size, eos, stops = "qwen2", 50257, None, []
+
+    def __init__(self):
+        self.known = range(50257)
+
+    def decode(self, ids):
+        return " ".join(f"{i}" for i in ids)
+
+
+def rlhf(device):
+    """An iteration on 64 responses of 24 tokens with 4 epochs: a Qwen2 of the size of README's IMDB policy, and a DistilBERT of the
+    size of --train-reward's scorer, then of the hub's."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    ppo.keep_memory()                                           # for both sides: they share the process
+    sizes = dict(vocab_size=50257, hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+                 max_position_embeddings=128, tie_word_embeddings=True)
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789", *(f"##{d}" for d in range(10))]
+    for name, scorer_sizes in (("small scorer", dict(dim=128, hidden_dim=256, n_layers=2, n_heads=4)), ("DistilBERT's size", {})):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            torch.manual_seed(0)
+            policy = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).eval()
+            policy.save_pretrained(folder / "policy")
+            labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+            scorer = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**{"vocab_size": 30522} | scorer_sizes | labels)).eval()
+            scorer.save_pretrained(folder / "scorer")
+            (folder / "scorer/vocab.txt").write_text("\n".join(vocab) + "\n")
+            for dtype_name, dtype in DTYPES.items():
+                args = ppo.arguments(["--steps", "1000", "--run", str(folder / "run"), "--data", "imdb"])
+                args.eval_every, args.lr = 1000, 1e-6
+                rng = torch.Generator().manual_seed(0)
+                prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
+                model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))
+                judge = ppo.Judge(reference.requires_grad_(False), ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
+                ours = ppo.PPO(args, "transformer", model, NoEnd(), ppo.Prompts(prompts, 64, 24, 1), None, device, dtype, judge)
+                theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
+                                    transformers.BertTokenizer(vocab=str(folder / "scorer/vocab.txt"), do_lower_case=True), prompts, args, dtype)
+                row(f"PPO iteration, {name}", dtype_name, dtype_name, ours.train_step, theirs.step)
+                print(f"    ours: rollout {ours.row['seconds_rollout']:.2f} s, scoring {ours.row['seconds_scoring']:.2f}, the rest {ours.row['seconds_update']:.2f}")
+
+
 def main():
-    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen, "finetune": finetuning}
+    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen, "finetune": finetuning, "ppo": rlhf}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
     p.add_argument("--device", default="auto")
