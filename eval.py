@@ -649,25 +649,34 @@ def paint_frontier(groups):
     return paint
 
 
+def reward_at(run, kl):
+    """The reward on the validation prompts when the policy's KL first came to this value, between two evaluations linearly."""
+    points = [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r]
+    for (k0, r0), (k1, r1) in zip(points, points[1:]):
+        if k0 < kl <= k1:
+            return r0 + (r1 - r0) * (kl - k0) / (k1 - k0)
+
+
 def section_rewards(runs, figures, js):
-    """Policies that ppo.py trained."""
+    """Policies that ppo.py trained, before and after, and what the reward was when all had moved equally far."""
     groups = by_configuration(runs)
-    header = ["run", "KL coefficient", "KL target", "lr", "repetition-coef", "sft-coef", "sft-every", "iterations", "reward before", "reward", "rise, deviations",
-              "KL", "distinct-2", "of the reference's", "repeated bigrams", "perplexity under the reference", "seeds"]
+    common = min(max((r["eval_kl"] for r in run.log if "eval_kl" in r), default=0.0) for run in runs)
+    settings = ("kl_coef", "kl_target", "lr", "repetition_coef", "sft_coef", "sft_every", "steps")
+    measured = {"reward before": lambda r: r["before"]["reward"], "reward": lambda r: r["after"]["reward"], "rise, deviations": lambda r: r["rise"],
+                "KL": lambda r: r["after"]["kl"], "distinct-2": lambda r: r["after"]["distinct_2"],
+                "of the reference's": lambda r: r["after"]["distinct_2"] / r["before"]["distinct_2"], "repeated bigrams": lambda r: r["after"]["repetition"],
+                "perplexity under the reference": lambda r: r["after"]["ref_ppl"]}
     rows = []
     for members in groups:
         first, finished = next(iter(members.values())), [run.result for run in members.values() if run.result]
-        a = first.args
-        over = lambda value: spread([value(r) for r in finished])
-        rows.append([first.name if finished else f"{first.name} (unfinished)", f"{a['kl_coef']:g}", f"{a['kl_target']:g}", f"{a['lr']:g}",
-                     *(f"{a[name]:g}" for name in ("repetition_coef", "sft_coef", "sft_every")), a["steps"], over(lambda r: r["before"]["reward"]),
-                     over(lambda r: r["after"]["reward"]), over(lambda r: r["rise"]), over(lambda r: r["after"]["kl"]), over(lambda r: r["after"]["distinct_2"]),
-                     over(lambda r: r["after"]["distinct_2"] / r["before"]["distinct_2"]), over(lambda r: r["after"]["repetition"]),
-                     over(lambda r: r["after"]["ref_ppl"]), " ".join(map(str, members))])
+        on_the_way = [v for run in members.values() if (v := reward_at(run, common)) is not None]
+        rows.append([first.name if finished else f"{first.name} (unfinished)", *(f"{first.args[name]:g}" for name in settings),
+                     *(spread([value(r) for r in finished]) for value in measured.values()), spread(on_the_way), " ".join(map(str, members))])
+    header = ["run", *(name.replace("_", "-") for name in settings), *measured, f"reward when KL came to {common:.1f}", "seeds"]
     js["rewards"] = [dict(zip(header, row)) for row in rows]
-    groups = [members for members in groups if any("eval_kl" in r for r in next(iter(members.values())).log)]
-    return ["## Policies trained by PPO\n", table(header, rows),
-            figures.draw("frontier", "Reward against KL while training", paint_frontier(groups), width=5) if groups else ""]
+    logged = [members for members in groups if any("eval_kl" in r for r in next(iter(members.values())).log)]
+    figure = [figures.draw("frontier", "Reward against KL while training", paint_frontier(logged), width=5)] if logged else []
+    return ["## Policies trained by PPO\n", table(header, rows), *figure]
 
 
 def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):

@@ -478,7 +478,7 @@ class TokenLogProb(torch.autograd.Function):
         p = torch.softmax(logits.index_fill_(1, banned, -math.inf), -1, out=logits)
         ctx.save_for_backward(hidden, w, p, actions)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return p.gather(1, actions[:, None])[:, 0].float().clamp(min=1e-38).log()
+        return p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32)).clamp(min=1e-38).log()
 
     @staticmethod
     @once_differentiable
@@ -592,10 +592,10 @@ def roll_out(model, prompts, n_tokens, ends, seed, banned=()):
     first = new.int().argmax(1)
     where = (first[:, None] + offsets).clamp(max=token.shape[1] - 1)
     actions, log_probs = token.gather(1, where).masked_fill(~mask, 0), log_prob.gather(1, where).masked_fill(~mask, 0.0)
-    tokens = torch.zeros(len(prompts), int((start + length).max()), dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = torch.tensor(prompt)
-        tokens[row, len(prompt):len(prompt) + length[row]] = actions[row, :length[row]]
+    width = int((start + length).max())
+    tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+    row, k = mask.nonzero(as_tuple=True)
+    tokens[row, start[row] + k] = actions[row, k]
     at = (start[:, None] - 1 + offsets).masked_fill(~mask, 0)
     ids = [[t for t in row[:n] if t not in ends] for row, n in zip(actions.tolist(), length.tolist())]
     return Responses(tokens, at, actions, mask.float(), log_probs, ids, prompts)
@@ -680,13 +680,13 @@ class Judge:
 
 class PPO(Trainer):
     """train.py's loop, in which a step is an iteration of PPO: respond, score, compare, update."""
-    KEPT = *Trainer.KEPT, "kl_coef"
+    KEPT = *Trainer.KEPT, "kl_coef", "best_scores"
     COLUMNS = ("reward", "reward_sd", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss", "value_loss", "explained_variance",
                "length", "distinct_2", "repetition", "sft_loss", "grad_norm", "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
 
     def __init__(self, args, kind, model, tokenizer, prompts, evaluate, device, dtype, judge, text=None):
         super().__init__(args, kind, model, tokenizer, prompts, evaluate, device, dtype)
-        self.judge, self.text, self.kl_coef, self.row = judge, text, args.kl_coef, {}
+        self.judge, self.text, self.kl_coef, self.row, self.best_scores = judge, text, args.kl_coef, {}, None
         self.value_head = nn.Linear(model.head.in_features, 1).to(device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -733,8 +733,8 @@ class PPO(Trainer):
                     "repetition": repeated.mean().item(), "updates": len(updates), "seconds_rollout": rolled - started,
                     "seconds_scoring": scored - rolled, "seconds_update": time.perf_counter() - scored}
         self.row |= {name: mean_of(name) for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm")}
-        if args.kl_target:                                                  # Ziegler et al. 2019, section 2.2
-            self.kl_coef *= 1 + 0.5 * min(0.2, max(-0.2, self.row["kl"] / args.kl_target - 1))
+        if args.kl_target:                                                  # as Ziegler et al. 2019, section 2.2, but slow to fall: KL begins at 0
+            self.kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (self.row["kl"] / args.kl_target - 1)))
         self.step += 1
         self.stopping = self.interrupted
         return self.row["reward"]
@@ -801,12 +801,13 @@ class PPO(Trainer):
         self.write_row([row.get(c, "") for c in self.columns])
 
     def evaluate_and_log(self):
-        """best.pt is the policy with the highest reward - coefficient * KL on the validation split's prompts."""
+        """best.pt is the policy with the highest reward - coefficient * KL on the validation split's prompts; where the coefficient
+        adapts, at its value of now, for the best so far too."""
         scores = self.evaluate()
-        worth = scores["reward"] - self.args.kl_coef * scores["kl"]
-        better = -worth < self.best
+        worth = lambda reward, kl: reward - self.kl_coef * kl
+        better = self.best_scores is None or worth(scores["reward"], scores["kl"]) > worth(*self.best_scores)
         if better:
-            self.best, self.best_step = -worth, self.step
+            self.best_scores, self.best_step = (float(scores["reward"]), float(scores["kl"])), self.step
         self.log(scores)
         return scores, better
 
