@@ -536,13 +536,20 @@ def repetition(ids):
     return 1 - (distinct([ids], 2) or 1.0) if len(ids) > 1 else 0.0
 
 
+def shared_repetition(texts):
+    """What the responses of a batch (lists of ids) repeat, of themselves and of each other: a bigram that stands n times in the
+    batch counts 1 - 1/n. -> the mean over each response's bigrams; over all bigrams together it is 1 - distinct-2 of the batch."""
+    counts = Counter(pair for ids in texts for pair in zip(ids, ids[1:]))
+    return [sum(1 - 1 / counts[pair] for pair in zip(ids, ids[1:])) / max(1, len(ids) - 1) for ids in texts]
+
+
 # ------------------------------------------------------------------------------------------------- prompts, responses
 
 class Prompts:
     """Batches of prompts (lists of ids) in random order, each once an epoch. `batch(step)` depends on (seed, step) only."""
 
-    def __init__(self, prompts, batch_size, block_size, seed):
-        self.prompts, self.batch_size, self.block_size, self.seed = prompts, batch_size, block_size, seed
+    def __init__(self, prompts, batch_size, seed):
+        self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
         self.steps_per_epoch = len(prompts) // batch_size
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(prompts)} prompts are too few for a --batch-size of {batch_size}")
@@ -697,7 +704,7 @@ class PPO(Trainer):
 
     def train_step(self):
         """One iteration; -> the mean reward."""
-        args, mask_of = self.args, lambda v, r: v[r.mask > 0]
+        args = self.args
         self.model.eval()                                                   # no dropout: the ratio is to be 1 before the first update
         self.learning_rate = learning_rate(self.step, self.steps, args.lr, self.warmup)
         for group in self.optimizer.param_groups:
@@ -708,7 +715,7 @@ class PPO(Trainer):
         r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends, self.seed_of(0), self.judge.banned)
         rolled = time.perf_counter()
         score = self.judge.reward(r)                                        # [B]
-        repeated = torch.tensor([repetition(ids) for ids in r.ids])
+        repeated = torch.tensor(shared_repetition(r.ids))
         scored = time.perf_counter()
 
         old = self.judge.compare(self.model, r, self.value_head)
@@ -717,7 +724,8 @@ class PPO(Trainer):
         last = r.mask.sum(1).long() - 1
         rewards[torch.arange(len(last)), last] += (score - args.repetition_coef * repeated).to(rewards.device)
         advantages, returns = gae(rewards, old["value"], r.mask, args.gamma, args.lam)
-        explained = 1 - mask_of(returns - old["value"], r).var() / mask_of(returns, r).var().clamp(min=1e-8)
+        inside = r.mask > 0
+        explained = 1 - (returns - old["value"])[inside].var() / returns[inside].var().clamp(min=1e-8)
         if args.whiten:
             advantages = whiten(advantages, r.mask)
         updates = self.update_policy(r, old, advantages, returns)
@@ -730,7 +738,7 @@ class PPO(Trainer):
         self.row = {"reward": score.mean().item(), "reward_sd": score.std().item(), "kl": old["kl"].sum().item() / rows,
                     "kl_estimate": kl_estimate.sum().item() / rows, "kl_coef": self.kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
                     "explained_variance": explained.item(), "length": tokens.item() / rows, "distinct_2": distinct(r.ids, 2) or "",
-                    "repetition": repeated.mean().item(), "updates": len(updates), "seconds_rollout": rolled - started,
+                    "repetition": sum(map(repetition, r.ids)) / rows, "updates": len(updates), "seconds_rollout": rolled - started,
                     "seconds_scoring": scored - rolled, "seconds_update": time.perf_counter() - scored}
         self.row |= {name: mean_of(name) for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm")}
         if args.kl_target:                                                  # as Ziegler et al. 2019, section 2.2, but slow to fall: KL begins at 0
@@ -953,7 +961,7 @@ def train_policy(args, device, dtype, checkpoint=None):
         before = judge.measure(reference, test, args.seed)
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
-    trainer = PPO(args, kind, model, tokenizer, Prompts(prompts["train"], args.batch_size, args.response_tokens, args.seed),
+    trainer = PPO(args, kind, model, tokenizer, Prompts(prompts["train"], args.batch_size, args.seed),
                   lambda: judge.measure(model, prompts["valid"][:args.held_out], args.seed), device, dtype, judge, text)
     trainer.go_on = f"python ppo.py --resume --run {run}"
     if resumed:
@@ -1016,7 +1024,8 @@ def parser():
         g.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=text + ("" if default is None else " (default: %(default)s)"))
     g.add_argument("--whiten", action=argparse.BooleanOptionalAction, default=True, help="advantages with mean 0 and variance 1 (default: yes)")
     r = p.add_argument_group("against degenerate texts")
-    r.add_argument("--repetition-coef", type=float, default=0.0, metavar="X", help="take X times the share of repeated bigrams from the reward (default: 0)")
+    r.add_argument("--repetition-coef", type=float, default=0.0, metavar="X", help="take X times the share of bigrams that it or another response repeats from a "
+                   "response's reward (default: 0)")
     r.add_argument("--sft-coef", type=float, default=0.0, metavar="X", help="add X times the loss on --data's text to every update (default: 0)")
     r.add_argument("--sft-every", type=int, default=0, metavar="N", help="after every Nth iteration, train on --data's text (default: 0, never)")
     p.add_argument("--held-out", type=int, default=256, metavar="N", help="prompts that the policy is measured on (default: %(default)s)")

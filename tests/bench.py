@@ -358,7 +358,7 @@ def rlhf(device):
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
                 model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))
                 judge = ppo.Judge(reference.requires_grad_(False), ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
-                ours = ppo.PPO(args, "transformer", model, NoEnd(), ppo.Prompts(prompts, 64, 24, 1), None, device, dtype, judge)
+                ours = ppo.PPO(args, "transformer", model, NoEnd(), ppo.Prompts(prompts, 64, 1), None, device, dtype, judge)
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
                                     transformers.BertTokenizer(vocab=str(folder / "scorer/vocab.txt"), do_lower_case=True), prompts, args, dtype)
                 row(f"PPO iteration, {name}", dtype_name, dtype_name, ours.train_step, theirs.step)

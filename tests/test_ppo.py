@@ -321,6 +321,15 @@ def test_repetition_is_the_share_of_bigrams_said_before():
     assert repetition([7, 7, 7, 7]) == pytest.approx(2 / 3) and repetition([1, 2, 1, 2, 1]) == pytest.approx(0.5)
 
 
+def test_shared_repetition_adds_up_to_one_minus_distinct_2():
+    assert ppo.shared_repetition([[1, 2, 3], [1, 2, 9], [], [5]]) == [0.25, 0.25, 0, 0]
+    rng = random.Random(0)
+    texts = [[rng.randrange(6) for _ in range(rng.randint(0, 12))] for _ in range(20)]
+    weights = [max(0, len(t) - 1) for t in texts]
+    total = sum(w * v for w, v in zip(weights, ppo.shared_repetition(texts))) / sum(weights)
+    assert total == pytest.approx(1 - eval.distinct(texts, 2)) and 0.3 < total < 1
+
+
 # ------------------------------------------------------------------------------------------------------- responses
 
 V = 23
@@ -371,7 +380,7 @@ def trainer_for(folder, model, worth=None, dtype=torch.float32, prompts=PROMPTS,
     args = settings(folder, **changes)
     scorer = Table(torch.linspace(-1, 1, V) if worth is None else worth)
     judge = Judge(copy.deepcopy(model).eval().requires_grad_(False), scorer, Words(), args, dtype)
-    return PPO(args, "transformer", model, Words(), Prompts(prompts, args.batch_size, args.response_tokens, args.seed),
+    return PPO(args, "transformer", model, Words(), Prompts(prompts, args.batch_size, args.seed),
                lambda: judge.measure(model, prompts[:8], 1), torch.device("cpu"), dtype, judge, text)
 
 
@@ -450,11 +459,11 @@ def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monke
 
 
 def test_prompts_are_a_permutation_every_epoch():
-    prompts = Prompts([[k] for k in range(10)], 3, 6, seed=1)
+    prompts = Prompts([[k] for k in range(10)], 3, seed=1)
     epochs = [sum((prompts.batch(3 * e + k) for k in range(3)), []) for e in range(2)]
     assert all(len({p[0] for p in epoch}) == 9 for epoch in epochs) and epochs[0] != epochs[1] and prompts.batch(4) == prompts.batch(4)
     with pytest.raises(UserError, match="2 prompts are too few"):
-        Prompts([[1], [2]], 3, 6, 1)
+        Prompts([[1], [2]], 3, 1)
 
 
 def test_prompts_are_the_first_two_to_eight_tokens_of_reviews():
@@ -521,10 +530,12 @@ def test_rewards_stand_on_the_last_token_and_the_penalty_on_every_one(tmp_path, 
     r = seen["r"]
     there = trainer.judge.compare(before, r)
     worth = trainer.judge.scorer.score(trainer.judge.texts(r))
-    for row, ids in enumerate(r.ids):
+    repeated = ppo.shared_repetition(r.ids)
+    assert max(repeated) > 0
+    for row in range(len(r.ids)):
         n = int(r.mask[row].sum())
         expected = (-0.3 * (there["log_prob"] - there["ref_log_prob"]))[row, :n].tolist()
-        expected[-1] += worth[row].item() - 2.0 * repetition(ids)
+        expected[-1] += worth[row].item() - 2.0 * repeated[row]
         np.testing.assert_allclose(seen["rewards"][row, :n], expected, atol=1e-4)
 
 
