@@ -55,8 +55,13 @@ Of "The N Implementation Details of RLHF with PPO" (Huang et al. 2023), in its o
   clipped value loss                                         yes
   adaptive KL coefficient                                    yes (--kl-target), and fixed
   Adam's epsilon, inside or outside the bias correction      PyTorch's Adam with epsilon 1e-5, which damps the first updates likewise
-Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--kl-stop); in bfloat16 the old and the
-reference log-probabilities come from the same forward pass as the new ones, so that the ratio begins at 1 and the KL at 0.
+Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--kl-stop); the value head learns ten
+times as fast, because it begins at zero; in bfloat16 the old and the reference log-probabilities come from the same forward pass
+as the new ones, so that the ratio begins at 1 (but for rounding) and the KL at 0.
+
+The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate; --repetition-coef, which takes
+1 - distinct-2 of the batch from the reward, shared out among the responses by what each repeats; --sft-coef and --sft-every,
+supervised training on real text within every update, or after some iterations.
 """
 import argparse
 import copy
