@@ -40,7 +40,7 @@ from data import UserError, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, never_drawn
-from train import (MODELS, Trainer, build_model, clip_gradients, join_processes, load_run, parse, perplexity, pick_device,
+from train import (MODELS, Trainer, add_device, build_model, clip_gradients, join_processes, load_run, parse, perplexity, pick_device,
                    pick_dtype, read_checkpoint, take_arguments, with_context)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
@@ -280,6 +280,14 @@ def first_share(ids, fraction, eos):
     return ids[:n if len(ends) == 0 or fraction == 1 else max(0, n - (1 << 16)) + int(ends[-1]) + 1]
 
 
+def read_before(run):
+    """What was measured before a run that goes on was started."""
+    try:
+        return json.loads((run / "before.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. Start anew with another --run") from e
+
+
 def tune(args, device, dtype, checkpoint=None):
     """Fine-tune as args say, into the folder args.run; -> what result.json holds."""
     run, resumed = Path(args.run), checkpoint is not None
@@ -289,10 +297,7 @@ def tune(args, device, dtype, checkpoint=None):
     if resumed:
         model, tokenizer = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]), data.tokenizer_from(checkpoint["tokenizer"])
         model, kind = model.to(device), checkpoint["kind"]
-        try:
-            before = json.loads((run / "before.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. Start anew with another --run") from e
+        before = read_before(run)
     else:
         model, tokenizer, _ = load_run(args.base, device, torch.float32)
         kind = next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
@@ -321,11 +326,8 @@ def tune(args, device, dtype, checkpoint=None):
     trainer.go_on = args.go_on
     trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
     if resumed:
-        try:
-            trainer.restore(checkpoint)
-            checkpoint.clear()                                      # its memory is needed
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        trainer.resume(checkpoint)
+        checkpoint.clear()                                          # its memory is needed
     trainer.open_log(resumed)
     trainer.show(f"{args.base} on {args.data}: {len(train_ids):,} training tokens, {trainer.steps} steps, {device.type} "
                  f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
@@ -467,9 +469,7 @@ def parser():
     m.add_argument("--sample-tokens", type=int, default=60, metavar="N", help="default: %(default)s")
     m.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of the samples (default: %(default)s)")
     m.add_argument("--eval-tokens", type=int, default=8192, metavar="N", help="of the validation split, for the loss curve (default: %(default)s)")
-    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the products, weights are float32 (default: bfloat16 where the hardware multiplies it)")
+    add_device(p)
     return p
 
 

@@ -85,11 +85,11 @@ from torch.autograd.function import once_differentiable
 import data
 from data import UserError, write_atomically
 from eval import COLOURS, Figures, distinct, read_log, table
-from finetune import C, context, is_embedded, kept_arguments, save_json
+from finetune import C, context, is_embedded, kept_arguments, read_before, save_json
 from qwen_load import read_json, read_parameters, repo_folder, save_model, write_safetensors
 from rnn import compute_dtype
 from sample import encode_prompt, end_tokens, never_drawn, steps
-from train import (MODELS, NotFinite, Trainer, build_model, clip_gradients, learning_rate, load_run, parse, pick_device, pick_dtype,
+from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, learning_rate, load_run, parse, pick_device, pick_dtype,
                    read_checkpoint, take_arguments)
 
 
@@ -449,7 +449,7 @@ def train_reward(args, device, dtype, checkpoint=None):
     trainer.go_on = f"python ppo.py --train-reward --resume --run {run}"
     trainer.warmup = min(100, max(1, trainer.steps // 10))
     if checkpoint:
-        trainer.restore(checkpoint)
+        trainer.resume(checkpoint)
     trainer.open_log(resumed=bool(checkpoint))
     trainer.show(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on {len(ids['train']):,} texts of {args.data}, {trainer.steps} "
                  f"steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
@@ -958,10 +958,7 @@ def train_policy(args, device, dtype, checkpoint=None):
         text = cut(data.load(args.data, tokenizer, splits=("train",)).ids["train"], args.minibatch, length, args.seed)
     judge = Judge(reference.requires_grad_(False), scorer, tokenizer, args, dtype)
     if resumed:
-        try:
-            before = json.loads((run / "before.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. Start anew with another --run") from e
+        before = read_before(run)
     else:
         before = judge.measure(reference, test, args.seed)
         run.mkdir(parents=True, exist_ok=True)
@@ -970,10 +967,7 @@ def train_policy(args, device, dtype, checkpoint=None):
                   lambda: judge.measure(model, prompts["valid"][:args.held_out], args.seed), device, dtype, judge, text)
     trainer.go_on = f"python ppo.py --resume --run {run}"
     if resumed:
-        try:
-            trainer.restore(checkpoint)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        trainer.resume(checkpoint)
     trainer.open_log(resumed)
     trainer.show(f"{args.base} rewarded by {args.scorer}: {len(prompts['train']):,} prompts, {trainer.steps} iterations, {device.type} "
                  f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
@@ -1036,9 +1030,7 @@ def parser():
     p.add_argument("--held-out", type=int, default=256, metavar="N", help="prompts that the policy is measured on (default: %(default)s)")
     p.add_argument("--eval-every", type=int, metavar="N", help="iterations between measurements (default: a 10th of the run)")
     p.add_argument("--seed", type=int, default=1, metavar="N", help="of prompts and responses (default: 1)")
-    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the products, weights are float32 (default: bfloat16 where the hardware multiplies it)")
+    add_device(p)
     return p
 
 

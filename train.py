@@ -342,6 +342,13 @@ class Trainer:
         for name in (*self.KEPT, "log_bytes"):
             setattr(self, name, checkpoint[name])
 
+    def resume(self, checkpoint):
+        """restore, but a UserError if the checkpoint is not one of this run."""
+        try:
+            self.restore(checkpoint)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{self.run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+
     # ---- the log
 
     def open_log(self, resumed):
@@ -718,10 +725,15 @@ def parser():
                                        "batches and dropout")):
         p.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: a 20th of the run)")
+    add_device(p)
+    return p
+
+
+def add_device(p):
+    """The two arguments of everything that trains."""
     p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the matmuls, weights are float32 (default: bfloat16 where the hardware multiplies it)")
-    return p
 
 
 def parse(p, argv, positive):
@@ -841,11 +853,7 @@ def main(argv=None):
         return search(args, corpora, device, dtype)
     trainer = make_trainer(args, corpora, device, dtype)
     if checkpoint:
-        try:
-            trainer.restore(checkpoint)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{args.run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: "
-                            f"{str(e).splitlines()[0]})") from e
+        trainer.resume(checkpoint)
     trainer.open_log(resumed=bool(checkpoint))
     trainer.show(f"{args.model} on {args.data}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
                  f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}"

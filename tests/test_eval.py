@@ -411,3 +411,9 @@ def test_without_a_network_the_line_says_where_the_text_belongs(monkeypatch, dat
         evaluation.read_domain("wikipedia:Snow_line")
     (data_folder / "wikipedia" / "Snow_line.txt").write_text("It is high.")
     assert evaluation.read_domain("wikipedia:Snow_line") == ["It is high."]
+
+
+def test_the_reward_at_a_given_divergence_lies_on_the_line_between_two_evaluations():
+    log = [{"step": k, "eval_kl": kl, "eval_reward": reward} for k, (kl, reward) in enumerate([(0, 1.0), (2, 3.0), (1, 9.0), (6, 4.0)])] + [{"step": 9}]
+    run = evaluation.Run("a", None, None, log, {}, {})
+    assert [evaluation.reward_at(run, kl) for kl in (1.0, 2.0, 4.0, 6.0, 7.0)] == [2.0, 3.0, 6.0, 4.0, None]

@@ -437,7 +437,7 @@ def test_divergence_and_entropy_equal_torchs(tmp_path):
 
 def test_the_sampled_estimate_of_the_divergence_is_unbiased_and_not_negative(tmp_path):
     model = next(policies()).eval()
-    trainer = trainer_for(tmp_path, model)
+    trainer = trainer_for(tmp_path, model, minibatch=500)
     for p in model.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     r = roll_out(model, PROMPTS * 50, 6, [0], seed=5)
@@ -451,7 +451,7 @@ def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monke
     banned = [3, 9, 22]
     monkeypatch.setattr(ppo, "never_drawn", lambda tokenizer: banned)
     model = next(policies()).eval()
-    trainer = trainer_for(tmp_path, model)
+    trainer = trainer_for(tmp_path, model, minibatch=500)
     r = roll_out(model, PROMPTS * 10, 6, [0], 1, trainer.judge.banned)
     assert not torch.isin(r.actions, torch.tensor(banned)).any()
     there = trainer.judge.compare(model, r)
