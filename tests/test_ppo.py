@@ -95,8 +95,8 @@ def test_wordpiece_equals_the_librarys_on_the_real_vocabulary():
 
 def test_a_vocabulary_of_ones_own_knows_frequent_words_letters_and_endings():
     texts = ["the film is good , the actor acts", "the film is bad , the actor overacts", "filmed nicely , acted badly"] * 5 + ["rare"]
-    piece = ppo.build_wordpiece(texts, 128)
-    assert len(piece.vocab) == len(set(piece.vocab)) <= 128 and piece.vocab[0] == "[PAD]"
+    piece = ppo.build_wordpiece(texts, 800)
+    assert len(piece.vocab) == len(set(piece.vocab)) <= 800 and piece.vocab[0] == "[PAD]"
     assert [piece.vocab[i] for i in piece.encode("the film")] == ["the", "film"]
     assert piece.unk not in piece.encode("relisted")                        # letters that it has seen spell any word
     assert piece.encode("\u4e2d") == [piece.unk]
