@@ -126,15 +126,14 @@ def apart(ch):
 
 
 CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
-WITHOUT_ACCENTS = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch)
+PLAIN = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch.lower())     # no accents; a last sigma is as any other
 
 
 def basic_words(text):
     """BERT's basic tokenisation, uncased: a text as words and punctuation marks."""
     text = text.translate(CLEAN)
-    if not text.isascii():
-        text = unicodedata.normalize("NFD", text).translate(WITHOUT_ACCENTS)
-    return text.lower().translate(APART).split()
+    text = text.lower() if text.isascii() else unicodedata.normalize("NFD", text).translate(PLAIN)
+    return text.translate(APART).split()
 
 
 class WordPiece:
