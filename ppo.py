@@ -457,12 +457,12 @@ def train_reward(args, device, dtype, checkpoint=None):
     short = [t[:32] for t in ids["test"]]
     whole, beginning = judge(scorer, ids["test"], labels["test"], dtype), judge(scorer, short, labels["test"], dtype)
     save_scorer(scorer, run)
-    for checkpoint in run.glob("*.pt"):                             # the folder is the scorer now
-        checkpoint.unlink()
     result = {"model": "scorer", "data": args.data, "params": sum(p.numel() for p in scorer.parameters()), "vocabulary": len(tokenizer.vocab),
               "seconds": trainer.seconds, "steps": trainer.step, "best_step": trainer.best_step, "seed": args.seed, "held_out": len(short),
               "accuracy": whole["accuracy"], "accuracy_first_32": beginning["accuracy"], "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     save_json(run / "result.json", result)
+    for checkpoint in run.glob("*.pt"):                             # the folder is the scorer now
+        checkpoint.unlink()
     print(f"scorer on {args.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts {whole['accuracy']:.1%}, "
           f"on their first 32 pieces {beginning['accuracy']:.1%}, {trainer.seconds:.0f} s")
     print(f"written to {run}")
@@ -948,8 +948,8 @@ def train_policy(args, device, dtype, checkpoint=None):
     model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device) if resumed else copy.deepcopy(reference)
     model.requires_grad_(True)
     n = sum(p.numel() for p in model.parameters())
-    print(f"{n:,} parameters: PPO needs about {n * (26 if dtype == torch.bfloat16 else 20) / 1e9:.1f} GB of memory for the policy, its moments and "
-          "gradients, and the reference", file=sys.stderr)
+    if (needed := n * (26 if dtype == torch.bfloat16 else 20) / 1e9) > 1:
+        print(f"{n:,} parameters: PPO needs about {needed:.0f} GB of memory for the policy, its moments and gradients, and the reference", file=sys.stderr)
     text = None
     if args.sft_coef or args.sft_every:
         cut = data.Streams if model.recurrent else data.Windows
