@@ -334,14 +334,17 @@ class NoEnd:
 
 def rlhf(device):
     """An iteration on 64 responses of 24 tokens with 4 epochs: a Qwen2 of the size of README's IMDB policy, and a DistilBERT of the
-    size of --train-reward's scorer, then of the hub's."""
+    size of --train-reward's scorer, then of the hub's. Both sides share the process, so first neither has glibc keep its memory,
+    as users of the library have it, then both do, as ppo.py does."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    ppo.keep_memory()                                           # for both sides: they share the process
     sizes = dict(vocab_size=50257, hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
                  max_position_embeddings=128, tie_word_embeddings=True)
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789", *(f"##{d}" for d in range(10))]
-    for name, scorer_sizes in (("small scorer", dict(dim=128, hidden_dim=256, n_layers=2, n_heads=4)), ("DistilBERT's size", {})):
+    small = dict(dim=128, hidden_dim=256, n_layers=2, n_heads=4)
+    for name, scorer_sizes, keep in (("small scorer", small, False), ("small scorer, memory kept", small, True), ("DistilBERT's size, memory kept", {}, True)):
+        if keep:
+            ppo.keep_memory()
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             torch.manual_seed(0)
