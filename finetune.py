@@ -494,7 +494,7 @@ def main(argv=None):
     args, checkpoint = arguments(argv), None
     if args.resume and not args.ablate:
         checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py")
-        if "base" not in checkpoint.get("args", {}):
+        if "data_fraction" not in checkpoint.get("args", {}):
             raise UserError(f"{args.run} is not a run of finetune.py; python train.py --resume --run {args.run} may go on with it")
         take_arguments(args, checkpoint["args"])
     elif any(file for pattern in ("*.pt", "config.json", "result.json") for file in Path(args.run).glob(pattern)) \
