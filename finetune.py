@@ -4,6 +4,7 @@
     python finetune.py --base runs/transformer-finance --data stories                    # offline, a minute
     python finetune.py --base runs/transformer-finance --data stories --ablate           # epochs x share of the data
     python finetune.py --resume --run runs/stories                                       # after a kill
+    torchrun --nproc-per-node 8 -- finetune.py --shard --base Qwen/Qwen2-7B --data tinystories      # no card holds it all
 
 The base is a run of train.py, or Qwen2's weights (a folder in the hub's layout, or a name on the hub). The loop is
 train.py's: AdamW, warm-up and half a cosine, gradients clipped; documents stand one behind the other with their separator
@@ -19,6 +20,12 @@ products give), and are made float32 a few at a time when AdamW reads them. In b
 Gradients of several micro-batches (--accumulate) would be summed in bfloat16 and lose their low bits; then, and under
 torchrun, autocast does the products and gradients are float32: 18 bytes.
 
+Several processes. Under torchrun every process has all weights and some rows of each batch, and the gradients are averaged
+(DistributedDataParallel). With --shard it also has only its share of weights, moments and gradients, 16 bytes a parameter
+divided by the processes (FSDP2's fully_shard; Rajbhandari et al. 2020, "ZeRO", stage 3): the weights of one block after the
+other are gathered in bfloat16, used and let go, forward and backward; gradients are summed in float32. Checkpoints are the
+same in all three cases, so that a run goes on with any number of processes.
+
 Measured before and after, always: each held-out document read afresh (its perplexity, the mean of these, and the corpus
 perplexity, all as eval.py defines them), the perplexity of a text from outside (what was forgotten), and continuations
 of a prompt in the style of the data and of one that has nothing to do with it, from the same seed.
@@ -29,11 +36,14 @@ import json
 import math
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
 from data import UserError, write_atomically
@@ -75,7 +85,7 @@ class LateEmbedding(torch.nn.Module):
 
 
 class FineTuner(Trainer):
-    """train.py's loop with the products in a bfloat16 copy of the weights (see the top of this file)."""
+    """train.py's loop with the products in a bfloat16 copy of the weights, or the weights shared out (see the top of this file)."""
     CHUNK = 20_000_000                          # parameters whose float32 gradients exist at a time
 
     def __init__(self, *args):
@@ -92,6 +102,16 @@ class FineTuner(Trainer):
             self.pairs = list(zip(self.model.parameters(), self.copy.parameters()))
         if not self.model.recurrent:
             (self.copy or self.model).checkpointing = self.args.checkpointing
+
+    def distribute(self):
+        self.sharded = self.args.shard
+        if not self.sharded:
+            return super().distribute()
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        for module in (*self.model.blocks, self.losses):            # what is gathered and let go at a time; the last: all the rest
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        self.losses.to_empty(device=self.device)                    # the model came without memory
 
     def restore(self, checkpoint):
         super().restore(checkpoint)
@@ -145,17 +165,21 @@ class FineTuner(Trainer):
 
 def memory_needed(model, args, dtype, world=1):
     """Bytes that training will hold at its fullest in one process, roughly: 16 or 18 a parameter (4 more where the gradients of
-    several processes are averaged), what the backward pass reads of a batch, and the logits of one chunk of it."""
+    several processes are averaged; a share of 16 with --shard, and what is gathered at a time: embedding, head and two blocks),
+    what the backward pass reads of a batch, and the logits of one chunk of it."""
     c, n, bf16 = model.config, sum(p.numel() for p in model.parameters()), dtype == torch.bfloat16
     lean = args.accumulate == 1 and not model.recurrent and world == 1
     fixed = n * ((18 if bf16 and not lean else 16) + 4 * (world > 1))
+    if args.shard:                                  # gathered weights and their gradients in dtype, and these in float32 to be summed
+        blocks = sum(p.numel() for p in model.blocks.parameters())
+        fixed = 16 * n / world + (8 if bf16 else 12) * (n - blocks + 2 * blocks / c.n_layer)
     tokens, size = args.batch_size * min(args.block_size, context(model)) // args.accumulate // world, 2 if bf16 else 4
     per_layer = 14 * c.n_embd + 5 * c.n_hidden
     if not model.recurrent and args.checkpointing:
         kept = tokens * size * (c.n_layer * c.n_embd + per_layer)
     else:
         kept = tokens * size * c.n_layer * per_layer
-    return fixed + kept + min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4
+    return fixed + kept + min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not args.shard)
 
 
 def memory_text(model, args, device, dtype, world=1):
@@ -295,13 +319,18 @@ def tune(args, device, dtype, checkpoint=None):
     if rank:
         dist.barrier()                                              # the first process downloads and encodes
     if resumed:
-        model, tokenizer = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]), data.tokenizer_from(checkpoint["tokenizer"])
-        model, kind = model.to(device), checkpoint["kind"]
-        before = read_before(run)
+        kind, tokenizer, before = checkpoint["kind"], data.tokenizer_from(checkpoint["tokenizer"]), read_before(run)
+        model = None if args.shard else build_model(kind, checkpoint["config"], checkpoint["model"]).to(device)
     else:
-        model, tokenizer, _ = load_run(args.base, device, torch.float32)
+        model, tokenizer, _ = load_run(args.base, *(("cpu", None) if args.shard else (device, torch.float32)))
         kind = next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
         settle(args, model, tokenizer, world)
+    if args.shard:
+        if kind != "transformer":
+            raise UserError("--shard needs a Transformer for a base")
+        weights, config = (checkpoint["model"], checkpoint["config"]) if resumed else (model.state_dict(), asdict(model.config))
+        with torch.device("meta"):
+            model = build_model(kind, config)                       # without memory until it is shared out
     if rank == 0:
         print(memory_text(model, args, device, dtype, world), file=sys.stderr)
     torch.manual_seed(args.seed + rank)
@@ -317,28 +346,36 @@ def tune(args, device, dtype, checkpoint=None):
     cut = data.Streams if model.recurrent else data.Windows
     batches = cut(train_ids, args.batch_size, min(args.block_size, context(model)), args.seed)
     if not resumed and rank == 0:
-        before, args.before = args.before or measure(model, tokenizer, args, dtype), None
+        whole_model = load_run(args.base, device, dtype)[0] if args.shard else model
+        before, args.before = args.before or measure(whole_model, tokenizer, args, dtype), None
+        del whole_model
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
     valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
-    evaluate = lambda: {"val": perplexity(model, valid, rows=max(1, min(16, len(valid) // 500)), dtype=dtype)}
+    evaluate = lambda: {"val": perplexity(trainer.losses if args.shard else model, valid, rows=max(1, min(16, len(valid) // 500)), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = args.go_on
     trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
     if resumed:
         trainer.resume(checkpoint)
         checkpoint.clear()                                          # its memory is needed
+    elif args.shard:
+        trainer.load_weights(weights)
+    weights = None
     trainer.open_log(resumed)
     trainer.show(f"{args.base} on {args.data}: {len(train_ids):,} training tokens, {trainer.steps} steps, {device.type} "
                  f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
     trainer.fit()
     if rank:
         return None
-    trainer.optimizer = trainer.copy = trainer.pairs = None         # their memory
+    trainer.optimizer = trainer.copy = trainer.pairs = trainer.losses = None        # their memory
+    if args.shard:
+        trainer.model = model = None
+        model = build_model(kind, config)
     model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
-    after = measure(model.eval(), tokenizer, args, dtype)
     if tokenizer.kind == "qwen2":
         save_model(model, tokenizer, run)
+    after = measure((model.to(device, dtype) if args.shard else model).eval(), tokenizer, args, dtype)
     result = {"model": kind, "base": args.base, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
               "train_tokens": len(train_ids), "epochs": trainer.step / batches.steps_per_epoch, "steps": trainer.step,
               "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed, "device": device.type,
@@ -351,14 +388,15 @@ def tune(args, device, dtype, checkpoint=None):
 
 
 def kept_arguments(args):
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on")}
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on", "shard")}
 
 
 def ablate(args, device, dtype):
     """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out documents.
     A finished cell keeps its result and is not run again; one that was interrupted goes on."""
     folder, rows, before = Path(args.run), [], None
-    varied = ("run", "resume", "typed", "before", "go_on", "epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
+    varied = ("run", "resume", "typed", "before", "go_on", "epochs", "data_fraction", "ablate_epochs", "ablate_fractions",
+              "shard")
     settings = {k: v for k, v in vars(args).items() if k not in varied}
     if (folder / "ablation.json").exists():
         for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
@@ -456,6 +494,7 @@ def parser():
     g.add_argument("--block-size", type=int, metavar="N", help="tokens of a window, at most the base's context")
     g.add_argument("--accumulate", type=int, default=1, metavar="N", help="cut a batch into N micro-batches: less memory (default: 1)")
     g.add_argument("--checkpointing", action="store_true", help="keep the inputs of blocks only and compute the rest twice: less memory")
+    g.add_argument("--shard", action="store_true", help="under torchrun: each process holds its share of weights and moments only")
     for name, kind, default, text in (("--weight-decay", float, 0.01, "AdamW's, on matrices"), ("--warmup", int, 100, "steps of linear "
                                       "warm-up, at most a tenth of all"), ("--clip", float, 1.0, "largest gradient norm"),
                                       ("--seed", int, 1, "of batches, dropout and samples"), ("--log-every", int, 10, "steps between rows of log.csv")):
@@ -483,6 +522,8 @@ def arguments(argv=None):
         p.error("--ablate-epochs must be above 0")
     if not 0 <= args.seed < 2 ** 63 or not 0 <= args.weight_decay < math.inf or args.warmup < 0 or not 0 <= args.temperature < math.inf:
         p.error("--seed, --weight-decay, --warmup and --temperature must not be negative")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        p.error("--shard shares a model out among processes; start them with: torchrun --nproc-per-node 2 -- finetune.py --shard")
     if args.ablate and ("RANK" in os.environ or args.steps):
         p.error("--ablate runs in one process, and its cells say how long")
     args.run = args.run or f"runs/{'ablate' if args.ablate else 'finetune'}-{Path(args.base).name}-{Path(args.data).stem}"
@@ -493,7 +534,7 @@ def arguments(argv=None):
 def main(argv=None):
     args, checkpoint = arguments(argv), None
     if args.resume and not args.ablate:
-        checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py")
+        checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py", mmap=args.shard)
         if "data_fraction" not in checkpoint.get("args", {}):
             raise UserError(f"{args.run} is not a run of finetune.py; python train.py --resume --run {args.run} may go on with it")
         take_arguments(args, checkpoint["args"])

@@ -797,8 +797,8 @@ class PPO(Trainer):
 
     # ---- checkpoints and log
 
-    def model_checkpoint(self):
-        return super().model_checkpoint() | {"value_head": self.value_head.state_dict()}
+    def model_checkpoint(self, weights):
+        return super().model_checkpoint(weights) | {"value_head": self.value_head.state_dict()}
 
     def restore(self, checkpoint):
         super().restore(checkpoint)

@@ -27,10 +27,12 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -92,14 +94,15 @@ def join_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))    # others wait while one encodes a text
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def read_checkpoint(path, first="python train.py --model lstm"):
-    """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. UserError if it is not readable."""
+def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
+    """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. mmap: tensors are read where they
+    are used. UserError if it is not readable."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict) or not {"model", "kind", "config", "tokenizer"} <= checkpoint.keys():
             raise ValueError("not a checkpoint of this project")
         return checkpoint
@@ -143,10 +146,24 @@ def load_run(folder, device="cpu", dtype=None):
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
+class LossModule(torch.nn.Module):
+    """(inputs, targets, state) -> (sum of nats, state), or nats per token [B, T] instead of the sum. DistributedDataParallel and
+    fully_shard see forward only, so all that uses the weights must happen inside one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, state, each=False):
+        hidden, state = self.model(x, state)
+        return (self.model.nll if each else self.model.loss)(hidden, y), state
+
+
 @torch.no_grad()
 def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     """-log p of each of ids[1:] in nats, float64 [len(ids) - 1]. ids[0] is context only (put <eos> first). Dropout is off.
 
+    model: a language model, or a LossModule around one (which may be shared out among processes, then all call this together).
     A recurrent model reads the text with its state carried from start to end, cut into `rows` pieces side by side
     (1: exact; more: faster, and the first tokens of each piece have less context). The Transformer reads windows of
     `context` tokens that advance by `stride`, and only a window's last `stride` predictions count, so that (after the
@@ -157,8 +174,9 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     n = len(ids) - 1
     if n < 1:
         raise ValueError("at least one token is needed after the first")
-    was_training, losses = model.training, []
-    model.eval()
+    token_nll = model if isinstance(model, LossModule) else LossModule(model)
+    model, was_training, losses = token_nll.model, model.training, []
+    token_nll.eval()
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32):
         if model.recurrent:
             length = -(-n // rows)
@@ -167,8 +185,8 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
             inputs, targets = padded.view(2, rows, length)
             state = model.init_state(rows)
             for x, y in zip(inputs.split(256, 1), targets.split(256, 1)):
-                hidden, state = model(x.to(device), state)
-                losses.append(model.nll(hidden, y.to(device)).cpu())
+                nll, state = token_nll(x.to(device), y.to(device), state, each=True)
+                losses.append(nll.cpu())
             losses = torch.cat(losses, 1).view(-1)[:n]
         else:
             context = min(context or model.config.block_size, n)
@@ -178,13 +196,12 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
                 block = ends[group:group + 32]
                 x = torch.stack([ids[e - context:e] for e in block])
                 y = torch.stack([ids[e - context + 1:e + 1] for e in block])
-                hidden, _ = model(x.to(device))
-                nll = model.nll(hidden, y.to(device)).cpu()
+                nll = token_nll(x.to(device), y.to(device), None, each=True)[0].cpu()
                 for row, e in enumerate(block):
                     at = group + row
                     losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])     # what no earlier window predicted
             losses = torch.cat(losses)
-    model.train(was_training)
+    token_nll.train(was_training)
     return losses.double()
 
 
@@ -251,6 +268,29 @@ def take_rows(state, rows, device):
     return [take_rows(s, rows, device) for s in state]
 
 
+def whole(state):
+    """A nested state in which every tensor that is shared out among the processes is gathered: on the first one's CPU (None in
+    the others). All processes must call it together."""
+    if isinstance(state, DTensor):
+        full = state.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else None
+    if isinstance(state, dict):
+        return {name: whole(v) for name, v in state.items()}
+    return state
+
+
+@torch.no_grad()
+def share_of(full, like):
+    """This process's share of a whole tensor, shared out as `like` is: by rows, as torch.chunk does. Where `like` is not
+    shared out: the tensor itself."""
+    if not isinstance(like, DTensor):
+        return full
+    out, parts = torch.empty_like(like), full.chunk(like.device_mesh.size())
+    if like.device_mesh.get_local_rank() < len(parts):              # a short tensor has nothing for the last processes
+        out.to_local().copy_(parts[like.device_mesh.get_local_rank()])
+    return out
+
+
 class NotFinite(UserError):
     """The loss or the gradient has left the finite numbers."""
 
@@ -260,21 +300,10 @@ def clip_gradients(parameters, limit):
     scaling, and then this passes over them once instead of twice, as clip_grad_norm_ does."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not norm <= limit:                                           # also where it is not a number
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
-
-
-class LossModule(torch.nn.Module):
-    """(inputs, targets, state) -> (sum of nats, state): what DistributedDataParallel needs, which sees forward only."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, y, state):
-        hidden, state = self.model(x, state)
-        return self.model.loss(hidden, y), state
 
 
 class Trainer:
@@ -295,8 +324,8 @@ class Trainer:
         if args.batch_size % self.world:
             raise UserError(f"--batch-size {args.batch_size} cannot be shared out among {self.world} processes equally")
         self.losses = LossModule(model)
-        if self.world > 1:                                          # averages the gradients of all processes
-            self.losses = DistributedDataParallel(self.losses, device_ids=[device] if device.type == "cuda" else None)
+        if self.world > 1:
+            self.distribute()
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
         self.warmup = args.warmup
         self.memory = None                                          # recurrent state, carried from batch to batch
@@ -308,11 +337,17 @@ class Trainer:
         self.interrupted = self.stopping = False                    # told to stop; every process knows it
         self.learning_rate, self.grad_norm = "", ""                 # of the last step
 
+    sharded = False                                                 # whether a process holds a part of the weights only
+
+    def distribute(self):
+        """Have the gradients of all processes averaged."""
+        self.losses = DistributedDataParallel(self.losses, device_ids=[self.device] if self.device.type == "cuda" else None)
+
     # ---- checkpoints
 
-    def model_checkpoint(self):
-        return {"kind": self.kind, "config": asdict(self.model.config), "model": self.model.state_dict(),
-                "tokenizer": self.tokenizer.state(), "step": self.step}
+    def model_checkpoint(self, weights):
+        return {"kind": self.kind, "config": asdict(self.model.config), "model": weights, "tokenizer": self.tokenizer.state(),
+                "step": self.step}
 
     def save(self, best=False):
         """Write last.pt, and best.pt if these weights are the best. What each process has of its own (its rows of the
@@ -321,19 +356,27 @@ class Trainer:
         if self.world > 1:
             own *= self.world
             dist.all_gather_object(own, own[0])
+        model, optimizer = self.model_checkpoint(whole(self.model.state_dict())), whole(self.optimizer.state_dict())
         if self.rank:
             return
         if best:
-            write_atomically(self.run / "best.pt", lambda f: torch.save(self.model_checkpoint(), f))
+            write_atomically(self.run / "best.pt", lambda f: torch.save(model, f))
         memory, rng, device_rng = zip(*own)
-        state = {"optimizer": self.optimizer.state_dict(), "memory": join_rows(memory), "rng": rng, "device_rng": device_rng,
-                 "args": {k: v for k, v in vars(self.args).items() if k not in ("resume", "run", "typed")},
+        state = {"optimizer": optimizer, "memory": join_rows(memory), "rng": rng, "device_rng": device_rng,
+                 "args": {k: v for k, v in vars(self.args).items() if k not in ("resume", "run", "typed", "shard")},
                  "log_bytes": self.log_file.tell()} | {name: getattr(self, name) for name in self.KEPT}
-        write_atomically(self.run / "last.pt", lambda f: torch.save(self.model_checkpoint() | state, f))
+        write_atomically(self.run / "last.pt", lambda f: torch.save(model | state, f))
+
+    def load_weights(self, state):
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: share_of(v, own.get(name)) for name, v in state.items()})
 
     def restore(self, checkpoint):
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.load_weights(checkpoint["model"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {i: {k: share_of(v, parameters[i]) if v.dim() else v for k, v in s.items()}
+                   for i, s in checkpoint["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
         self.memory = take_rows(checkpoint["memory"], self.mine, self.device)
         if len(checkpoint["rng"]) == self.world:                    # else: another number of processes, other dropout masks
             torch.set_rng_state(checkpoint["rng"][self.rank].cpu())
@@ -346,7 +389,7 @@ class Trainer:
         """restore, but a UserError if the checkpoint is not one of this run."""
         try:
             self.restore(checkpoint)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as e:
             raise UserError(f"{self.run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
 
     # ---- the log
@@ -476,7 +519,7 @@ class Trainer:
                   f"epochs at {self.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
 
     def evaluate_and_log(self):
-        scores = self.share(self.evaluate() if self.rank == 0 else None)
+        scores = self.share(self.evaluate() if self.rank == 0 or self.sharded else None)
         if not math.isfinite(scores["val"]["nll"]):
             raise NotFinite(f"the validation loss is not finite at step {self.step}. The last good checkpoint is kept in "
                             f"{self.run}; train anew with a smaller --lr and another --run")
