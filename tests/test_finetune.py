@@ -2,6 +2,10 @@
 import argparse
 import json
 import math
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,7 @@ from transformer import Transformer, TransformerConfig
 
 def settings(folder, **changes):
     base = dict(run=str(folder), lr=1e-3, weight_decay=0.1, batch_size=4, block_size=12, epochs=1.0, steps=6, minutes=None, also=[], warmup=2,
-                clip=1.0, seed=1, log_every=1, eval_every=3, accumulate=1, checkpointing=False)
+                clip=1.0, seed=1, log_every=1, eval_every=3, accumulate=1, checkpointing=False, shard=False)
     return argparse.Namespace(**base | changes)
 
 
@@ -400,11 +404,102 @@ def test_a_recurrent_base_is_tuned_too(tmp_path):
         finetune.main(["--base", "base", "--run", "other", "--checkpointing", *QUICK])
 
 
+# --------------------------------------------------------------------------------------------- several processes
+
+def in_processes(n, *args):
+    """finetune.py in n processes; -> what it said on stderr."""
+    process = torchrun(n, *args, script="finetune.py")
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors[-2000:]
+    return errors
+
+
+def assert_same_run(one, other, rel=1e-4):
+    """Both end with the same weights, moments and figures, in checkpoints of the same form."""
+    a, b = (torch.load(f"{run}/last.pt", weights_only=True) for run in (one, other))
+    assert a["args"] | {"go_on": ""} == b["args"] | {"go_on": ""} and a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    pairs = [(v, b["model"][k]) for k, v in a["model"].items()]
+    pairs += [(v, b["optimizer"]["state"][i][k]) for i, state in a["optimizer"]["state"].items() for k, v in state.items()]
+    assert a["model"].keys() == b["model"].keys() and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    for v, w in pairs:
+        assert v.dtype == w.dtype and v.shape == w.shape and (v - w).norm() <= rel * v.norm() + 1e-9
+    a, b = (json.load(open(f"{run}/result.json")) for run in (one, other))
+    assert a["val_ppl"] == pytest.approx(b["val_ppl"], rel=1e-5) and a["before"] == b["before"]
+    assert a["after"]["documents"] == pytest.approx(b["after"]["documents"], rel=1e-4)
+
+
+def test_processes_with_a_share_of_the_weights_learn_what_one_learns(tmp_path):
+    """Three processes, and sizes that three does not divide."""
+    train.main(["--model", "transformer", "--steps", "20", "--run", "base", "--n-embd", "18", "--n-hidden", "25", "--n-layer", "2", "--n-head", "3",
+                "--batch-size", "6", "--block-size", "256"])
+    command = ["--base", "base", *QUICK, "--batch-size", "6", "--block-size", "24", "--steps", "9", "--eval-every", "3", "--dtype", "float32"]
+    in_processes(3, *command, "--run", "three", "--shard")
+    finetune.main([*command, "--run", "one"])
+    assert_same_run("one", "three")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--checkpointing"], ["--accumulate", "2"]])
+def test_shares_go_with_checkpointing_and_micro_batches(base, how):
+    command = ["--base", base, *QUICK, "--steps", "6", "--eval-every", "3", "--dtype", "float32", *how]
+    in_processes(2, *command, "--run", "two", "--shard")
+    finetune.main([*command, "--run", "one"])
+    assert_same_run("one", "two")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes_and_shares(base):
+    command = ["--base", base, *QUICK, "--steps", "9", "--eval-every", "3", "--dtype", "float32"]
+    finetune.main([*command, "--run", "whole"])
+    for run, first, second in (("a", ["--shard"], []), ("b", [], ["--shard"])):
+        process = torchrun(2 if first else 1, *command, "--run", run, *first, script="finetune.py")
+        while not Path(run, "last.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=180)
+        assert torch.load(f"{run}/last.pt", weights_only=True)["step"] < 9
+        in_processes(2 if second else 1, "--resume", "--run", run, *second)
+        assert_same_run("whole", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [[], ["--shard"]])
+def test_a_killed_process_ends_the_job_with_a_line_and_a_usable_checkpoint(base, share):
+    process = torchrun(2, "--base", base, *QUICK, "--steps", "100000", "--eval-every", "10", "--log-every", "1", "--run", "r", *share, script="finetune.py")
+    while process.poll() is None and not (Path("r/log.csv").exists() and len(open("r/log.csv").readlines()) > 20):
+        time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "another process of this job was gone" in errors, errors[-2000:]
+    train.load_run("r")
+    assert torch.load("r/last.pt", weights_only=True)["step"] % 10 == 0
+
+
+@pytest.mark.slow
+def test_qwen2_in_shares_in_bfloat16_writes_a_folder_that_transformers_opens(hub_folder):
+    command = ["--base", hub_folder, "--data", "own.txt", "--retain", "own.txt", "--steps", "6", "--eval-every", "3", "--lr", "1e-3", "--batch-size", "4",
+               "--block-size", "32", "--held-out", "3", "--sample-tokens", "5"]
+    in_processes(2, *command, "--dtype", "bfloat16", "--run", "two", "--shard")
+    finetune.main([*command, "--dtype", "float32", "--run", "one"])
+    one, two = (json.load(open(f"{run}/result.json")) for run in ("one", "two"))
+    assert two["val_ppl"] == pytest.approx(one["val_ppl"], rel=0.01) and two["dtype"] == "bfloat16"
+    model, library = train.load_run("two")[0], transformers.AutoModelForCausalLM.from_pretrained("two", dtype=torch.float32).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.unembed(model(ids)[0]), library(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_shares_need_several_processes(base):
+    with pytest.raises(UserError, match="torchrun --nproc-per-node"):
+        finetune.main(["--base", base, "--shard", "--run", "r", *QUICK])
+    assert not Path("r").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(base):
-    command = ["--base", base, "--steps", "8", "--eval-every", "4", "--dtype", "float32", *QUICK]
-    two = torchrun(2, *command, "--run", "two", script="finetune.py")
-    assert two.wait(120) == 0, two.stderr.read()
+    command = ["--base", base, *QUICK, "--steps", "8", "--eval-every", "4", "--dtype", "float32"]
+    in_processes(2, *command, "--run", "two")
     finetune.main([*command, "--run", "one"])
-    one, two = (json.load(open(f"{run}/result.json")) for run in ("one", "two"))
-    assert one["val_ppl"] == pytest.approx(two["val_ppl"], rel=1e-5) and one["after"]["documents"] == pytest.approx(two["after"]["documents"], rel=1e-4)
+    assert_same_run("one", "two")
