@@ -6,9 +6,21 @@
     python train.py --resume --run runs/mine                 # go on after a kill, bit for bit (float32, same machine)
     torchrun --nproc-per-node 2 -- train.py --model lstm     # several processes: the rows of a batch are shared out
 
-The loss is the mean negative log-likelihood in nats per token; perplexity is its exponential. The optimizer is AdamW
-on float32 weights (matmuls in bfloat16 where the hardware has them), gradients clipped by their norm, the learning
-rate warmed up linearly and then lowered along half a cosine.
+A language model factors the probability of a text into that of each token after all before it, p(w_1..w_n) = prod_i
+p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token; perplexity is e^L, the number of tokens
+among which a guess would be equally hard.
+
+What a step sees. A recurrent model reads batch_size places of the text side by side, step after step from where it stopped: the
+state is carried on, its history is cut (truncated back-propagation through time, Williams & Peng 1990), so gradients reach
+block_size tokens back and memory further. The Transformer has no state and reads windows of block_size tokens in random order.
+
+What a step does, with g the gradient, scaled down to a norm of at most --clip (Pascanu et al. 2013), and AdamW (Kingma & Ba
+2015; Loshchilov & Hutter 2019) on float32 weights (matmuls in bfloat16 where the hardware has them):
+
+    m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2        w <- (1 - lr wd) w - lr m' / (sqrt(v') + eps)
+
+where m' = m / (1 - b1^t) and v' likewise, and wd is 0 for biases and norms. lr rises linearly to its peak, then falls along
+half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
 
 A run is a folder: last.pt (all that is needed to go on), best.pt (the weights with the lowest validation loss),
 log.csv (a row for every log step and evaluation), result.json (the final figures). Every file is written under
@@ -654,8 +666,9 @@ def draw(args, rng):
 def search(args, corpora, device, dtype):
     """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time each, the best
     third again for three times as long, and so on, every rung for an equal share of --minutes. Trial 0 is what would be
-    trained without a search, so that the table says whether searching paid. Each training is complete, with its own cosine, because a half-finished schedule says little about a finished one. Only the
-    validation split is looked at. Finished trainings are kept in trials.csv and not repeated after an interruption."""
+    trained without a search, so that the table says whether searching paid. Each training is complete, with its own cosine,
+    because a half-finished schedule says little about a finished one. Only the validation split is looked at. Finished
+    trainings are kept in trials.csv and not repeated after an interruption."""
     folder = Path(args.run)
     rng = random.Random(args.seed)
     configs = [draw(args, rng) for _ in range(args.search)]

@@ -8,6 +8,7 @@ turn, and the medians of many rounds are compared. Above 1: ours is faster.
     python tests/bench.py qwen          # (d) Qwen2-0.5B's shape with random weights: generation, loading (3 GB of memory)
     python tests/bench.py finetune      # (e) the same shape: a training step on 512 tokens (18 GB)
     python tests/bench.py ppo           # (f) an iteration of PPO: 64 responses of 24 tokens, scoring, 4 epochs
+    python tests/bench.py memory        # no timing: what finetune.py needs per card for Qwen2's sizes, by arithmetic
 """
 import argparse
 import copy
@@ -262,6 +263,26 @@ def finetuning(device):
                       f"peak memory {a_peak / 1e9:.2f} GB, {b_peak / 1e9:.2f} GB, {a_peak / b_peak:.2f}", flush=True)
 
 
+def memory(device):
+    """GB per card by finetune.memory_needed: bf16 products, 8 windows of 256 tokens on every card."""
+    sizes = {"0.5B": {}, "1.5B": dict(n_embd=1536, n_hidden=8960, n_layer=28, n_head=12),
+             "7B": dict(vocab_size=152064, n_embd=3584, n_hidden=18944, n_layer=28, n_head=28, n_kv_head=4, tied=False)}
+    base = dict(vocab_size=151936, n_embd=896, n_hidden=4864, n_layer=24, n_head=14, n_kv_head=2, block_size=256)
+    print("| Qwen2 | options | 1 card | 2 cards | 4 | 8 |\n|---|---|---|---|---|---|")
+    for name, changes in sizes.items():
+        with torch.device("meta"):
+            model = Transformer(TransformerConfig(**base | changes))
+        for options in ([], ["--checkpointing"], ["--shard"], ["--shard", "--checkpointing"]):
+            cells = []
+            for world in (1, 2, 4, 8):
+                args = argparse.Namespace(batch_size=8 * world, block_size=256, accumulate=1, checkpointing="--checkpointing" in options,
+                                          shard="--shard" in options)
+                needed = finetune.memory_needed(model, args, torch.bfloat16, world)
+                cells.append("–" if args.shard and world == 1 else f"{needed / 1e9:.0f}")
+            n = sum(p.numel() for p in model.parameters())
+            print(f"| {name}, {n / 1e9:.2f} billion | {' '.join(options)} | {' | '.join(cells)} |")
+
+
 class LibraryPPO:
     """One iteration of PPO as a user of transformers would write it: `generate`, its DistilBERT, and ppo.py's update on the logits
     that its models return. The estimators, the optimizer and the number of updates are those of ppo.py."""
@@ -369,7 +390,7 @@ def rlhf(device):
 
 
 def main():
-    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen, "finetune": finetuning, "ppo": rlhf}
+    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen, "finetune": finetuning, "ppo": rlhf, "memory": memory}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
     p.add_argument("--device", default="auto")
