@@ -119,6 +119,10 @@ def write_atomically(path, write):
                         f"{go_on}") from e
 
 
+def save_json(path, value):
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
 # ------------------------------------------------------------------------------------------- the embedded languages
 
 # One line a domain and class; a domain's words from the most to the least frequent. Verbs and nouns are inflected by

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import data
-from data import UserError, write_atomically
+from data import UserError, save_json, write_atomically
 from sample import encode_prompt, generate, never_drawn
 from train import load_run, pick_device, pick_dtype, read_checkpoint, token_losses
 
@@ -89,7 +89,7 @@ def open_run(folder, device):
     result = {}
     if (Path(folder) / "result.json").exists():
         try:
-            result = json.loads((Path(folder) / "result.json").read_text())
+            result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
         except ValueError:
             print(f"{folder}/result.json is damaged and left out", file=sys.stderr)
     args, steps = result.get("args"), result.get("steps", 0)
@@ -429,6 +429,18 @@ def paint_search(rows, rungs, columns):
     return paint
 
 
+def paint_frontier(groups):
+    """Reward against KL, at every evaluation of the first run of each configuration: what a nat of KL buys."""
+    def paint(axes):
+        for k, members in enumerate(groups):
+            run = next(iter(members.values()))
+            points = [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r]
+            axes.plot(*zip(*points), **style(k), marker=MARKERS[k % len(MARKERS)], markersize=3, linewidth=0.8, label=run.name)
+        axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return paint
+
+
 # -------------------------------------------------------------------------------------------------------------- report
 
 def number(value, digits=2):
@@ -637,18 +649,6 @@ def section_search(path, figures, js):
     return md
 
 
-def paint_frontier(groups):
-    """Reward against KL, at every evaluation of the first run of each configuration: what a nat of KL buys."""
-    def paint(axes):
-        for k, members in enumerate(groups):
-            run = next(iter(members.values()))
-            points = [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r]
-            axes.plot(*zip(*points), **style(k), marker=MARKERS[k % len(MARKERS)], markersize=3, linewidth=0.8, label=run.name)
-        axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return paint
-
-
 def reward_at(run, kl):
     """The reward on the validation prompts when the policy's KL first came to this value, between two evaluations linearly."""
     points = [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r]
@@ -702,7 +702,7 @@ def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
         md += section_rewards(policies, figures, js)
     for path in trials:
         md += section_search(path, figures, js)
-    write_atomically(out / "report.json", lambda f: f.write((json.dumps(js, indent=1, ensure_ascii=False) + "\n").encode()))
+    save_json(out / "report.json", js)
     write_atomically(out / "report.md", lambda f: f.write("\n".join(md).encode()))
     return js.get("summary", []) + js.get("rewards", [])
 
@@ -796,7 +796,7 @@ def main(argv=None):
                 raise
             missing.append(str(e))
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "report.json", lambda f: f.write(b"{}\n"))       # marks the folder as ours, should this be cut off
+    save_json(out / "report.json", {})                                      # marks the folder as ours, should this be cut off
     trials = sorted(Path("runs").glob("*/trials.csv")) if not args.runs else []
     for row in report(runs, domains, missing, out, args.prompt, args.sentences, dtype, trials):
         print("  ".join(f"{k} {number(v)}" for k, v in row.items() if k in ("run", "best validation", "test", "floor", "reward", "KL", "distinct-2")))

@@ -46,7 +46,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
-from data import UserError, write_atomically
+from data import UserError, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, never_drawn
@@ -264,10 +264,6 @@ def grammar_floor(name, n, tokenizer):
         return None
     nll = [v for words, _ in data.embedded_documents(name, "test")[:n] for v in data.language(name).nll(words)]
     return math.exp(math.fsum(nll) / len(nll))
-
-
-def save_json(path, value):
-    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
 
 
 def write_report(args, result, figures):

@@ -83,9 +83,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import data
-from data import UserError, write_atomically
+from data import UserError, save_json, write_atomically
 from eval import COLOURS, Figures, distinct, read_log, table
-from finetune import C, context, is_embedded, kept_arguments, read_before, save_json
+from finetune import C, context, is_embedded, kept_arguments, read_before
 from qwen_load import is_pretrained, read_json, read_parameters, repo_folder, save_model, write_safetensors
 from rnn import compute_dtype
 from sample import encode_prompt, end_tokens, never_drawn, steps

@@ -49,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import qwen_load
-from data import UserError, write_atomically
+from data import UserError, save_json, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
 from transformer import Transformer, TransformerConfig
@@ -620,7 +620,7 @@ def finish(trainer, corpus, device, dtype):
               "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
               "device": device.type, "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
               "test_tokens": scores["test"]["tokens"], "args": {k: v for k, v in vars(args).items() if k not in ("resume", "typed")}}
-    write_atomically(trainer.run / "result.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+    save_json(trainer.run / "result.json", result)
     floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
     print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
           f"test {result['test_ppl']:.2f}{floor}, {result['seconds']:.0f} s at {result['tokens_per_second']:,.0f} tokens/s")
