@@ -523,8 +523,8 @@ class Qwen2Tokenizer:
     """Qwen2's byte-pair encoding, through tiktoken. The text is brought into Unicode's NFC form first; added tokens
     (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters: id}, merges ["a b",
     ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the model, which may have ids that stand
-    for nothing, stops: ids that end a text (None: <|endoftext|> alone). ValueError if the ids are not in the order of the merges,
-    as tiktoken needs them."""
+    for nothing, stops: ids that end a text (None: <|endoftext|> alone). ValueError if the ids are not in the order of
+    the merges, as tiktoken needs them."""
     kind = "qwen2"
 
     def __init__(self, vocab, merges, added, vocab_size, stops=None):
@@ -703,9 +703,11 @@ def article(title):
     answer = path.with_suffix(".json")
     answer.unlink(missing_ok=True)                              # of a download that was cut off before the text was written
     try:
-        download(f"{WIKIPEDIA_URL}?{urllib.parse.urlencode(query)}", answer, headers={"User-Agent": "language-modelling-course"})
+        download(f"{WIKIPEDIA_URL}?{urllib.parse.urlencode(query)}", answer,
+                 headers={"User-Agent": "language-modelling-course"})
     except UserError as e:
-        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL}. Save its text as {path} and run again") from e
+        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL}. "
+                        f"Save its text as {path} and run again") from e
     try:
         text = json.loads(answer.read_text(encoding="utf-8"))["query"]["pages"][0].get("extract", "")
     except (ValueError, KeyError, IndexError) as e:
@@ -875,7 +877,8 @@ def encode_split(name, split, tokenizer):
                     f.write(ids.tobytes())
             os.replace(temporary, path)
         except OSError as e:
-            raise UserError(f"cannot write {path}: {e.strerror}. Set DATA_DIR to a folder with space that you may write to") from e
+            raise UserError(f"cannot write {path}: {e.strerror}. "
+                            "Set DATA_DIR to a folder with space that you may write to") from e
         finally:
             temporary.unlink(missing_ok=True)
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)

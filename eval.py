@@ -107,8 +107,8 @@ def find_runs(folder="runs"):
 # ------------------------------------------------------------------------------------------------- text and sentences
 
 NEVER_LAST = set("mr mrs ms dr prof st gen col gov sen rep fig figs eq eqs vol ed eds pp cf ca approx vs e.g i.e".split())
-ABBREVIATIONS = NEVER_LAST | set("jr sr etc inc corp co ltd est al u.s u.k u.n a.m p.m jan feb mar apr jun jul aug sep sept oct "
-                                 "nov dec".split())
+ABBREVIATIONS = NEVER_LAST | set("jr sr etc inc corp co ltd est al u.s u.k u.n a.m p.m jan feb mar apr jun jul aug sep "
+                                 "sept oct nov dec".split())
 OPENERS = set("The A An In On At It Its This That These Those He She They We I But And However For From By As With When "
               "While After Since If There".split())
 BOUNDARY = re.compile(r"""([.!?]+)((?:["'\u2019\u201d)\]]|\[[^\]\s]{1,12}\])*)(\s+)(?=(\S+))""")
@@ -334,7 +334,8 @@ class Figures:
             matplotlib.use("Agg")
             import matplotlib.pyplot as plt
             plt.rcParams.update({"figure.dpi": 150, "savefig.bbox": "tight", "font.size": 9, "axes.grid": True,
-                                 "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False})
+                                 "grid.alpha": 0.3, "axes.axisbelow": True,
+                                 "axes.spines.top": False, "axes.spines.right": False})
             self.plt = plt
         except ImportError:
             self.plt = None
@@ -485,14 +486,16 @@ def summary(runs):
     for members in by_configuration(runs):
         first, results = next(iter(members.values())), [run.result for run in members.values()]
         logged = [r["val_ppl"] for r in first.log if "val_ppl" in r]
-        over_seeds = {k: spread([r[k] for r in results if k in r]) for k in ("val_ppl", "test_ppl", "tokens_per_second", "seconds")}
+        over_seeds = {k: spread([r[k] for r in results if k in r])
+                      for k in ("val_ppl", "test_ppl", "tokens_per_second", "seconds")}
         if first.result or logged:
-            rows.append([first.name if first.result else f"{first.name} (unfinished)", first.args.get("model", "?"), first.corpus,
-                         sum(p.numel() for p in first.model.parameters()),
+            rows.append([first.name if first.result else f"{first.name} (unfinished)", first.args.get("model", "?"),
+                         first.corpus, sum(p.numel() for p in first.model.parameters()),
                          over_seeds["val_ppl"] if first.result else min(logged), over_seeds["test_ppl"],
                          first.result.get("floor_ppl"), over_seeds["tokens_per_second"], over_seeds["seconds"],
                          " ".join(map(str, members))])
-    return ["run", "model", "trained on", "parameters", "best validation", "test", "floor", "tokens/s", "seconds", "seeds"], rows
+    return ["run", "model", "trained on", "parameters", "best validation", "test", "floor",
+            "tokens/s", "seconds", "seeds"], rows
 
 
 def at_stages(run):
@@ -549,12 +552,13 @@ def section_domains(runs, domains, scores, gaps, n_sentences, figures, js):
         if name in data.DOMAINS:
             documents = data.embedded_documents(name, "test")[:n_sentences]
             floor = math.exp(np.mean([v for words, _ in documents for v in data.language(name).nll(words)]))
-            md.append(f"The grammar's own perplexity on these documents, the floor for models with its vocabulary: {floor:.2f}.\n")
+            md.append("The grammar's own perplexity on these documents, the floor for models with its vocabulary: "
+                      f"{floor:.2f}.\n")
         if here:
             md += [table(["run", "mean of sentence perplexities", "corpus perplexity", "tokens", "unknown words", "characters",
                           "bits per character"],
-                         [[run, s["mean"], s["corpus"], s["tokens"], f"{s['unknown']:.1%}", s["characters"], s["bits_per_character"]]
-                          for run, s in here.items()]),
+                         [[run, s["mean"], s["corpus"], s["tokens"], f"{s['unknown']:.1%}", s["characters"],
+                           s["bits_per_character"]] for run, s in here.items()]),
                    f"Perplexity of the first {min(20, len(kept))} of {len(kept)} sentences (all are in report.json):\n",
                    table(["sentence", *here], [[text, *(s["sentences"][k] for s in here.values())]
                                                for k, text in enumerate(kept[:20])])]
@@ -605,7 +609,8 @@ def section_memory(runs, dtype, figures, js):
     md = []
     labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
     for corpus in data.DOMAINS:
-        memory = {run.name: name_memory(run, dtype) for run in runs if run.corpus == corpus and getattr(run.tokenizer, "unk", 0) is None}
+        memory = {run.name: name_memory(run, dtype) for run in runs
+                  if run.corpus == corpus and getattr(run.tokenizer, "unk", 0) is None}
         if memory:
             js.setdefault("memory", {"distances": DISTANCES})[corpus] = memory
             losses = {name: [cell and cell[0] for cell in cells] for name, cells in memory.items()}
@@ -614,8 +619,8 @@ def section_memory(runs, dtype, figures, js):
                        ["floor", *(cell and cell[1] for cell in first)], ["cases", *(cell and cell[2] for cell in first)]]),
                    figures.draw(f"memory_{corpus}", "Loss at the repeated name", paint_memory(losses, labels), width=5)]
     return md and ["## Memory: the loss where a name must be repeated\n",
-                   "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is the "
-                   "floor. A guess among the 20 names costs ln 20 = 3.00.\n", *md]
+                   "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss is "
+                   "the floor. A guess among the 20 names costs ln 20 = 3.00.\n", *md]
 
 
 def section_samples(runs, prompt, dtype, js):
@@ -662,16 +667,19 @@ def section_rewards(runs, figures, js):
     groups = by_configuration(runs)
     common = min(max((r["eval_kl"] for r in run.log if "eval_kl" in r), default=0.0) for run in runs)
     settings = ("kl_coef", "kl_target", "lr", "repetition_coef", "sft_coef", "sft_every", "steps")
-    measured = {"reward before": lambda r: r["before"]["reward"], "reward": lambda r: r["after"]["reward"], "rise, deviations": lambda r: r["rise"],
-                "KL": lambda r: r["after"]["kl"], "distinct-2": lambda r: r["after"]["distinct_2"],
-                "of the reference's": lambda r: r["after"]["distinct_2"] / r["before"]["distinct_2"], "repeated bigrams": lambda r: r["after"]["repetition"],
+    measured = {"reward before": lambda r: r["before"]["reward"], "reward": lambda r: r["after"]["reward"],
+                "rise, deviations": lambda r: r["rise"], "KL": lambda r: r["after"]["kl"],
+                "distinct-2": lambda r: r["after"]["distinct_2"],
+                "of the reference's": lambda r: r["after"]["distinct_2"] / r["before"]["distinct_2"],
+                "repeated bigrams": lambda r: r["after"]["repetition"],
                 "perplexity under the reference": lambda r: r["after"]["ref_ppl"]}
     rows = []
     for members in groups:
         first, finished = next(iter(members.values())), [run.result for run in members.values() if run.result]
         on_the_way = [v for run in members.values() if (v := reward_at(run, common)) is not None]
         rows.append([first.name if finished else f"{first.name} (unfinished)", *(f"{first.args[name]:g}" for name in settings),
-                     *(spread([value(r) for r in finished]) for value in measured.values()), spread(on_the_way), " ".join(map(str, members))])
+                     *(spread([value(r) for r in finished]) for value in measured.values()), spread(on_the_way),
+                     " ".join(map(str, members))])
     header = ["run", *(name.replace("_", "-") for name in settings), *measured, f"reward when KL came to {common:.1f}", "seeds"]
     js["rewards"] = [dict(zip(header, row)) for row in rows]
     logged = [members for members in groups if any("eval_kl" in r for r in next(iter(members.values())).log)]
@@ -680,8 +688,8 @@ def section_rewards(runs, figures, js):
 
 
 def report(runs, domains, missing, out, prompt, n_sentences, dtype, trials):
-    """Write report.md, report.json and the figures into the folder `out`; -> the rows of the summaries. Policies of ppo.py have a
-    section of their own and are in no other."""
+    """Write report.md, report.json and the figures into the folder `out`; -> the rows of the summaries. Policies of
+    ppo.py have a section of their own and are in no other."""
     policies, runs = [r for r in runs if "kl_coef" in r.args], [r for r in runs if "kl_coef" not in r.args]
     scores, gaps = {}, {}
     for name, sentence_list in domains.items():
@@ -799,7 +807,8 @@ def main(argv=None):
     save_json(out / "report.json", {})                                      # marks the folder as ours, should this be cut off
     trials = sorted(Path("runs").glob("*/trials.csv")) if not args.runs else []
     for row in report(runs, domains, missing, out, args.prompt, args.sentences, dtype, trials):
-        print("  ".join(f"{k} {number(v)}" for k, v in row.items() if k in ("run", "best validation", "test", "floor", "reward", "KL", "distinct-2")))
+        print("  ".join(f"{k} {number(v)}" for k, v in row.items()
+                        if k in ("run", "best validation", "test", "floor", "reward", "KL", "distinct-2")))
     print(f"written to {out}/report.md")
 
 

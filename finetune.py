@@ -50,8 +50,8 @@ from data import UserError, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, never_drawn
-from train import (MODELS, Trainer, add_device, build_model, clip_gradients, join_processes, load_run, parse, perplexity, pick_device,
-                   pick_dtype, read_checkpoint, take_arguments, with_context)
+from train import (MODELS, Trainer, add_device, build_model, clip_gradients, join_processes, load_run, parse, perplexity,
+                   pick_device, pick_dtype, read_checkpoint, take_arguments, with_context)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
@@ -85,7 +85,8 @@ class LateEmbedding(torch.nn.Module):
 
 
 class FineTuner(Trainer):
-    """train.py's loop with the products in a bfloat16 copy of the weights, or the weights shared out (see the top of this file)."""
+    """train.py's loop with the products in a bfloat16 copy of the weights, or the weights shared out (see the top of
+    this file)."""
     CHUNK = 20_000_000                          # parameters whose float32 gradients exist at a time
 
     def __init__(self, *args):
@@ -109,7 +110,8 @@ class FineTuner(Trainer):
             return super().distribute()
         mesh = init_device_mesh(self.device.type, (self.world,))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        for module in (*self.model.blocks, self.losses):            # what is gathered and let go at a time; the last: all the rest
+        # what is gathered and let go at a time; the last: all the rest
+        for module in (*self.model.blocks, self.losses):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         self.losses.to_empty(device=self.device)                    # the model came without memory
 
@@ -170,7 +172,8 @@ def memory_needed(model, args, dtype, world=1):
     c, n, bf16 = model.config, sum(p.numel() for p in model.parameters()), dtype == torch.bfloat16
     lean = args.accumulate == 1 and not model.recurrent and world == 1
     fixed = n * ((18 if bf16 and not lean else 16) + 4 * (world > 1))
-    if args.shard:                                  # gathered weights and their gradients in dtype, and these in float32 to be summed
+    # gathered weights and their gradients in dtype, and these in float32 to be summed
+    if args.shard:
         blocks = sum(p.numel() for p in model.blocks.parameters())
         fixed = 16 * n / world + (8 if bf16 else 12) * (n - blocks + 2 * blocks / c.n_layer)
     tokens, size = args.batch_size * min(args.block_size, context(model)) // args.accumulate // world, 2 if bf16 else 4
@@ -191,8 +194,8 @@ def memory_text(model, args, device, dtype, world=1):
         needed, there = needed * world, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     words = f"{sum(p.numel() for p in model.parameters()):,} parameters: training needs about {needed / 1e9:.1f} GB of memory"
     if there and needed > there:
-        words += (f", and this machine has {there / 1e9:.1f}. It will fail or crawl; take a smaller --batch-size or --block-size, "
-                  "--checkpointing, or a smaller base")
+        words += (f", and this machine has {there / 1e9:.1f}. It will fail or crawl; take a smaller --batch-size or "
+                  "--block-size, --checkpointing, or a smaller base")
     return words
 
 
@@ -219,7 +222,8 @@ def held_out(name, tokenizer, n):
     try:
         read = [(text.replace(data.SEPARATOR, "").strip(), tokenizer.encode(text)) for text in texts]
     except ValueError as e:
-        raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take a base that was trained with --tokenizer gpt2") from e
+        raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. "
+                        "Take a base that was trained with --tokenizer gpt2") from e
     read = [(text, ids) for text, ids in read if ids]
     if not read:
         raise UserError(f"{name} has no document to hold out: its last 5 % are the test split; take a longer text")
@@ -252,7 +256,8 @@ def measure(model, tokenizer, args, dtype):
         out["retained"] = perplexity(model, retained_ids(args.retain, tokenizer), dtype=dtype)
     for prompt in args.prompts:
         ids = encode_prompt(tokenizer, prompt)
-        new = generate(model, [ids], args.sample_tokens, args.temperature, eos=tokenizer.eos, seed=args.seed, banned=never_drawn(tokenizer))
+        new = generate(model, [ids], args.sample_tokens, args.temperature, eos=tokenizer.eos, seed=args.seed,
+                       banned=never_drawn(tokenizer))
         out["samples"].append({"prompt": prompt, "text": tokenizer.decode(new[0]).strip()})
     return out
 
@@ -274,13 +279,15 @@ def write_report(args, result, figures):
     if before["retained"]:
         rows.append([f"{args.retain} (not trained on), perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
     md = [f"# {args.base} fine-tuned on {args.data}\n",
-          f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens ({100 * args.data_fraction:g} % of the text), "
-          f"{result['epochs']:.2f} epochs, {result['seconds']:.0f} s at {number(result['tokens_per_second'], 0)} tokens/s, {result['dtype']}.\n",
+          f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
+          f"({100 * args.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, {result['seconds']:.0f} s at "
+          f"{number(result['tokens_per_second'], 0)} tokens/s, {result['dtype']}.\n",
           "## Perplexity before and after (Table 3)\n", table(["", "before", "after"], rows)]
     if result["floor"]:
         md.append(f"The grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n")
     texts = [text for text, _ in held_out(args.data, result["tokenizer"], min(20, args.held_out))]
-    md += [f"{len(before['documents'])} held-out documents, each read afresh, {before['tokens']:,} tokens; the first {len(texts)}:\n",
+    md += [f"{len(before['documents'])} held-out documents, each read afresh, {before['tokens']:,} tokens; "
+           f"the first {len(texts)}:\n",
            table(["document", "before", "after"], [[text if len(text) <= 80 else text[:80] + " …", b, a]
                                                    for text, b, a in zip(texts, before["documents"], after["documents"])])]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
@@ -305,7 +312,8 @@ def read_before(run):
     try:
         return json.loads((run / "before.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. Start anew with another --run") from e
+        raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. "
+                        "Start anew with another --run") from e
 
 
 def tune(args, device, dtype, checkpoint=None):
@@ -334,9 +342,11 @@ def tune(args, device, dtype, checkpoint=None):
     if world > 1 and rank == 0:
         dist.barrier()
     if len(corpus.ids["valid"]) < 2:
-        raise UserError(f"{args.data} is too short: its validation part (5 %, cut between lines) holds {len(corpus.ids['valid'])} tokens")
+        raise UserError(f"{args.data} is too short: its validation part (5 %, cut between lines) holds "
+                        f"{len(corpus.ids['valid'])} tokens")
     if resumed and args.text != corpus.fingerprint():
-        raise UserError(f"{args.data} is no longer the text that the run in {run} was started with; restore it, or start a new run")
+        raise UserError(f"{args.data} is no longer the text that the run in {run} was started with; "
+                        "restore it, or start a new run")
     args.text = corpus.fingerprint()
     train_ids = first_share(corpus.ids["train"], args.data_fraction, tokenizer.eos)
     cut = data.Streams if model.recurrent else data.Windows
@@ -348,7 +358,8 @@ def tune(args, device, dtype, checkpoint=None):
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
     valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
-    evaluate = lambda: {"val": perplexity(trainer.losses if args.shard else model, valid, rows=max(1, min(16, len(valid) // 500)), dtype=dtype)}
+    evaluate = lambda: {"val": perplexity(trainer.losses if args.shard else model, valid,
+                                          rows=max(1, min(16, len(valid) // 500)), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = args.go_on
     trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
@@ -376,7 +387,8 @@ def tune(args, device, dtype, checkpoint=None):
               "train_tokens": len(train_ids), "epochs": trainer.step / batches.steps_per_epoch, "steps": trainer.step,
               "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed, "device": device.type,
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds,
-              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)), "floor": grammar_floor(args.data, args.held_out, tokenizer),
+              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)),
+              "floor": grammar_floor(args.data, args.held_out, tokenizer),
               "before": before, "after": after, "args": kept_arguments(args)}
     write_report(args, result | {"tokenizer": tokenizer}, Figures(run))
     save_json(run / "result.json", result)                          # last: it says that the run is finished
@@ -397,13 +409,15 @@ def ablate(args, device, dtype):
     if (folder / "ablation.json").exists():
         for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
             if settings.get(name) != value:
-                raise UserError(f"the table in {folder} was begun with {name} {value}, not {settings.get(name)}; choose another folder with --run")
+                raise UserError(f"the table in {folder} was begun with {name} {value}, not {settings.get(name)}; "
+                                "choose another folder with --run")
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "ablation.json", settings)
     grid = [(e, f) for e in args.ablate_epochs for f in args.ablate_fractions]
     for epochs, fraction in grid:
         cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
-        one = argparse.Namespace(**vars(args) | {"epochs": epochs, "data_fraction": fraction, "run": str(cell), "before": before, "ablate": False,
+        one = argparse.Namespace(**vars(args) | {"epochs": epochs, "data_fraction": fraction, "run": str(cell),
+                                                 "before": before, "ablate": False,
                                                  "go_on": "the same command again; finished cells are not repeated"})
         if (cell / "result.json").exists():
             result = json.loads((cell / "result.json").read_text(encoding="utf-8"))
@@ -419,7 +433,8 @@ def ablate(args, device, dtype):
                      result["after"]["retained"] and result["after"]["retained"]["ppl"], result["after"]["samples"][0]["text"]])
     header = ["epochs", "share of the data", "mean of the documents' perplexities", "corpus perplexity",
               f"{result['args']['retain'] or 'another text'}, not trained on", f"continues: {result['args']['prompts'][0]}"]
-    rows.append(["none", "", before["mean"], before["corpus"], before["retained"] and before["retained"]["ppl"], before["samples"][0]["text"]])
+    rows.append(["none", "", before["mean"], before["corpus"], before["retained"] and before["retained"]["ppl"],
+                 before["samples"][0]["text"]])
     text = f"# {args.base} fine-tuned on {args.data}: epochs and share of the data (Table 6)\n\n" + table(header, rows)
     if result["floor"]:
         text += f"\nThe grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
@@ -453,7 +468,8 @@ def settle(args, model, tokenizer, world):
         args.prompts = default_prompts(args, tokenizer)
     for prompt in args.prompts:
         if len(encode_prompt(tokenizer, prompt)) > context(model):
-            raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context(model)} tokens; give shorter --prompts")
+            raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context(model)} tokens; "
+                            "give shorter --prompts")
     if args.retain is None:
         args.retain = "wikitext2" if is_pretrained(args.base) or qwen2 else open_run(args.base, "cpu").corpus
         try:
@@ -471,14 +487,18 @@ def parser():
                     description="Fine-tune all parameters of a trained model on other text, and show what changed.",
                     epilog="examples:\n  python finetune.py --base runs/transformer-finance --data stories\n"
                            "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")
-    p.add_argument("--base", default="Qwen/Qwen2-0.5B", help="a run of train.py; or Qwen2's weights: a folder, or their name on the "
-                   "hub, downloaded once (default: %(default)s, 1 GB)")
-    p.add_argument("--data", default="tinystories", help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file (default: %(default)s)")
+    p.add_argument("--base", default="Qwen/Qwen2-0.5B",
+                   help="a run of train.py; or Qwen2's weights: a folder, or their name on the hub, downloaded once "
+                        "(default: %(default)s, 1 GB)")
+    p.add_argument("--data", default="tinystories",
+                   help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file (default: %(default)s)")
     p.add_argument("--run", help="folder of the result (default: runs/finetune-BASE-DATA)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
-    p.add_argument("--epochs", type=float, default=2.0, metavar="E", help="passes over the training text (default: %(default)s)")
+    p.add_argument("--epochs", type=float, default=2.0, metavar="E",
+                   help="passes over the training text (default: %(default)s)")
     p.add_argument("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
-    p.add_argument("--data-fraction", type=float, default=0.9, metavar="F", help="the first share of the training text (default: %(default)s)")
+    p.add_argument("--data-fraction", type=float, default=0.9, metavar="F",
+                   help="the first share of the training text (default: %(default)s)")
     p.add_argument("--ablate", action="store_true", help="a complete run for every pair of the next two, and a table")
     p.add_argument("--ablate-epochs", type=float, nargs="+", default=[1.0, 2.0], metavar="E", help="default: 1 2")
     p.add_argument("--ablate-fractions", type=float, nargs="+", default=[0.6, 0.9], metavar="F", help="default: 0.6 0.9")
@@ -488,22 +508,30 @@ def parser():
     g.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
     g.add_argument("--batch-size", type=int, metavar="N", help="windows of a batch")
     g.add_argument("--block-size", type=int, metavar="N", help="tokens of a window, at most the base's context")
-    g.add_argument("--accumulate", type=int, default=1, metavar="N", help="cut a batch into N micro-batches: less memory (default: 1)")
-    g.add_argument("--checkpointing", action="store_true", help="keep the inputs of blocks only and compute the rest twice: less memory")
-    g.add_argument("--shard", action="store_true", help="under torchrun: each process holds its share of weights and moments only")
-    for name, kind, default, text in (("--weight-decay", float, 0.01, "AdamW's, on matrices"), ("--warmup", int, 100, "steps of linear "
-                                      "warm-up, at most a tenth of all"), ("--clip", float, 1.0, "largest gradient norm"),
-                                      ("--seed", int, 1, "of batches, dropout and samples"), ("--log-every", int, 10, "steps between rows of log.csv")):
+    g.add_argument("--accumulate", type=int, default=1, metavar="N",
+                   help="cut a batch into N micro-batches: less memory (default: 1)")
+    g.add_argument("--checkpointing", action="store_true",
+                   help="keep the inputs of blocks only and compute the rest twice: less memory")
+    g.add_argument("--shard", action="store_true",
+                   help="under torchrun: each process holds its share of weights and moments only")
+    for name, kind, default, text in (
+            ("--weight-decay", float, 0.01, "AdamW's, on matrices"),
+            ("--warmup", int, 100, "steps of linear warm-up, at most a tenth of all"),
+            ("--clip", float, 1.0, "largest gradient norm"), ("--seed", int, 1, "of batches, dropout and samples"),
+            ("--log-every", int, 10, "steps between rows of log.csv")):
         g.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     g.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: a 20th of the run)")
     m = p.add_argument_group("before and after")
     m.add_argument("--held-out", type=int, default=200, metavar="N", help="documents of the test split (default: %(default)s)")
-    m.add_argument("--retain", metavar="DATA", help="a text that is not trained on (default: what the base was trained on; wikitext2 for Qwen2)")
-    m.add_argument("--prompts", nargs="+", metavar="TEXT", help="to continue (default: a knight's journey and the climate; for an "
-                   "embedded language the beginnings of a document of --data and of another one)")
+    m.add_argument("--retain", metavar="DATA",
+                   help="a text that is not trained on (default: what the base was trained on; wikitext2 for Qwen2)")
+    m.add_argument("--prompts", nargs="+", metavar="TEXT",
+                   help="to continue (default: a knight's journey and the climate; for an embedded language the beginnings "
+                        "of a document of --data and of another one)")
     m.add_argument("--sample-tokens", type=int, default=60, metavar="N", help="default: %(default)s")
     m.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of the samples (default: %(default)s)")
-    m.add_argument("--eval-tokens", type=int, default=8192, metavar="N", help="of the validation split, for the loss curve (default: %(default)s)")
+    m.add_argument("--eval-tokens", type=int, default=8192, metavar="N",
+                   help="of the validation split, for the loss curve (default: %(default)s)")
     add_device(p)
     return p
 
@@ -516,10 +544,12 @@ def arguments(argv=None):
         p.error("--data-fraction and --ablate-fractions must be above 0 and at most 1")
     if not all(0 < e < math.inf for e in args.ablate_epochs):
         p.error("--ablate-epochs must be above 0")
-    if not 0 <= args.seed < 2 ** 63 or not 0 <= args.weight_decay < math.inf or args.warmup < 0 or not 0 <= args.temperature < math.inf:
+    if (not 0 <= args.seed < 2 ** 63 or not 0 <= args.weight_decay < math.inf or args.warmup < 0
+            or not 0 <= args.temperature < math.inf):
         p.error("--seed, --weight-decay, --warmup and --temperature must not be negative")
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        p.error("--shard shares a model out among processes; start them with: torchrun --nproc-per-node 2 -- finetune.py --shard")
+        p.error("--shard shares a model out among processes; start them with: "
+                "torchrun --nproc-per-node 2 -- finetune.py --shard")
     if args.ablate and ("RANK" in os.environ or args.steps):
         p.error("--ablate runs in one process, and its cells say how long")
     args.run = args.run or f"runs/{'ablate' if args.ablate else 'finetune'}-{Path(args.base).name}-{Path(args.data).stem}"
@@ -532,12 +562,13 @@ def main(argv=None):
     if args.resume and not args.ablate:
         checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py", mmap=args.shard)
         if "data_fraction" not in checkpoint.get("args", {}):
-            raise UserError(f"{args.run} is not a run of finetune.py; python train.py --resume --run {args.run} may go on with it")
+            raise UserError(f"{args.run} is not a run of finetune.py; "
+                            f"python train.py --resume --run {args.run} may go on with it")
         take_arguments(args, checkpoint["args"])
     elif any(file for pattern in ("*.pt", "config.json", "result.json") for file in Path(args.run).glob(pattern)) \
             and not (Path(args.run) / "ablation.json").exists() and os.environ.get("RANK", "0") == "0":
-        raise UserError(f"{args.run} already holds a run or weights. Go on with it: python finetune.py --resume --run {args.run}; or choose "
-                        "another folder with --run")
+        raise UserError(f"{args.run} already holds a run or weights. Go on with it: "
+                        f"python finetune.py --resume --run {args.run}; or choose another folder with --run")
     rank, world, device = join_processes(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
     if args.ablate:
@@ -547,9 +578,10 @@ def main(argv=None):
     result = tune(args, device, dtype, checkpoint)
     if rank == 0:
         before, after = result["before"], result["after"]
-        print(f"{args.base} on {args.data}: corpus perplexity {before['corpus']:.2f} before, {after['corpus']:.2f} after, mean of documents "
-              f"{before['mean']:.2f}, {after['mean']:.2f}" + (f", {args.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"
-                                                              if before["retained"] else ""))
+        print(f"{args.base} on {args.data}: corpus perplexity {before['corpus']:.2f} before, {after['corpus']:.2f} after, "
+              f"mean of documents {before['mean']:.2f}, {after['mean']:.2f}"
+              + (f", {args.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"
+                 if before["retained"] else ""))
         print(f"written to {args.run}/report.md. Next: python sample.py --run {args.run}")
     if world > 1:
         dist.barrier()

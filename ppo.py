@@ -41,11 +41,12 @@ Of "The N Implementation Details of RLHF with PPO" (Huang et al. 2023), in its o
   other seeds in other processes                             one process
   reward at the last token only                              yes
   reward head's initialisation                               the head of --train-reward: BERT's classifier
-  reward normalised to mean 0, variance 1                    no: the report is in the scorer's logits, and whitened advantages do not
-      see the scale; the KL coefficient does, so it belongs to a scorer
+  reward normalised to mean 0, variance 1                    no: the report is in the scorer's logits, and whitened
+      advantages do not see the scale; the KL coefficient does, so it belongs to a scorer
   logits divided by the temperature everywhere               temperature 1
   value head begins at zero                                  yes
-  prompts that begin and end with a full stop                no: the first 2 to 8 tokens of reviews, as in the experiment reproduced
+  prompts that begin and end with a full stop                no: the first 2 to 8 tokens of reviews, as in the
+      experiment reproduced
   rejection of responses without a full stop                 no, for the same reason
   discount 1                                                 yes (--gamma), lambda 0.95
   batch, minibatch, micro-batch                              a batch of --batch-size responses, --epochs times in minibatches
@@ -54,14 +55,15 @@ Of "The N Implementation Details of RLHF with PPO" (Huang et al. 2023), in its o
       variance. Rewards are not: dividing them would change what a nat of KL costs
   clipped value loss                                         yes
   adaptive KL coefficient                                    yes (--kl-target), and fixed
-  Adam's epsilon, inside or outside the bias correction      PyTorch's Adam with epsilon 1e-5, which damps the first updates likewise
-Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--kl-stop); the value head learns ten
-times as fast, because it begins at zero; in bfloat16 the old and the reference log-probabilities come from the same forward pass
-as the new ones, so that the ratio begins at 1 (but for rounding) and the KL at 0.
+  Adam's epsilon, inside or outside the bias correction      PyTorch's Adam with epsilon 1e-5, which damps the first
+      updates likewise
+Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--kl-stop); the value head
+learns ten times as fast, because it begins at zero; in bfloat16 the old and the reference log-probabilities come from
+the same forward pass as the new ones, so that the ratio begins at 1 (but for rounding) and the KL at 0.
 
-The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate; --repetition-coef, which takes
-1 - distinct-2 of the batch from the reward, shared out among the responses by what each repeats; --sft-coef and --sft-every,
-supervised training on real text within every update, or after some iterations.
+The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate; --repetition-coef,
+which takes 1 - distinct-2 of the batch from the reward, shared out among the responses by what each repeats; --sft-coef
+and --sft-every, supervised training on real text within every update, or after some iterations.
 """
 import argparse
 import copy
@@ -89,8 +91,8 @@ from finetune import C, context, is_embedded, kept_arguments, read_before
 from qwen_load import is_pretrained, read_json, read_parameters, repo_folder, save_model, write_safetensors
 from rnn import compute_dtype
 from sample import encode_prompt, end_tokens, never_drawn, steps
-from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, learning_rate, load_run, parse, pick_device, pick_dtype,
-                   read_checkpoint, take_arguments)
+from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, learning_rate, load_run, parse,
+                   pick_device, pick_dtype, read_checkpoint, take_arguments)
 
 
 # ------------------------------------------------------------------------------------------------------- WordPiece
@@ -106,8 +108,8 @@ class PerCharacter(dict):
         return self[code]
 
 
-IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF),
-              (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+              (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
 
 
 def clean(ch):
@@ -126,7 +128,8 @@ def apart(ch):
 
 
 CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
-PLAIN = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch.lower())     # no accents; a last sigma is as any other
+# no accents; a last sigma is as any other
+PLAIN = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch.lower())
 
 
 def basic_words(text):
@@ -152,7 +155,8 @@ class WordPiece:
         if word not in self.memo:
             ids, start = [], 0
             while start < len(word) <= 100:
-                end = next((e for e in range(len(word), start, -1) if ("##" if start else "") + word[start:e] in self.ids), None)
+                end = next((e for e in range(len(word), start, -1)
+                            if ("##" if start else "") + word[start:e] in self.ids), None)
                 if end is None:
                     break
                 ids.append(self.ids[("##" if start else "") + word[start:end]])
@@ -214,7 +218,8 @@ class SelfAttention(nn.Module):
         """x [B, T, D], bias [B, 1, 1, T]: 0 where there is a token, -inf at padding."""
         B, T, D = x.shape
         q, k, v = (lin(x).view(B, T, self.n_heads, -1).transpose(1, 2) for lin in (self.q_lin, self.k_lin, self.v_lin))
-        if T > 64:                                                          # torch's fused form: a step of 32 texts 144 ms at T = 256, this one 178
+        # torch's fused form: a step of 32 texts 144 ms at T = 256, this one 178
+        if T > 64:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
             y = torch.softmax(q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2) + bias, -1) @ v
@@ -224,7 +229,8 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.lin1, self.lin2, self.dropout = nn.Linear(c.dim, c.hidden_dim), nn.Linear(c.hidden_dim, c.dim), nn.Dropout(c.dropout)
+        self.lin1, self.lin2, self.dropout = (nn.Linear(c.dim, c.hidden_dim), nn.Linear(c.hidden_dim, c.dim),
+                                              nn.Dropout(c.dropout))
 
     def forward(self, x):
         return self.dropout(self.lin2(F.gelu(self.lin1(x))))
@@ -251,7 +257,8 @@ class EncoderLayer(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.word_embeddings, self.position_embeddings = nn.Embedding(c.vocab_size, c.dim), nn.Embedding(c.max_position_embeddings, c.dim)
+        self.word_embeddings, self.position_embeddings = (nn.Embedding(c.vocab_size, c.dim),
+                                                          nn.Embedding(c.max_position_embeddings, c.dim))
         self.LayerNorm, self.dropout = layer_norm(c.dim), nn.Dropout(c.dropout)
 
     def forward(self, tokens):
@@ -307,8 +314,8 @@ def positive_label(config, folder):
         raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two, a negative one and a positive one")
     positive = [int(i) for i, label in labels.items() if str(label).lower().startswith("pos")]
     if len(positive) != 1:
-        raise UserError(f"{folder}: which of the labels {', '.join(map(str, labels.values()))} is the positive one? Call it POSITIVE in "
-                        "id2label of config.json")
+        raise UserError(f"{folder}: which of the labels {', '.join(map(str, labels.values()))} is the positive one? "
+                        "Call it POSITIVE in id2label of config.json")
     return positive[0]
 
 
@@ -318,27 +325,31 @@ def our_scorer_name(name):
 
 
 def load_scorer(name, device="cpu", dtype=torch.float32):
-    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what --train-reward writes is one) or
-    the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval mode. UserError for what is not one."""
+    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what --train-reward writes
+    is one) or the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval mode. UserError for what is not
+    one."""
     if not Path(name).is_dir() and Path(name).parent.name == "runs":
-        raise UserError(f"there is no scorer at {name}. Train one first: python ppo.py --train-reward --data reviews --run {name}")
+        raise UserError(f"there is no scorer at {name}. "
+                        f"Train one first: python ppo.py --train-reward --data reviews --run {name}")
     folder = repo_folder(name)
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no scorer: there is no config.json. Train one: python ppo.py --train-reward --data reviews --run FOLDER")
+        raise UserError(f"{folder} holds no scorer: there is no config.json. "
+                        "Train one: python ppo.py --train-reward --data reviews --run FOLDER")
     c = read_json(folder / "config.json")
     if c.get("model_type") != "distilbert" or c.get("activation", "gelu") != "gelu" or c.get("sinusoidal_pos_embds"):
-        raise UserError(f"{folder}/config.json describes a {c.get('model_type')} model that is not implemented; a scorer is a DistilBERT with GELU "
-                        "and learned positions, as lvwerra/distilbert-imdb")
+        raise UserError(f"{folder}/config.json describes a {c.get('model_type')} model that is not implemented; "
+                        "a scorer is a DistilBERT with GELU and learned positions, as lvwerra/distilbert-imdb")
     try:
-        config = ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"], c.get("max_position_embeddings", 512),
-                              c.get("dropout", 0.1), positive_label(c, folder))
+        config = ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"],
+                              c.get("max_position_embeddings", 512), c.get("dropout", 0.1), positive_label(c, folder))
         vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except KeyError as e:
         raise UserError(f"{folder}/config.json does not say {e}") from e
     except FileNotFoundError as e:
         raise UserError(f"{folder}/vocab.txt is missing; fetch it again") from e
     if len(vocab) > config.vocab_size:
-        raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it {config.vocab_size:,}: they do not belong together")
+        raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it {config.vocab_size:,}: "
+                        "they do not belong together")
     with torch.device("meta"):
         scorer = Scorer(config, WordPiece(vocab))
     state = read_parameters(scorer, folder, our_scorer_name, device, dtype)
@@ -352,7 +363,8 @@ def save_scorer(scorer, folder):
     """Write a folder in the hub's layout, which transformers opens as it is."""
     c, folder = scorer.config, Path(folder)
     config = {"architectures": ["DistilBertForSequenceClassification"], "model_type": "distilbert", "activation": "gelu",
-              "sinusoidal_pos_embds": False, "attention_dropout": c.dropout, "seq_classif_dropout": c.dropout, "pad_token_id": scorer.tokenizer.pad,
+              "sinusoidal_pos_embds": False, "attention_dropout": c.dropout, "seq_classif_dropout": c.dropout,
+              "pad_token_id": scorer.tokenizer.pad,
               "id2label": {str(i): "POSITIVE" if i == c.positive else "NEGATIVE" for i in (0, 1)},
               "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
     config.pop("positive")
@@ -373,7 +385,8 @@ class Texts:
     def __init__(self, scorer, texts, labels, batch_size, seed):
         self.scorer, self.texts, self.labels, self.batch_size, self.seed = scorer, texts, labels, batch_size, seed
         fits = scorer.config.max_position_embeddings - 2
-        self.block_size = round(sum(min(len(t), fits) + min(len(t), 32) for t in texts) / len(texts) / 2)   # pieces of a text, roughly
+        # pieces of a text, roughly
+        self.block_size = round(sum(min(len(t), fits) + min(len(t), 32) for t in texts) / len(texts) / 2)
         self.steps_per_epoch, self.planned = len(texts) // batch_size, (None, None)
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
@@ -403,7 +416,8 @@ class Texts:
         if self.planned[0] != epoch:
             self.planned = epoch, self.plan(epoch)
         crops = self.planned[1][k]
-        return self.scorer.batch([self.texts[t][start:end] for t, start, end in crops]), torch.tensor([self.labels[t] for t, _, _ in crops])
+        return (self.scorer.batch([self.texts[t][start:end] for t, start, end in crops]),
+                torch.tensor([self.labels[t] for t, _, _ in crops]))
 
 
 class ScorerTrainer(Trainer):
@@ -436,35 +450,40 @@ def train_reward(args, device, dtype, checkpoint=None):
     run = Path(args.run)
     splits = {split: data.labelled(args.data, split) for split in ("train", "valid", "test")}
     torch.manual_seed(args.seed)
-    tokenizer = WordPiece(checkpoint["tokenizer"]["vocab"]) if checkpoint else build_wordpiece(text for text, _ in splits["train"])
+    tokenizer = (WordPiece(checkpoint["tokenizer"]["vocab"]) if checkpoint
+                 else build_wordpiece(text for text, _ in splits["train"]))
     ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
     labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
     scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
-    for name, p in scorer.named_parameters():                       # BERT's; a wider embedding learns little in a short training
+    # BERT's; a wider embedding learns little in a short training
+    for name, p in scorer.named_parameters():
         if p.dim() == 2:
             nn.init.normal_(p, 0.0, 0.02 if "embeddings" in name else p.shape[1] ** -0.5)
     batches = Texts(scorer, ids["train"], labels["train"], args.batch_size, args.seed)
-    trainer = ScorerTrainer(args, "scorer", scorer, tokenizer, batches, lambda: {"val": accuracy(scorer, ids["valid"], labels["valid"], dtype)}, device, dtype)
+    trainer = ScorerTrainer(args, "scorer", scorer, tokenizer, batches,
+                            lambda: {"val": accuracy(scorer, ids["valid"], labels["valid"], dtype)}, device, dtype)
     trainer.go_on = f"python ppo.py --train-reward --resume --run {run}"
     trainer.warmup = min(100, max(1, trainer.steps // 10))
     if checkpoint:
         trainer.resume(checkpoint)
     trainer.open_log(resumed=bool(checkpoint))
-    trainer.show(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on {len(ids['train']):,} texts of {args.data}, {trainer.steps} "
-                 f"steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    trainer.show(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on {len(ids['train']):,} texts "
+                 f"of {args.data}, {trainer.steps} steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
     trainer.fit()
     scorer.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     short = [t[:32] for t in ids["test"]]
     whole, beginning = accuracy(scorer, ids["test"], labels["test"], dtype), accuracy(scorer, short, labels["test"], dtype)
     save_scorer(scorer, run)
-    result = {"model": "scorer", "data": args.data, "params": sum(p.numel() for p in scorer.parameters()), "vocabulary": len(tokenizer.vocab),
-              "seconds": trainer.seconds, "steps": trainer.step, "best_step": trainer.best_step, "seed": args.seed, "held_out": len(short),
-              "accuracy": whole["accuracy"], "accuracy_first_32": beginning["accuracy"], "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    result = {"model": "scorer", "data": args.data, "params": sum(p.numel() for p in scorer.parameters()),
+              "vocabulary": len(tokenizer.vocab), "seconds": trainer.seconds, "steps": trainer.step,
+              "best_step": trainer.best_step, "seed": args.seed, "held_out": len(short),
+              "accuracy": whole["accuracy"], "accuracy_first_32": beginning["accuracy"],
+              "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     save_json(run / "result.json", result)
     for checkpoint in run.glob("*.pt"):                             # the folder is the scorer now
         checkpoint.unlink()
-    print(f"scorer on {args.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts {whole['accuracy']:.1%}, "
-          f"on their first 32 pieces {beginning['accuracy']:.1%}, {trainer.seconds:.0f} s")
+    print(f"scorer on {args.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts "
+          f"{whole['accuracy']:.1%}, on their first 32 pieces {beginning['accuracy']:.1%}, {trainer.seconds:.0f} s")
     print(f"written to {run}")
 
 
@@ -541,8 +560,9 @@ def repetition(ids):
 
 
 def shared_repetition(texts):
-    """What the responses of a batch (lists of ids) repeat, of themselves and of each other: a bigram that stands n times in the
-    batch counts 1 - 1/n. -> the mean over each response's bigrams; over all bigrams together it is 1 - distinct-2 of the batch."""
+    """What the responses of a batch (lists of ids) repeat, of themselves and of each other: a bigram that stands n
+    times in the batch counts 1 - 1/n. -> the mean over each response's bigrams; over all bigrams together it is
+    1 - distinct-2 of the batch."""
     counts = Counter(pair for ids in texts for pair in zip(ids, ids[1:]))
     return [sum(1 - 1 / counts[pair] for pair in zip(ids, ids[1:])) / max(1, len(ids) - 1) for ids in texts]
 
@@ -572,8 +592,8 @@ def read_prompts(name, split, tokenizer, most=10_000):
         try:
             head, ids = encode_prompt(tokenizer, "")[:tokenizer.kind != "qwen2"], tokenizer.encode(beginning)
         except ValueError as e:
-            raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take --data reviews for a base on an embedded language, "
-                            "or a base that was trained with --tokenizer gpt2") from e
+            raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take --data reviews for a base on an "
+                            "embedded language, or a base that was trained with --tokenizer gpt2") from e
         if len(ids) >= 2:
             prompts.append(head + ids[:rng.randint(2, 8)])
     return prompts
@@ -594,7 +614,8 @@ class Responses:
 def roll_out(model, prompts, n_tokens, ends, seed, banned=()):
     """Continue each prompt by at most n_tokens, at temperature 1 and from the whole distribution."""
     drawn = [(token, log_prob) for token, log_prob, _ in steps(model, prompts, n_tokens, eos=ends, seed=seed, banned=banned)]
-    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))              # [B, S]: each row's prompt is forced, then it answers
+    # [B, S]: each row's prompt is forced, then it answers
+    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))
     new, device = token >= 0, token.device
     start = torch.tensor([len(p) for p in prompts], device=device)
     length = new.sum(1)
@@ -630,8 +651,9 @@ class Judge:
             raise UserError("every response is empty: the policy ends its texts at once. Take another base, or a smaller --lr")
         scores = self.scorer.score(self.texts(responses)).float().cpu()
         if not scores.isfinite().all():
-            raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a reward that is not a number: its "
-                            f"weights are damaged, or not those of a scorer. What was saved in {self.args.run} is whole")
+            raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a reward that "
+                            "is not a number: its weights are damaged, or not those of a scorer. "
+                            f"What was saved in {self.args.run} is whole")
         return scores
 
     def hidden(self, model, responses, rows):
@@ -655,9 +677,11 @@ class Judge:
         for rows in torch.arange(len(mask)).split(self.args.minibatch):
             inside = mask[rows] > 0
             with self.autocast(mask.device):
-                hidden, ref_hidden, found = self.hidden(model, responses, rows), self.hidden(self.reference, responses, rows), []
+                hidden, ref_hidden, found = (self.hidden(model, responses, rows),
+                                             self.hidden(self.reference, responses, rows), [])
                 few = max(1, (1 << 21) // model.head.out_features)          # tokens whose distributions stay in a CPU's cache
-                for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few), responses.actions[rows][inside].split(few)):
+                for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few),
+                                            responses.actions[rows][inside].split(few)):
                     log_p, log_q, action = self.log_softmax(model, h), self.log_softmax(self.reference, ref_h), action[:, None]
                     p = log_p.exp()
                     entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
@@ -677,8 +701,9 @@ class Judge:
             kl, nll, n = there["kl"].sum(1), -there["ref_log_prob"].sum(1), responses.mask.sum(1)
             for k, text in enumerate(self.texts(responses)):
                 prompt = self.tokenizer.decode(responses.prompts[k][self.tokenizer.kind != "qwen2":])
-                each.append({"prompt": prompt, "text": text, "reward": rewards[k].item(), "kl": kl[k].item(), "tokens": int(n[k]),
-                             "ref_ppl": math.exp(min(nll[k].item() / int(n[k]), 700)), "repetition": repetition(responses.ids[k])})
+                each.append({"prompt": prompt, "text": text, "reward": rewards[k].item(), "kl": kl[k].item(),
+                             "tokens": int(n[k]), "ref_ppl": math.exp(min(nll[k].item() / int(n[k]), 700)),
+                             "repetition": repetition(responses.ids[k])})
             ids += responses.ids
         column = lambda name: np.array([r[name] for r in each])
         tokens = column("tokens")
@@ -692,8 +717,9 @@ class Judge:
 class PPO(Trainer):
     """train.py's loop, in which a step is an iteration of PPO: respond, score, compare, update."""
     KEPT = *Trainer.KEPT, "kl_coef", "best_scores"
-    COLUMNS = ("reward", "reward_sd", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss", "value_loss", "explained_variance",
-               "length", "distinct_2", "repetition", "sft_loss", "grad_norm", "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
+    COLUMNS = ("reward", "reward_sd", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss",
+               "value_loss", "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm",
+               "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
 
     def __init__(self, args, kind, model, tokenizer, prompts, evaluate, device, dtype, judge, text=None):
         super().__init__(args, kind, model, tokenizer, prompts, evaluate, device, dtype)
@@ -702,21 +728,24 @@ class PPO(Trainer):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.parameters = [*model.parameters(), *self.value_head.parameters()]
-        groups = [{"params": list(model.parameters()), "faster": 1}, {"params": list(self.value_head.parameters()), "faster": 10}]
+        groups = [{"params": list(model.parameters()), "faster": 1},
+                  {"params": list(self.value_head.parameters()), "faster": 10}]
         self.optimizer = torch.optim.Adam(groups, args.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"))
         self.sampler = copy.deepcopy(model).to(dtype) if dtype == torch.bfloat16 and not model.recurrent else model
 
     def train_step(self):
         """One iteration; -> the mean reward."""
         args = self.args
-        self.model.eval()                                                   # no dropout: the ratio is to be 1 before the first update
+        # no dropout: the ratio is to be 1 before the first update
+        self.model.eval()
         self.learning_rate = learning_rate(self.step, self.steps, args.lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["faster"] * self.learning_rate              # the value head begins at zero
         started = time.perf_counter()
         if self.sampler is not self.model:
             self.sampler.load_state_dict(self.model.state_dict())
-        r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends, self.seed_of(0), self.judge.banned)
+        r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends, self.seed_of(0),
+                     self.judge.banned)
         rolled = time.perf_counter()
         score = self.judge.reward(r)                                        # [B]
         repeated = torch.tensor(shared_repetition(r.ids))
@@ -740,12 +769,15 @@ class PPO(Trainer):
         tokens, rows = r.mask.sum(), len(r.mask)
         mean_of = lambda name: (lambda v: sum(v) / len(v) if v else "")([u[name] for u in updates if name in u])
         self.row = {"reward": score.mean().item(), "reward_sd": score.std().item(), "kl": old["kl"].sum().item() / rows,
-                    "kl_estimate": kl_estimate.sum().item() / rows, "kl_coef": self.kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
-                    "explained_variance": explained.item(), "length": tokens.item() / rows, "distinct_2": distinct(r.ids, 2) or "",
-                    "repetition": sum(map(repetition, r.ids)) / rows, "updates": len(updates), "seconds_rollout": rolled - started,
-                    "seconds_scoring": scored - rolled, "seconds_update": time.perf_counter() - scored}
+                    "kl_estimate": kl_estimate.sum().item() / rows, "kl_coef": self.kl_coef,
+                    "entropy": (old["entropy"].sum() / tokens).item(), "explained_variance": explained.item(),
+                    "length": tokens.item() / rows, "distinct_2": distinct(r.ids, 2) or "",
+                    "repetition": sum(map(repetition, r.ids)) / rows, "updates": len(updates),
+                    "seconds_rollout": rolled - started, "seconds_scoring": scored - rolled,
+                    "seconds_update": time.perf_counter() - scored}
         self.row |= {name: mean_of(name) for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm")}
-        if args.kl_target:                                                  # as Ziegler et al. 2019, section 2.2, but slow to fall: KL begins at 0
+        # as Ziegler et al. 2019, section 2.2, but slow to fall: KL begins at 0
+        if args.kl_target:
             self.kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (self.row["kl"] / args.kl_target - 1)))
         self.step += 1
         self.stopping = self.interrupted
@@ -762,7 +794,8 @@ class PPO(Trainer):
                 with self.judge.autocast(self.device):
                     hidden = self.judge.hidden(self.model, r, rows)
                     dtype = compute_dtype(hidden)
-                log_prob = TokenLogProb.apply(hidden.to(dtype), self.model.head.weight, self.model.head.bias, r.actions[rows][inside], self.judge.banned)
+                log_prob = TokenLogProb.apply(hidden.to(dtype), self.model.head.weight, self.model.head.bias,
+                                              r.actions[rows][inside], self.judge.banned)
                 loss, clipped, kl = policy_loss(log_prob, part["log_prob"], part["advantage"], args.clip_range)
                 if kl > args.kl_stop:                                       # too far from what drew these responses
                     return updates
@@ -775,7 +808,8 @@ class PPO(Trainer):
         return updates
 
     def supervised(self, k, coef):
-        """Add the gradient of coef times the loss on the k-th batch of text of this iteration; -> the loss in nats per token."""
+        """Add the gradient of coef times the loss on the k-th batch of text of this iteration; -> the loss in nats per
+        token."""
         per_iteration = (self.args.epochs + 1) * self.args.batch_size // self.args.minibatch
         x, y = (t.to(self.device) for t in self.text.batch(self.step * per_iteration + k))
         with self.judge.autocast(self.device):
@@ -786,8 +820,8 @@ class PPO(Trainer):
     def apply_gradients(self):
         norm = clip_gradients(self.parameters, self.args.clip)
         if not math.isfinite(norm):
-            raise NotFinite(f"the gradient is not finite in iteration {self.step}. The last good checkpoint is kept in {self.run}; train anew with a "
-                            "smaller --lr and another --run")
+            raise NotFinite(f"the gradient is not finite in iteration {self.step}. The last good checkpoint is kept in "
+                            f"{self.run}; train anew with a smaller --lr and another --run")
         self.update()
         return norm
 
@@ -813,8 +847,8 @@ class PPO(Trainer):
         self.write_row([row.get(c, "") for c in self.columns])
 
     def evaluate_and_log(self):
-        """best.pt is the policy with the highest reward - coefficient * KL on the validation split's prompts; where the coefficient
-        adapts, at its value of now, for the best so far too."""
+        """best.pt is the policy with the highest reward - coefficient * KL on the validation split's prompts; where the
+        coefficient adapts, at its value of now, for the best so far too."""
         scores = self.evaluate()
         worth = lambda reward, kl: reward - self.kl_coef * kl
         better = self.best_scores is None or worth(scores["reward"], scores["kl"]) > worth(*self.best_scores)
@@ -824,10 +858,12 @@ class PPO(Trainer):
         return scores, better
 
     def status(self, reward):
-        return f"iteration {self.step}/{self.steps}  reward {reward:.2f}  KL {self.row['kl']:.2f}  coefficient {self.kl_coef:.3f}"
+        return (f"iteration {self.step}/{self.steps}  reward {reward:.2f}  KL {self.row['kl']:.2f}  "
+                f"coefficient {self.kl_coef:.3f}")
 
     def verdict(self, scores, better):
-        return f"evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}"
+        return (f"evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, "
+                f"distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}")
 
 
 EVALUATED = ("reward", "reward_sd", "kl", "distinct_2", "repetition", "length", "ref_ppl")
@@ -836,8 +872,9 @@ EVALUATED = ("reward", "reward_sd", "kl", "distinct_2", "repetition", "length", 
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 NAMED = "Life Begins", "Now I don't", "There are no people like"       # prompts of the report, before those of the test split
-REPORTED = (("reward", "reward, mean"), ("reward_sd", "reward, standard deviation"), ("kl", "KL to the reference, nats a response"),
-            ("distinct_2", "distinct-2"), ("repetition", "repeated bigrams in a response, share"), ("ref_ppl", "perplexity under the reference"),
+REPORTED = (("reward", "reward, mean"), ("reward_sd", "reward, standard deviation"),
+            ("kl", "KL to the reference, nats a response"), ("distinct_2", "distinct-2"),
+            ("repetition", "repeated bigrams in a response, share"), ("ref_ppl", "perplexity under the reference"),
             ("length", "tokens of a response"))
 
 
@@ -876,22 +913,29 @@ def write_report(args, result, figures):
     """report.md: figures before and after, Figure 5, Tables 7 and 8."""
     before, after, run = result["before"], result["after"], Path(args.run)
     shown = [("repetition", lambda r: r["repetition"]), ("perplexity under the reference", lambda r: math.log(r["ref_ppl"]))]
-    repairs = [f"KL coefficient {args.kl_coef:g}" + (f", adapted to {args.kl_target:g} nats" if args.kl_target else ", fixed"), f"lr {args.lr:g}"]
-    repairs += [f"{name.replace('_', '-')} {getattr(args, name):g}" for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(args, name)]
+    repairs = [f"KL coefficient {args.kl_coef:g}" + (f", adapted to {args.kl_target:g} nats" if args.kl_target else ", fixed"),
+               f"lr {args.lr:g}"]
+    repairs += [f"{name.replace('_', '-')} {getattr(args, name):g}"
+                for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(args, name)]
     md = [f"# {args.base} with PPO, rewarded by {args.scorer}\n",
-          f"{result['steps']} iterations of {args.batch_size} responses of at most {args.response_tokens} tokens to beginnings of {args.data}, "
-          f"{result['seconds']:.0f} s; {', '.join(repairs)}; the best policy is that of iteration {result['best_step']}.\n",
+          f"{result['steps']} iterations of {args.batch_size} responses of at most {args.response_tokens} tokens to "
+          f"beginnings of {args.data}, {result['seconds']:.0f} s; {', '.join(repairs)}; "
+          f"the best policy is that of iteration {result['best_step']}.\n",
           f"## Before and after, {len(before['each'])} held-out prompts\n",
           table(["", "before", "after"], [[label, before[name], after[name]] for name, label in REPORTED]),
           f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n",
-          "## Reward (Figure 5)\n", figures.draw("rewards", "Reward, KL and variety while training", paint_rewards(read_log(run / "log.csv")), panels=3),
+          "## Reward (Figure 5)\n",
+          figures.draw("rewards", "Reward, KL and variety while training", paint_rewards(read_log(run / "log.csv")),
+                       panels=3),
           "## The same prompts, the same seed (Table 7)\n",
           table(["prompt", "before", "reward", "after", "reward"],
-                [[b["prompt"], b["text"], b["reward"], a["text"], a["reward"]] for b, a in list(zip(before["each"], after["each"]))[:8]]),
+                [[b["prompt"], b["text"], b["reward"], a["text"], a["reward"]]
+                 for b, a in list(zip(before["each"], after["each"]))[:8]]),
           "## Unexpected outputs, found automatically (Table 8)\n"]
     for name, badness in shown:
-        md += [f"High reward with high {name}:\n", table(["text", "reward", "repeated bigrams", "perplexity under the reference"],
-                                                        [[r["text"], r["reward"], r["repetition"], r["ref_ppl"]] for r in worst(after["each"], badness)])]
+        md += [f"High reward with high {name}:\n",
+               table(["text", "reward", "repeated bigrams", "perplexity under the reference"],
+                     [[r["text"], r["reward"], r["repetition"], r["ref_ppl"]] for r in worst(after["each"], badness)])]
     write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
 
 
@@ -907,13 +951,13 @@ def check_fit(args, model, scorer, tokenizer, prompts):
     """UserError for prompts that are too long, and for a scorer that cannot read what the policy writes."""
     longest, limit = max(map(len, prompts)), context(model)
     if longest + args.response_tokens > limit:
-        raise UserError(f"a prompt of {longest} tokens and a response of {args.response_tokens} do not fit the base's context of {limit}; take a smaller "
-                        "--response-tokens, or a base with a larger --block-size")
+        raise UserError(f"a prompt of {longest} tokens and a response of {args.response_tokens} do not fit the base's "
+                        f"context of {limit}; take a smaller --response-tokens, or a base with a larger --block-size")
     pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(tokenizer.decode(prompt))]
     unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
     if unknown > 0.3:
-        raise UserError(f"{args.base} and {args.scorer} do not fit: the scorer does not know {unknown:.0%} of the words of the prompts. Train one on the "
-                        f"same reviews: python ppo.py --train-reward --data {args.data}")
+        raise UserError(f"{args.base} and {args.scorer} do not fit: the scorer does not know {unknown:.0%} of the words of "
+                        f"the prompts. Train one on the same reviews: python ppo.py --train-reward --data {args.data}")
 
 
 def settle(args, tokenizer):
@@ -932,7 +976,8 @@ def train_policy(args, device, dtype, checkpoint=None):
     """PPO as args say, into the folder args.run."""
     run, resumed = Path(args.run), checkpoint is not None
     if not is_pretrained(args.base) and not Path(args.base).is_dir():
-        raise UserError(f"there is no run at {args.base}. Train one first: python train.py --model transformer --data reviews --run {args.base}")
+        raise UserError(f"there is no run at {args.base}. "
+                        f"Train one first: python train.py --model transformer --data reviews --run {args.base}")
     reference, tokenizer, _ = load_run(args.base, device, torch.float32)
     if not resumed:
         settle(args, tokenizer)
@@ -944,13 +989,16 @@ def train_policy(args, device, dtype, checkpoint=None):
     check_fit(args, reference, scorer, tokenizer, prompts["train"] + test)
     weights = fingerprint(reference, scorer)
     if resumed and args.weights != weights:
-        raise UserError(f"{args.base} or {args.scorer} no longer holds the weights that the run in {run} was started with; restore them, or start a new run")
+        raise UserError(f"{args.base} or {args.scorer} no longer holds the weights that the run in {run} was started with; "
+                        "restore them, or start a new run")
     args.weights = weights
-    model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device) if resumed else copy.deepcopy(reference)
+    model = (build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device) if resumed
+             else copy.deepcopy(reference))
     model.requires_grad_(True)
     n = sum(p.numel() for p in model.parameters())
     if (needed := n * (26 if dtype == torch.bfloat16 else 20) / 1e9) > 1:
-        print(f"{n:,} parameters: PPO needs about {needed:.0f} GB of memory for the policy, its moments and gradients, and the reference", file=sys.stderr)
+        print(f"{n:,} parameters: PPO needs about {needed:.0f} GB of memory for the policy, its moments and gradients, "
+              "and the reference", file=sys.stderr)
     text = None
     if args.sft_coef or args.sft_every:
         cut = data.Streams if model.recurrent else data.Windows
@@ -969,20 +1017,23 @@ def train_policy(args, device, dtype, checkpoint=None):
     if resumed:
         trainer.resume(checkpoint)
     trainer.open_log(resumed)
-    trainer.show(f"{args.base} rewarded by {args.scorer}: {len(prompts['train']):,} prompts, {trainer.steps} iterations, {device.type} "
-                 f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
+    trainer.show(f"{args.base} rewarded by {args.scorer}: {len(prompts['train']):,} prompts, {trainer.steps} iterations, "
+                 f"{device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
     trainer.fit()
     model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     after = judge.measure(model.eval(), test, args.seed)
     if tokenizer.kind == "qwen2":
         save_model(model, tokenizer, run)
-    result = {"model": kind, "base": args.base, "scorer": args.scorer, "data": args.data, "params": n, "steps": trainer.step, "best_step": trainer.best_step,
-              "seconds": trainer.seconds, "seed": args.seed, "device": device.type, "dtype": str(dtype).removeprefix("torch."),
-              "rise": (after["reward"] - before["reward"]) / before["reward_sd"], "before": before, "after": after, "args": kept_arguments(args)}
+    result = {"model": kind, "base": args.base, "scorer": args.scorer, "data": args.data, "params": n,
+              "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed,
+              "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+              "rise": (after["reward"] - before["reward"]) / before["reward_sd"],
+              "before": before, "after": after, "args": kept_arguments(args)}
     write_report(args, result, Figures(run))
     save_json(run / "result.json", result)                                  # last: it says that the run is finished
     print(f"{args.base} rewarded by {args.scorer}: reward {before['reward']:.2f} before, {after['reward']:.2f} after "
-          f"({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} nats a response, distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
+          f"({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} nats a response, "
+          f"distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
     print(f"written to {run}/report.md. Next: python sample.py --run {run}")
 
 
@@ -995,39 +1046,52 @@ REWARD_DEFAULTS = {"lr": 1e-3, "batch_size": 32, "epochs": {"reviews": 1.0, "imd
 
 def parser():
     p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Reinforcement learning from a sentiment scorer: PPO on a language model, and the training of a scorer.",
+                    description="Reinforcement learning from a sentiment scorer: PPO on a language model, "
+                                "and the training of a scorer.",
                     epilog="examples:\n  python ppo.py --train-reward --data reviews\n"
                            "  python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews\n"
                            "  python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo")
-    p.add_argument("--base", default="Qwen/Qwen2-0.5B", help="the policy to begin with: a run of train.py or finetune.py, or Qwen2's weights, a folder or "
-                   "their name on the hub (default: %(default)s, 1 GB)")
-    p.add_argument("--scorer", default="lvwerra/distilbert-imdb", help="the reward model: what --train-reward wrote, or a DistilBERT sentiment classifier, a "
-                   "folder or its name on the hub (default: %(default)s, 0.3 GB)")
-    p.add_argument("--data", choices=("reviews", "imdb"), help="whose beginnings are the prompts (default: reviews for an embedded language, else imdb)")
+    p.add_argument("--base", default="Qwen/Qwen2-0.5B",
+                   help="the policy to begin with: a run of train.py or finetune.py, or Qwen2's weights, a folder or their "
+                        "name on the hub (default: %(default)s, 1 GB)")
+    p.add_argument("--scorer", default="lvwerra/distilbert-imdb",
+                   help="the reward model: what --train-reward wrote, or a DistilBERT sentiment classifier, a folder or its "
+                        "name on the hub (default: %(default)s, 0.3 GB)")
+    p.add_argument("--data", choices=("reviews", "imdb"),
+                   help="whose beginnings are the prompts (default: reviews for an embedded language, else imdb)")
     p.add_argument("--run", help="folder of the result (default: runs/ppo-BASE, runs/scorer-DATA)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
-    p.add_argument("--train-reward", action="store_true", help="train a small scorer on --data instead (--lr 1e-3, --batch-size 32; --epochs 1 for "
-                   "reviews, 3 for imdb); --clip, --eval-every, --seed, --device and --dtype go with it, no others")
+    p.add_argument("--train-reward", action="store_true",
+                   help="train a small scorer on --data instead (--lr 1e-3, --batch-size 32; --epochs 1 for reviews, 3 for "
+                        "imdb); --clip, --eval-every, --seed, --device and --dtype go with it, no others")
     g = p.add_argument_group("PPO")
     for name, kind, default, text in (
             ("--steps", int, None, f"iterations (default: {DEFAULTS[False]['steps']}; Qwen2 {DEFAULTS[True]['steps']})"),
-            ("--lr", float, None, f"highest learning rate (default: {DEFAULTS[False]['lr']:g}; Qwen2 {DEFAULTS[True]['lr']:g}, not searched)"),
+            ("--lr", float, None, f"highest learning rate (default: {DEFAULTS[False]['lr']:g}; "
+             f"Qwen2 {DEFAULTS[True]['lr']:g}, not searched)"),
             ("--batch-size", int, 64, "responses of an iteration"), ("--minibatch", int, 16, "responses of an update"),
             ("--epochs", float, 4, "times that each response is used"), ("--response-tokens", int, 24, "longest response"),
             ("--kl-coef", float, 0.2, "what a nat of KL to the reference costs"),
             ("--kl-target", float, 0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is fixed"),
             ("--kl-stop", float, 0.1, "end an iteration's updates when the policy has moved by so many nats a token"),
-            ("--clip-range", float, 0.2, "of the ratio, and of the values"), ("--value-coef", float, 0.1, "weight of the value loss"),
-            ("--gamma", float, 1.0, "discount"), ("--lam", float, 0.95, "GAE's lambda"), ("--clip", float, 1.0, "largest gradient norm"),
+            ("--clip-range", float, 0.2, "of the ratio, and of the values"),
+            ("--value-coef", float, 0.1, "weight of the value loss"), ("--gamma", float, 1.0, "discount"),
+            ("--lam", float, 0.95, "GAE's lambda"), ("--clip", float, 1.0, "largest gradient norm"),
             ("--warmup", int, 5, "iterations of linear warm-up")):
-        g.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=text + ("" if default is None else " (default: %(default)s)"))
-    g.add_argument("--whiten", action=argparse.BooleanOptionalAction, default=True, help="advantages with mean 0 and variance 1 (default: yes)")
+        g.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X",
+                       help=text + ("" if default is None else " (default: %(default)s)"))
+    g.add_argument("--whiten", action=argparse.BooleanOptionalAction, default=True,
+                   help="advantages with mean 0 and variance 1 (default: yes)")
     r = p.add_argument_group("against degenerate texts")
-    r.add_argument("--repetition-coef", type=float, default=0.0, metavar="X", help="take X times the share of bigrams that it or another response repeats from a "
-                   "response's reward (default: 0)")
-    r.add_argument("--sft-coef", type=float, default=0.0, metavar="X", help="add X times the loss on --data's text to every update (default: 0)")
-    r.add_argument("--sft-every", type=int, default=0, metavar="N", help="after every Nth iteration, train on --data's text (default: 0, never)")
-    p.add_argument("--held-out", type=int, default=256, metavar="N", help="prompts that the policy is measured on (default: %(default)s)")
+    r.add_argument("--repetition-coef", type=float, default=0.0, metavar="X",
+                   help="take X times the share of bigrams that it or another response repeats from a response's reward "
+                        "(default: 0)")
+    r.add_argument("--sft-coef", type=float, default=0.0, metavar="X",
+                   help="add X times the loss on --data's text to every update (default: 0)")
+    r.add_argument("--sft-every", type=int, default=0, metavar="N",
+                   help="after every Nth iteration, train on --data's text (default: 0, never)")
+    p.add_argument("--held-out", type=int, default=256, metavar="N",
+                   help="prompts that the policy is measured on (default: %(default)s)")
     p.add_argument("--eval-every", type=int, metavar="N", help="iterations between measurements (default: a 10th of the run)")
     p.add_argument("--seed", type=int, default=1, metavar="N", help="of prompts and responses (default: 1)")
     add_device(p)
@@ -1036,7 +1100,8 @@ def parser():
 
 def arguments(argv=None):
     p = parser()
-    args = parse(p, argv, ("steps", "lr", "batch_size", "minibatch", "epochs", "response_tokens", "kl_stop", "clip_range", "clip", "held_out", "eval_every"))
+    args = parse(p, argv, ("steps", "lr", "batch_size", "minibatch", "epochs", "response_tokens", "kl_stop", "clip_range",
+                           "clip", "held_out", "eval_every"))
     for name in ("kl_coef", "kl_target", "value_coef", "repetition_coef", "sft_coef", "sft_every", "warmup", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must not be negative")
@@ -1045,7 +1110,8 @@ def arguments(argv=None):
     if not (0 <= args.gamma <= 1 and 0 <= args.lam <= 1):
         p.error("--gamma and --lam must be from 0 to 1")
     if args.train_reward:
-        goes_with = {"train_reward", "data", "run", "resume", "lr", "batch_size", "epochs", "clip", "eval_every", "seed", "device", "dtype"}
+        goes_with = {"train_reward", "data", "run", "resume", "lr", "batch_size", "epochs", "clip", "eval_every", "seed",
+                     "device", "dtype"}
         if others := sorted(args.typed - goes_with):
             p.error(f"--{others[0].replace('_', '-')} means nothing to --train-reward; leave it out")
         args.data = args.data or "reviews"
@@ -1078,11 +1144,13 @@ def main(argv=None):
         checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python ppo.py")
         saved = checkpoint.get("args", {})
         if "train_reward" not in saved or saved["train_reward"] != args.train_reward:
-            raise UserError(f"{args.run} is not a run of python ppo.py{' --train-reward' * args.train_reward}; go on with what started it")
+            raise UserError(f"{args.run} is not a run of python ppo.py{' --train-reward' * args.train_reward}; "
+                            "go on with what started it")
         take_arguments(args, saved)
     elif any(file for pattern in ("*.pt", "config.json", "result.json") for file in Path(args.run).glob(pattern)):
-        raise UserError(f"{args.run} already holds a run or weights. Go on with it: python ppo.py{' --train-reward' * args.train_reward} --resume --run "
-                        f"{args.run}; or choose another folder with --run")
+        raise UserError(f"{args.run} already holds a run or weights. Go on with it: "
+                        f"python ppo.py{' --train-reward' * args.train_reward} --resume --run {args.run}; "
+                        "or choose another folder with --run")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     (train_reward if args.train_reward else train_policy)(args, device, dtype, checkpoint)

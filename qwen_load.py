@@ -325,10 +325,12 @@ def save_tokenizer(tokenizer, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0], "unk_token": None, "bos_token": None,
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0],
+              "unk_token": None, "bos_token": None,
               "added_tokens_decoder": {str(i): {"content": text} | plain for text, i in tokenizer.added.items()}}
     for name, text in (("vocab.json", json.dumps(tokenizer.vocab, ensure_ascii=False)),
-                       ("merges.txt", "\n".join(tokenizer.merges) + "\n"), ("tokenizer_config.json", json.dumps(config, indent=2)),
+                       ("merges.txt", "\n".join(tokenizer.merges) + "\n"),
+                       ("tokenizer_config.json", json.dumps(config, indent=2)),
                        ("generation_config.json", json.dumps({"eos_token_id": tokenizer.stops}))):
         write_atomically(folder / name, lambda f: f.write(text.encode()))
 

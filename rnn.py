@@ -46,8 +46,8 @@ def compute_dtype(x):
 
 @functools.lru_cache(None)
 def compiled(source, *flags):
-    """A library made of C source for this CPU (about 0.3 s, once in a process), or None if there is no compiler. $CC chooses it.
-    What is written in C here is written in torch operations too: a compiler is never needed."""
+    """A library made of C source for this CPU (about 0.3 s, once in a process), or None if there is no compiler. $CC
+    chooses it. What is written in C here is written in torch operations too: a compiler is never needed."""
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *flags]
     for own in (["-march=native", "-fopenmp"], ["-march=native"], []):      # not every compiler has them
         try:

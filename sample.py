@@ -9,7 +9,8 @@ One step of generation: the model reads one token per row and returns hidden [B,
 unembedded; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens and to
 the smallest set of tokens with probability top_p in sum (Holtzman et al. 2020), renormalised. temperature 0 takes the
 most likely token. A repetition penalty c (Keskar et al. 2019) divides the logits above 0 of all tokens that the text
-already has by c, and multiplies those below 0. What the model remembers between steps is its state: h, or h and c, or the KV cache.
+already has by c, and multiplies those below 0. What the model remembers between steps is its state: h, or h and c, or
+the KV cache.
 
 Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a row
 whose prompt goes on is given its next prompt token instead of the sampled one.
@@ -167,10 +168,11 @@ def arguments(argv=None):
     p = data.Parser(description="Generate text from a trained run, or from Qwen2's pretrained weights.",
                     epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7')
     p.add_argument("--run", default="runs/lstm-finance", metavar="RUN",
-                   help="folder of a run, as train.py wrote it (default: %(default)s); or of Qwen2 weights in the hub's layout; or "
-                        "their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB), into data/hub")
+                   help="folder of a run, as train.py wrote it (default: %(default)s); or of Qwen2 weights in the hub's "
+                        "layout; or their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB), into data/hub")
     p.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
-    p.add_argument("--chat", action="store_true", help="the prompt is a message to an instruction-tuned model, which answers it")
+    p.add_argument("--chat", action="store_true",
+                   help="the prompt is a message to an instruction-tuned model, which answers it")
     p.add_argument("--temperature", type=float, default=0.8, metavar="X",
                    help="below 1: safer, above 1: wilder, 0: always the likeliest (default: %(default)s)")
     p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
@@ -183,7 +185,8 @@ def arguments(argv=None):
     p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (default: another one every time)")
     p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                   help="of Qwen2's weights; auto (the default): bfloat16 where the hardware multiplies it, else float32, twice as large")
+                   help="of Qwen2's weights; auto (the default): bfloat16 where the hardware multiplies it, else float32, "
+                        "twice as large")
     args = p.parse_args(argv)
     for name in ("tokens", "n", "top_k", "top_p", "repetition_penalty"):
         if (value := getattr(args, name)) is not None and not value > 0:

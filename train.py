@@ -106,7 +106,8 @@ def join_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))    # others wait while one encodes a text
+    # others wait while one encodes a text
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -159,8 +160,8 @@ def load_run(folder, device="cpu", dtype=None):
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 class LossModule(torch.nn.Module):
-    """(inputs, targets, state) -> (sum of nats, state), or nats per token [B, T] instead of the sum. DistributedDataParallel and
-    fully_shard see forward only, so all that uses the weights must happen inside one."""
+    """(inputs, targets, state) -> (sum of nats, state), or nats per token [B, T] instead of the sum.
+    DistributedDataParallel and fully_shard see forward only, so all that uses the weights must happen inside one."""
 
     def __init__(self, model):
         super().__init__()
@@ -402,7 +403,8 @@ class Trainer:
         try:
             self.restore(checkpoint)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{self.run}/last.pt is not a whole checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+            raise UserError(f"{self.run}/last.pt is not a whole checkpoint of this run "
+                            f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
 
     # ---- the log
 
@@ -619,7 +621,8 @@ def finish(trainer, corpus, device, dtype):
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds, "seconds": trainer.seconds,
               "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
               "device": device.type, "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
-              "test_tokens": scores["test"]["tokens"], "args": {k: v for k, v in vars(args).items() if k not in ("resume", "typed")}}
+              "test_tokens": scores["test"]["tokens"],
+              "args": {k: v for k, v in vars(args).items() if k not in ("resume", "typed")}}
     save_json(trainer.run / "result.json", result)
     floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
     print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
@@ -703,7 +706,8 @@ def search(args, corpora, device, dtype):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(identity, lambda f: f.write(this.encode()))
                 write_atomically(path, lambda f: f.write(text.getvalue().encode()))
-            print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity {float(trials[i][score]):.1f}", flush=True)
+            print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity {float(trials[i][score]):.1f}",
+                  flush=True)
         alive = sorted(alive, key=lambda i: float(trials[i][score]))[:-(-size // 3)]
     order = sorted(trials.values(), key=lambda t: [float(t.get(score) or "inf") for score in reversed(scores)])
     widths = {c: max(len(c), *(len(str(t.get(c, ""))) for t in order)) for c in columns}
@@ -750,7 +754,8 @@ def parser():
     p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a "
                                 "corpus or a file.",
-                    epilog=f"{defaults_text()}\n\nexample: python train.py --model lstm --data ptb --minutes 15 --also wikitext2")
+                    epilog=f"{defaults_text()}\n\n"
+                           "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2")
     p.add_argument("--model", choices=list(MODELS), default="lstm", help="default: %(default)s")
     p.add_argument("--data", default="finance",
                    help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file (default: %(default)s)")
@@ -767,8 +772,9 @@ def parser():
     how_long.add_argument("--minutes", type=float, metavar="M", help="measure the speed, then plan as many steps as fit")
     sizes = p.add_argument_group("by model and corpus (see below for the defaults)", argument_default=argparse.SUPPRESS)
     for name, kind, text in (
-            ("--batch-size", int, "rows of a batch"), ("--block-size", int, "tokens of a row: back-propagation through time goes "
-             "so far, or the Transformer's context"), ("--lr", float, "highest learning rate"),
+            ("--batch-size", int, "rows of a batch"),
+            ("--block-size", int, "tokens of a row: back-propagation through time goes so far, or the Transformer's "
+             "context"), ("--lr", float, "highest learning rate"),
             ("--n-layer", int, "layers"), ("--n-head", int, "attention heads"), ("--n-embd", int, "width"),
             ("--n-hidden", int, "width inside: of all recurrent layers but the last (default: n_embd), of the "
              "Transformer's MLP (default: 3 n_embd)"),
@@ -776,9 +782,10 @@ def parser():
             ("--dropout-hidden", float, "between recurrent layers"), ("--dropout-input", float, "on the embedded input"),
             ("--dropout-embed", float, "of whole words"), ("--weight-decay", float, "AdamW's, on matrices")):
         sizes.add_argument(name, type=kind, metavar="X" if kind is float else "N", help=text)
-    for name, kind, default, text in (("--warmup", int, 100, "steps of linear warm-up"), ("--clip", float, 1.0, "largest gradient norm"),
-                                      ("--log-every", int, 50, "steps between rows of log.csv"), ("--seed", int, 1, "of weights, "
-                                       "batches and dropout")):
+    for name, kind, default, text in (
+            ("--warmup", int, 100, "steps of linear warm-up"), ("--clip", float, 1.0, "largest gradient norm"),
+            ("--log-every", int, 50, "steps between rows of log.csv"),
+            ("--seed", int, 1, "of weights, batches and dropout")):
         p.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: a 20th of the run)")
     add_device(p)
@@ -897,7 +904,8 @@ def main(argv=None):
     corpus = data.load(args.data, tokenizer)
     for split in ("valid", "test"):
         if len(corpus.ids[split]) < 2:
-            raise UserError(f"{args.data} is too short: its {split} part (5 %, cut between lines) holds {len(corpus.ids[split])} tokens")
+            raise UserError(f"{args.data} is too short: its {split} part (5 %, cut between lines) holds "
+                            f"{len(corpus.ids[split])} tokens")
     if checkpoint and args.text != corpus.fingerprint():
         raise UserError(f"{args.data} is no longer the text that the run in {args.run} was started with; restore it, or start "
                         "a new run with --run")
