@@ -88,7 +88,7 @@ import data
 from data import UserError, save_json, write_atomically
 from eval import COLOURS, Figures, distinct, read_log, table
 from finetune import C, context, is_embedded, kept_arguments, read_before
-from qwen_load import is_pretrained, read_json, read_parameters, repo_folder, save_model, write_safetensors
+from qwen_load import read_json, read_parameters, repo_folder, save_model, write_safetensors
 from rnn import compute_dtype
 from sample import encode_prompt, end_tokens, never_drawn, steps
 from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, learning_rate, load_run, parse,
@@ -975,9 +975,6 @@ def settle(args, tokenizer):
 def train_policy(args, device, dtype, checkpoint=None):
     """PPO as args say, into the folder args.run."""
     run, resumed = Path(args.run), checkpoint is not None
-    if not is_pretrained(args.base) and not Path(args.base).is_dir():
-        raise UserError(f"there is no run at {args.base}. "
-                        f"Train one first: python train.py --model transformer --data reviews --run {args.base}")
     reference, tokenizer, _ = load_run(args.base, device, torch.float32)
     if not resumed:
         settle(args, tokenizer)

@@ -140,6 +140,16 @@ def build_model(kind, config, weights=None):
         raise UserError(f"this does not make a {kind} model: {' '.join(str(e).split())[:200]}") from e
 
 
+def command_for(folder):
+    """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA, runs/ppo-..., ..."""
+    kind, _, corpus = folder.name.partition("-")
+    if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
+        return f"python train.py --model {kind} --data {corpus}"
+    if kind in ("finetune", "ppo"):
+        return f"python {kind}.py --run {folder} (python {kind}.py --help says from what)"
+    return f"python train.py --model {kind if kind in MODELS else 'lstm'} --run {folder}"
+
+
 def load_run(folder, device="cpu", dtype=None):
     """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or pretrained weights: a
     folder in the hub's layout, or the name of a repository there; dtype None keeps theirs. A run is float32."""
@@ -148,7 +158,7 @@ def load_run(folder, device="cpu", dtype=None):
         return model, tokenizer, model.config
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no run at {folder}. Train one first: python train.py --model lstm --run {folder}")
+        raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
     path = folder / "best.pt"
     checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
     if checkpoint["kind"] not in MODELS:

@@ -564,9 +564,12 @@ def test_a_bad_checkpoint_is_refused(capsys, damage):
     assert not Path("hacked").exists()
 
 
-def test_a_missing_run_says_which_command_comes_first():
-    with pytest.raises(UserError, match="python train.py --model lstm --run nowhere"):
-        train.load_run("nowhere")
+@pytest.mark.parametrize("run, first", [
+    ("nowhere", "train.py --model lstm --run nowhere"), ("runs/rnn-ptb", "train.py --model rnn --data ptb"),
+    ("runs/transformer-mine", "train.py --model transformer --run runs/transformer-mine"), ("runs/ppo-x", "ppo.py --run runs/ppo-x")])
+def test_a_missing_run_says_which_command_comes_first(run, first):
+    with pytest.raises(UserError, match=f"Train one first: python {first}"):
+        train.load_run(run)
 
 
 def test_help_is_a_page_with_an_example(capsys):
