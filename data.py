@@ -393,7 +393,7 @@ SENTENCE_END = {".", "!", "?"}
 GLUED_LEFT = SENTENCE_END | {",", ";", ":", "%", ")", "]", "n't"}
 WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
 PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
-ABBREVIATIONS = PERSON_TITLES | {"inc.", "corp.", "co.", "ltd.", "st.", "jr.", "vs.", "etc.", "u.s.", "u.k.", "e.g.", "i.e."}
+KEEPS_ITS_STOP = PERSON_TITLES | {"inc.", "corp.", "co.", "ltd.", "st.", "jr.", "vs.", "etc.", "u.s.", "u.k.", "e.g.", "i.e."}
 PIECE = re.compile(r"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|[^\W\d_]+(?:[.&'/-][^\W\d_]+)*|\S")
 CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
 
@@ -423,7 +423,7 @@ def word_pieces(chunk, known=()):
     if chunk in known:
         return [chunk]
     low = chunk.replace("\u2019", "'").lower()
-    if low in known or (not known and low in ABBREVIATIONS):
+    if low in known or (not known and low in KEEPS_ITS_STOP):
         return [low]
     words = []
     for piece in PIECE.findall(low):
@@ -864,7 +864,7 @@ def encode_split(name, split, tokenizer):
     stat = source.stat()
     key = hashlib.sha256(repr((str(source), split, stat.st_size, stat.st_mtime_ns, tokenizer.state())).encode()).hexdigest()
     folder = data_dir() / "tokens"
-    if not os.access(data_dir(), os.W_OK):                      # a shared, read-only data folder
+    if data_dir().exists() and not os.access(data_dir(), os.W_OK):                      # a shared, read-only data folder
         folder = Path(tempfile.gettempdir()) / f"tokens-{os.getuid()}"
     path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
     if not path.exists():

@@ -311,12 +311,12 @@ def distinct(texts, n):
 def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     """Continuations of a prompt at a low and a high temperature, how varied they are, and their perplexity under the
     model that wrote them."""
-    ids, out = encode_prompt(run.tokenizer, prompt), []
+    ids, out, first = encode_prompt(run.tokenizer, prompt), [], int(run.tokenizer.kind != "qwen2")      # not the end token
     for temperature in temperatures:
         texts = generate(run.model, [ids] * n, tokens, temperature, seed=1, banned=never_drawn(run.tokenizer))
-        losses = losses_afresh(run.model, [ids[1:] + t for t in texts], run.tokenizer.eos, dtype)
-        own = np.concatenate([v[len(ids) - 1:] for v in losses])
-        out.append({"temperature": temperature, "text": run.tokenizer.decode(ids[1:] + texts[0]),
+        losses = losses_afresh(run.model, [ids[first:] + t for t in texts], run.tokenizer.eos, dtype)
+        own = np.concatenate([v[len(ids) - first:] for v in losses])
+        out.append({"temperature": temperature, "text": run.tokenizer.decode(ids[first:] + texts[0]),
                     "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
                     "self_perplexity": math.exp(min(own.mean(), 700))})
     return out
@@ -609,8 +609,9 @@ def section_memory(runs, dtype, figures, js):
     md = []
     labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
     for corpus in data.DOMAINS:
-        memory = {run.name: name_memory(run, dtype) for run in runs
-                  if run.corpus == corpus and getattr(run.tokenizer, "unk", 0) is None}
+        able = [run for run in runs if run.corpus == corpus
+                and getattr(run.tokenizer, "words", None) == data.embedded_vocabulary()]
+        memory = {run.name: name_memory(run, dtype) for run in able}
         if memory:
             js.setdefault("memory", {"distances": DISTANCES})[corpus] = memory
             losses = {name: [cell and cell[0] for cell in cells] for name, cells in memory.items()}

@@ -18,7 +18,8 @@ products give), and are made float32 a few at a time when AdamW reads them. In b
     weights 4 + moments 8 + copy 2 + its gradients 2 = 16;      in float32: weights 4 + moments 8 + gradients 4 = 16
 
 Gradients of several micro-batches (--accumulate) would be summed in bfloat16 and lose their low bits; then, and under
-torchrun, autocast does the products and gradients are float32: 18 bytes.
+torchrun, autocast does the products and gradients are float32: 18 bytes. Under torchrun 4 more hold the gradients that
+are being averaged.
 
 Several processes. Under torchrun every process has all weights and some rows of each batch, and the gradients are averaged
 (DistributedDataParallel). With --shard it also has only its share of weights, moments and gradients, 16 bytes a parameter
@@ -50,8 +51,8 @@ from data import UserError, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, never_drawn
-from train import (MODELS, Trainer, add_device, build_model, clip_gradients, join_processes, load_run, parse, perplexity,
-                   pick_device, pick_dtype, read_checkpoint, take_arguments, with_context)
+from train import (MODELS, Trainer, add_device, build_model, clip_gradients, join_processes, kept_arguments, load_run, parse,
+                   perplexity, pick_device, pick_dtype, read_checkpoint, side_by_side, take_arguments, with_context)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
@@ -359,7 +360,7 @@ def tune(args, device, dtype, checkpoint=None):
         save_json(run / "before.json", before)
     valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
     evaluate = lambda: {"val": perplexity(trainer.losses if args.shard else model, valid,
-                                          rows=max(1, min(16, len(valid) // 500)), dtype=dtype)}
+                                          rows=side_by_side(valid), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = args.go_on
     trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
@@ -395,17 +396,12 @@ def tune(args, device, dtype, checkpoint=None):
     return result
 
 
-def kept_arguments(args):
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on", "shard")}
-
-
 def ablate(args, device, dtype):
     """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out documents.
     A finished cell keeps its result and is not run again; one that was interrupted goes on."""
     folder, rows, before = Path(args.run), [], None
-    varied = ("run", "resume", "typed", "before", "go_on", "epochs", "data_fraction", "ablate_epochs", "ablate_fractions",
-              "shard")
-    settings = {k: v for k, v in vars(args).items() if k not in varied}
+    varied = ("epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
+    settings = {k: v for k, v in kept_arguments(args).items() if k not in varied}
     if (folder / "ablation.json").exists():
         for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
             if settings.get(name) != value:

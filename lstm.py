@@ -9,7 +9,8 @@ The layer (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 20
     c_t = f_t * c_{t-1} + i_t * g_t                 the cell: a sum, so gradients pass through it unsquashed
     h_t = o_t * tanh(c_t)
 
-weight_ih stacks W_i, W_f, W_g, W_o (torch's order) and weight_hh the U's, so weights of `torch.nn.LSTM` load.
+weight_ih stacks W_i, W_f, W_g, W_o (torch's order) and weight_hh the U's, so weights of `torch.nn.LSTM` load (without
+the `_l0` of their names).
 
 Back-propagation through time. Write dv for the derivative of the loss with respect to v, a for a gate before its
 squashing function, and g_t^up for what the layers above send to h_t. With sigma' = s (1 - s), tanh' = 1 - tanh^2:

@@ -69,6 +69,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -87,12 +88,12 @@ from torch.autograd.function import once_differentiable
 import data
 from data import UserError, save_json, write_atomically
 from eval import COLOURS, Figures, distinct, read_log, table
-from finetune import C, context, is_embedded, kept_arguments, read_before
+from finetune import C, context, is_embedded, read_before
 from qwen_load import read_json, read_parameters, repo_folder, save_model, write_safetensors
 from rnn import compute_dtype
 from sample import encode_prompt, end_tokens, never_drawn, steps
-from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, learning_rate, load_run, parse,
-                   pick_device, pick_dtype, read_checkpoint, take_arguments)
+from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, kept_arguments, learning_rate, load_run,
+                   parse, pick_device, pick_dtype, read_checkpoint, take_arguments)
 
 
 # ------------------------------------------------------------------------------------------------------- WordPiece
@@ -1102,6 +1103,8 @@ def arguments(argv=None):
     for name in ("kl_coef", "kl_target", "value_coef", "repetition_coef", "sft_coef", "sft_every", "warmup", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must not be negative")
+    if "RANK" in os.environ:
+        p.error("ppo.py runs in one process; start it without torchrun")
     if args.seed >= 2 ** 62:
         p.error("--seed must be below 2^62")
     if not (0 <= args.gamma <= 1 and 0 <= args.lam <= 1):
@@ -1138,7 +1141,7 @@ def main(argv=None):
     args, checkpoint = arguments(argv), None
     keep_memory()
     if args.resume:
-        checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python ppo.py")
+        checkpoint = read_checkpoint(Path(args.run) / "last.pt", f"python ppo.py{' --train-reward' * args.train_reward}")
         saved = checkpoint.get("args", {})
         if "train_reward" not in saved or saved["train_reward"] != args.train_reward:
             raise UserError(f"{args.run} is not a run of python ppo.py{' --train-reward' * args.train_reward}; "

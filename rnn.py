@@ -99,7 +99,8 @@ class RNNFunction(torch.autograd.Function):
 
 
 class RNN(nn.Module):
-    """One Elman layer; parameters have the names, shapes and initial distribution of `torch.nn.RNN`.
+    """One Elman layer; parameters have the names (without `_l0`), shapes and initial distribution of
+    `torch.nn.RNN`.
 
     forward(x [B, T, I], state h [B, H] or None) -> (out [B, T, H], state h [B, H]).
     """
@@ -107,7 +108,7 @@ class RNN(nn.Module):
 
     def __init__(self, input_size, hidden_size):
         super().__init__()
-        self.input_size, self.hidden_size = input_size, hidden_size
+        self.hidden_size = hidden_size
         rows = self.n_gates * hidden_size
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size))
         self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size))

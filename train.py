@@ -106,6 +106,8 @@ def join_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    elif device.type == "mps":                                      # gloo knows CPUs only
+        device = torch.device("cpu")
     # others wait while one encodes a text
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size(), device
@@ -197,9 +199,9 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     n = len(ids) - 1
     if n < 1:
         raise ValueError("at least one token is needed after the first")
-    token_nll = model if isinstance(model, LossModule) else LossModule(model)
-    model, was_training, losses = token_nll.model, model.training, []
-    token_nll.eval()
+    module = model if isinstance(model, LossModule) else LossModule(model)
+    model, was_training, losses = module.model, model.training, []
+    module.eval()
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32):
         if model.recurrent:
             length = -(-n // rows)
@@ -208,7 +210,7 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
             inputs, targets = padded.view(2, rows, length)
             state = model.init_state(rows)
             for x, y in zip(inputs.split(256, 1), targets.split(256, 1)):
-                nll, state = token_nll(x.to(device), y.to(device), state, each=True)
+                nll, state = module(x.to(device), y.to(device), state, each=True)
                 losses.append(nll.cpu())
             losses = torch.cat(losses, 1).view(-1)[:n]
         else:
@@ -219,12 +221,12 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
                 block = ends[group:group + 32]
                 x = torch.stack([ids[e - context:e] for e in block])
                 y = torch.stack([ids[e - context + 1:e + 1] for e in block])
-                nll = token_nll(x.to(device), y.to(device), None, each=True)[0].cpu()
+                nll = module(x.to(device), y.to(device), None, each=True)[0].cpu()
                 for row, e in enumerate(block):
                     at = group + row
                     losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])     # what no earlier window predicted
             losses = torch.cat(losses)
-    token_nll.train(was_training)
+    module.train(was_training)
     return losses.double()
 
 
@@ -386,7 +388,7 @@ class Trainer:
             write_atomically(self.run / "best.pt", lambda f: torch.save(model, f))
         memory, rng, device_rng = zip(*own)
         state = {"optimizer": optimizer, "memory": join_rows(memory), "rng": rng, "device_rng": device_rng,
-                 "args": {k: v for k, v in vars(self.args).items() if k not in ("resume", "run", "typed", "shard")},
+                 "args": kept_arguments(self.args),
                  "log_bytes": self.log_file.tell()} | {name: getattr(self, name) for name in self.KEPT}
         write_atomically(self.run / "last.pt", lambda f: torch.save(model | state, f))
 
@@ -568,8 +570,9 @@ class Trainer:
         except RuntimeError as e:
             if self.world == 1 or isinstance(e, torch.OutOfMemoryError):
                 raise
-            raise UserError(f"at step {self.step} another process of this job was gone. The checkpoint in {self.run} is "
-                            f"whole: start the same torchrun command again with --resume --run {self.run}") from e
+            raise UserError(f"at step {self.step} another process of this job was gone, or this one failed "
+                            f"({(str(e) or type(e).__name__).splitlines()[0]}). The checkpoint in {self.run} is whole: start "
+                            f"the same torchrun command again with --resume --run {self.run}") from e
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
@@ -585,7 +588,10 @@ class Trainer:
         while self.steps is None or self.step < self.steps:
             if self.stopping:
                 self.save()
-                self.show(f"stopped at step {self.step} and saved. Go on with: {self.go_on}", "\n")
+                go_on = self.go_on if self.world == 1 else f"the same torchrun command and --resume --run {self.run}"
+                self.show(f"stopped at step {self.step} and saved. Go on with: {go_on}", "\n")
+                if self.world > 1:
+                    dist.barrier()                                  # torchrun ends those that are left behind
                 raise SystemExit(130)
             step_started = time.perf_counter()
             loss = self.train_step()
@@ -614,10 +620,15 @@ class Trainer:
 WHILE_TRAINING, AT_THE_END = 100_000, 300_000       # tokens of a split that are read at most (IMDB's test split has 7 million)
 
 
+def side_by_side(ids):
+    """Into how many pieces to cut a validation text for a recurrent model: up to 16, of at least 500 tokens."""
+    return max(1, min(16, len(ids) // 500))
+
+
 def evaluator(model, corpora, tokenizer, dtype):
     """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side by side."""
     texts = {name: with_context(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
-    return lambda: {name: perplexity(model, ids, rows=max(1, min(16, len(ids) // 500)), dtype=dtype)
+    return lambda: {name: perplexity(model, ids, rows=side_by_side(ids), dtype=dtype)
                     for name, ids in texts.items()}
 
 
@@ -632,7 +643,7 @@ def finish(trainer, corpus, device, dtype):
               "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
               "device": device.type, "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
               "test_tokens": scores["test"]["tokens"],
-              "args": {k: v for k, v in vars(args).items() if k not in ("resume", "typed")}}
+              "args": kept_arguments(args)}
     save_json(trainer.run / "result.json", result)
     floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
     print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
@@ -725,7 +736,8 @@ def search(args, corpora, device, dtype):
         print("  ".join(str(row.get(c, "")).rjust(widths[c]) for c in columns))
     if not math.isfinite(float(order[0][scores[-1]])):
         raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr held fixed")
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in configs[alive[0]].items())
+    typed = {k: getattr(args, k) for k in sorted(args.typed - {"model", "data", "minutes", "search", "run", "also", "resume"})}
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in (typed | configs[alive[0]]).items())
     print(f"the best: python train.py --model {args.model} --data {args.data} --minutes {args.minutes:g} {flags}")
 
 
@@ -885,6 +897,11 @@ def resumed_arguments(args):
         raise UserError(f"{args.run}/last.pt is not a run of train.py that could be resumed")
     take_arguments(args, checkpoint["args"])
     return args, checkpoint
+
+
+def kept_arguments(args):
+    """What a run keeps of its arguments, as a dict: all but those that say where and how it is run."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on", "shard")}
 
 
 def take_arguments(args, saved):
