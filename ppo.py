@@ -887,7 +887,8 @@ def paint_rewards(rows):
             axes.plot(*zip(*points), **look) if points else None
         steps, mean, sd = (np.array([r[name] for r in rows if "reward" in r]) for name in ("step", "reward", "reward_sd"))
         draw(reward, "reward", color=COLOURS[0], label="mean")
-        reward.fill_between(steps, mean - sd, mean + sd, color=COLOURS[0], alpha=0.2, linewidth=0, label="± standard deviation")
+        reward.fill_between(steps, mean - sd, mean + sd, color=COLOURS[0], alpha=0.2, linewidth=0,
+                            label="± standard deviation")
         draw(reward, "eval_reward", color=COLOURS[1], marker="o", markersize=3, linestyle="--", label="validation prompts")
         draw(kl, "kl", color=COLOURS[0], label="all tokens at each prefix")
         draw(kl, "kl_estimate", color=COLOURS[2], linewidth=0.7, label="from the sampled tokens")
