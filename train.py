@@ -737,7 +737,7 @@ def search(args, corpora, device, dtype):
     if not math.isfinite(float(order[0][scores[-1]])):
         raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr held fixed")
     typed = {k: getattr(args, k) for k in sorted(args.typed - {"model", "data", "minutes", "search", "run", "also", "resume"})}
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in (typed | configs[alive[0]]).items())
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in (configs[alive[0]] | typed).items())
     print(f"the best: python train.py --model {args.model} --data {args.data} --minutes {args.minutes:g} {flags}")
 
 

@@ -148,6 +148,12 @@ def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(doma
     assert all(abs(cell[0]) < 1e-9 and abs(cell[1]) < 1e-9 for cell in memory if cell)
 
 
+def test_a_run_on_another_grammar_has_no_memory_section():
+    run = words_run(corpus="finance")
+    run.tokenizer = WordTokenizer(data.embedded_vocabulary()[:-20])         # the grammars have learned words since
+    assert evaluation.section_memory([run], None, None, {}) == []
+
+
 # ---------------------------------------------------------------------------------------------------------- sentences
 
 @pytest.mark.parametrize("text, expected", [

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import data
+import eval as evaluation
 import finetune
 import sample
 import train
@@ -327,6 +328,7 @@ def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
     with torch.no_grad():
         torch.testing.assert_close(model.unembed(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
     sample.main(["--run", "ft", "--tokens", "3"])
+    assert evaluation.samples(finetune.open_run("ft", "cpu"), "the hen", None, n=2, tokens=3)[0]["text"].startswith("the hen")
     finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
     assert json.load(open("again/result.json"))["args"]["lr"] == finetune.DEFAULTS[True]["lr"]      # a tuned Qwen2 is a Qwen2
 

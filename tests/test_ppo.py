@@ -697,12 +697,15 @@ def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkey
     assert json.load(open("whole/result.json"))["accuracy"] == json.load(open("killed/result.json"))["accuracy"]
 
 
-def test_what_does_not_go_together_is_said_in_a_line(there, tmp_path):
+def test_what_does_not_go_together_is_said_in_a_line(there, tmp_path, monkeypatch):
     def refused(message, *command):
         with pytest.raises(UserError, match=message):
             ppo.main([*QUICK, "--run", "out", *command])
         assert not Path("out/last.pt").exists()
     refused("do not fit the base's context of 64", "--response-tokens", "60")
+    with monkeypatch.context() as m:
+        m.setenv("RANK", "0")
+        refused("start it without torchrun")
     refused("cannot be cut into minibatches of 5", "--minibatch", "5")
     refused("there is no run at nowhere", "--base", "nowhere")
     refused("there is no scorer at runs/nowhere. Train one first", "--scorer", "runs/nowhere")

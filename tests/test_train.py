@@ -383,7 +383,8 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
         tried.append(config)
         return original(args, config, minutes, *more)
     monkeypatch.setattr(train, "run_trial", run_trial)
-    options = ["--search", "6", "--minutes", "0.06", "--run", "s", "--data", "small.txt", "--weight-decay", "0.2"]
+    options = ["--search", "6", "--minutes", "0.06", "--run", "s", "--data", "small.txt", "--weight-decay", "0.2",
+               "--log-every", "3"]
     with pytest.raises(KeyboardInterrupt):
         train.main(options)
     with open(trials) as f:
@@ -401,6 +402,7 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
     assert sorted(float(r["val_ppl_1"]) for r in table if r["val_ppl_2"]) == first[:3]
     out = capsys.readouterr().out
     assert "the best: python train.py --model lstm --data small.txt --minutes 0.06 --lr" in out and "--n-embd 8" in out
+    assert "--log-every 3" in out                                               # typed, so it belongs to the command
     assert not Path("s/current").exists()
 
 
