@@ -120,6 +120,7 @@ def write_atomically(path, write):
 
 
 def save_json(path, value):
+    """Write value as JSON, all of it or nothing."""
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
 
 
@@ -864,7 +865,7 @@ def encode_split(name, split, tokenizer):
     stat = source.stat()
     key = hashlib.sha256(repr((str(source), split, stat.st_size, stat.st_mtime_ns, tokenizer.state())).encode()).hexdigest()
     folder = data_dir() / "tokens"
-    if data_dir().exists() and not os.access(data_dir(), os.W_OK):                      # a shared, read-only data folder
+    if data_dir().exists() and not os.access(data_dir(), os.W_OK):      # a shared, read-only data folder
         folder = Path(tempfile.gettempdir()) / f"tokens-{os.getuid()}"
     path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
     if not path.exists():

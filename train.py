@@ -642,8 +642,7 @@ def finish(trainer, corpus, device, dtype):
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds, "seconds": trainer.seconds,
               "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
               "device": device.type, "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
-              "test_tokens": scores["test"]["tokens"],
-              "args": kept_arguments(args)}
+              "test_tokens": scores["test"]["tokens"], "args": kept_arguments(args)}
     save_json(trainer.run / "result.json", result)
     floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
     print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
