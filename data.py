@@ -99,6 +99,21 @@ def leave(status):
     sys.exit(status)
 
 
+def live(text, end="\r"):
+    """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only what ends with a
+    new line is printed. In a torchrun job, the first process has it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if end == "\n" and not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+    elif sys.stderr.isatty() and (end == "\n" or not text or time.monotonic() - live.last > 0.1):
+        print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
+        live.last = time.monotonic()
+
+
+live.last = 0.0
+
+
 def data_dir():
     return Path(os.environ.get("DATA_DIR") or HERE / "data")
 
@@ -635,16 +650,12 @@ def fetch(url, part, headers):
         length = r.headers.get("Content-Length")
         size = have + int(length) if length else None
         with open(part, "ab" if resumed else "wb") as f:
-            shown = 0.0
+            of = f" of {size / 1e6:.1f}" if size else ""
             for block in r.iter_content(1 << 16):
                 f.write(block)
                 have += len(block)
-                if sys.stderr.isatty() and time.monotonic() - shown > 0.2:
-                    shown = time.monotonic()
-                    of = f" of {size / 1e6:.1f}" if size else ""
-                    print(f"\r{part.name[:-5]}: {have / 1e6:.1f}{of} MB ", end="", file=sys.stderr, flush=True)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+                live(f"{part.name[:-5]}: {have / 1e6:.1f}{of} MB")
+            live("")
     return size, published
 
 

@@ -92,10 +92,10 @@ def open_run(folder, device):
             result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
         except ValueError:
             print(f"{folder}/result.json is damaged and left out", file=sys.stderr)
-    args, steps = result.get("args"), result.get("steps", 0)
+    args, steps = result.get("options"), result.get("steps", 0)
     if args is None and (Path(folder) / "last.pt").exists():                # not finished
         checkpoint = read_checkpoint(Path(folder) / "last.pt")
-        args, steps = checkpoint.get("args"), checkpoint.get("steps") or 0
+        args, steps = checkpoint.get("options"), checkpoint.get("steps") or 0
     return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), result, args or {}, steps)
 
 

@@ -51,8 +51,9 @@ from data import UserError, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, never_drawn
-from train import (MODELS, Trainer, add_device, build_model, clip_gradients, join_processes, kept_arguments, load_run, parse,
-                   perplexity, pick_device, pick_dtype, read_checkpoint, side_by_side, take_arguments, with_context)
+from train import (MODELS, Trainer, add_device, build_model, clip_gradients, environment, eval_batch_size, join_processes,
+                   kept_arguments, load_run, parse, perplexity, pick_device, pick_dtype, read_checkpoint, take_arguments,
+                   with_context)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
@@ -125,6 +126,9 @@ class FineTuner(Trainer):
     def take_over(self, pairs):
         for weight, copy in pairs:
             copy.copy_(weight)
+
+    def sample(self, scores):
+        return super().sample(scores, self.args.prompts[0])
 
     def gradients(self, x, y):
         if self.copy:
@@ -338,7 +342,6 @@ def tune(args, device, dtype, checkpoint=None):
             model = build_model(kind, config)                       # without memory until it is shared out
     if rank == 0:
         print(memory_text(model, args, device, dtype, world), file=sys.stderr)
-    torch.manual_seed(args.seed + rank)
     corpus = data.load(args.data, tokenizer, splits=("train", "valid"))
     if world > 1 and rank == 0:
         dist.barrier()
@@ -360,7 +363,7 @@ def tune(args, device, dtype, checkpoint=None):
         save_json(run / "before.json", before)
     valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
     evaluate = lambda: {"val": perplexity(trainer.losses if args.shard else model, valid,
-                                          rows=side_by_side(valid), dtype=dtype)}
+                                          rows=eval_batch_size(valid), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = args.go_on
     trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
@@ -386,11 +389,11 @@ def tune(args, device, dtype, checkpoint=None):
     after = measure((model.to(device, dtype) if args.shard else model).eval(), tokenizer, args, dtype)
     result = {"model": kind, "base": args.base, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
               "train_tokens": len(train_ids), "epochs": trainer.step / batches.steps_per_epoch, "steps": trainer.step,
-              "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed, "device": device.type,
+              "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed, **environment(device),
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds,
               "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)),
               "floor": grammar_floor(args.data, args.held_out, tokenizer),
-              "before": before, "after": after, "args": kept_arguments(args)}
+              "before": before, "after": after, "options": kept_arguments(args)}
     write_report(args, result | {"tokenizer": tokenizer}, Figures(run))
     save_json(run / "result.json", result)                          # last: it says that the run is finished
     return result
@@ -420,7 +423,7 @@ def ablate(args, device, dtype):
         else:
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
             if checkpoint:
-                one = argparse.Namespace(**vars(one) | checkpoint["args"])
+                one = argparse.Namespace(**vars(one) | checkpoint["options"])
             result = tune(one, device, dtype, checkpoint)
         for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
@@ -428,14 +431,14 @@ def ablate(args, device, dtype):
         rows.append([f"{epochs:g}", f"{100 * fraction:g} %", result["after"]["mean"], result["after"]["corpus"],
                      result["after"]["retained"] and result["after"]["retained"]["ppl"], result["after"]["samples"][0]["text"]])
     header = ["epochs", "share of the data", "mean of the documents' perplexities", "corpus perplexity",
-              f"{result['args']['retain'] or 'another text'}, not trained on", f"continues: {result['args']['prompts'][0]}"]
+              f"{result['options']['retain'] or 'another text'}, not trained on", f"continues: {result['options']['prompts'][0]}"]
     rows.append(["none", "", before["mean"], before["corpus"], before["retained"] and before["retained"]["ppl"],
                  before["samples"][0]["text"]])
     text = f"# {args.base} fine-tuned on {args.data}: epochs and share of the data (Table 6)\n\n" + table(header, rows)
     if result["floor"]:
         text += f"\nThe grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
     write_atomically(folder / "report.md", lambda f: f.write(text.encode()))
-    save_json(folder / "result.json", {"header": header, "rows": rows, "args": kept_arguments(args)})
+    save_json(folder / "result.json", {"header": header, "rows": rows, **environment(device), "options": kept_arguments(args)})
     print(table(header[:-1], [row[:-1] for row in rows]) + f"written to {folder}/report.md")
 
 
@@ -557,11 +560,11 @@ def main(argv=None):
     args, checkpoint = arguments(argv), None
     if args.resume and not args.ablate:
         checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py", mmap=args.shard)
-        if "data_fraction" not in checkpoint.get("args", {}):
+        if "data_fraction" not in checkpoint.get("options", {}):
             raise UserError(f"{args.run} is not a run of finetune.py; "
                             f"python train.py --resume --run {args.run} may go on with it")
-        take_arguments(args, checkpoint["args"])
-    elif any(file for pattern in ("*.pt", "config.json", "result.json") for file in Path(args.run).glob(pattern)) \
+        take_arguments(args, checkpoint["options"])
+    elif any((Path(args.run) / file).exists() for file in ("last.pt", "config.json", "result.json")) \
             and not (Path(args.run) / "ablation.json").exists() and os.environ.get("RANK", "0") == "0":
         raise UserError(f"{args.run} already holds a run or weights. Go on with it: "
                         f"python finetune.py --resume --run {args.run}; or choose another folder with --run")

@@ -92,8 +92,8 @@ from finetune import C, context, is_embedded, read_before
 from qwen_load import read_json, read_parameters, repo_folder, save_model, write_safetensors
 from rnn import compute_dtype
 from sample import encode_prompt, end_tokens, never_drawn, steps
-from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, kept_arguments, learning_rate, load_run,
-                   parse, pick_device, pick_dtype, read_checkpoint, take_arguments)
+from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, environment, kept_arguments, learning_rate, load_run,
+                   parse, pick_device, pick_dtype, read_checkpoint, step_seed, take_arguments)
 
 
 # ------------------------------------------------------------------------------------------------------- WordPiece
@@ -479,7 +479,7 @@ def train_reward(args, device, dtype, checkpoint=None):
               "vocabulary": len(tokenizer.vocab), "seconds": trainer.seconds, "steps": trainer.step,
               "best_step": trainer.best_step, "seed": args.seed, "held_out": len(short),
               "accuracy": whole["accuracy"], "accuracy_first_32": beginning["accuracy"],
-              "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+              "dtype": str(dtype).removeprefix("torch."), **environment(device)}
     save_json(run / "result.json", result)
     for checkpoint in run.glob("*.pt"):                             # the folder is the scorer now
         checkpoint.unlink()
@@ -612,8 +612,8 @@ class Responses:
     prompts: list
 
 
-def roll_out(model, prompts, n_tokens, ends, seed, banned=()):
-    """Continue each prompt by at most n_tokens, at temperature 1 and from the whole distribution."""
+def roll_out(model, prompts, n_tokens, ends, seed=None, banned=()):
+    """Continue each prompt by at most n_tokens, at temperature 1 and from the whole distribution. seed None: torch's own."""
     drawn = [(token, log_prob) for token, log_prob, _ in steps(model, prompts, n_tokens, eos=ends, seed=seed, banned=banned)]
     # [B, S]: each row's prompt is forced, then it answers
     token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))
@@ -737,16 +737,16 @@ class PPO(Trainer):
     def train_step(self):
         """One iteration; -> the mean reward."""
         args = self.args
-        # no dropout: the ratio is to be 1 before the first update
-        self.model.eval()
+        torch.manual_seed(step_seed(args.seed, self.step))                  # responses and minibatches
+        self.model.eval()                                                   # no dropout: the first ratio is to be 1
         self.learning_rate = learning_rate(self.step, self.steps, args.lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["faster"] * self.learning_rate              # the value head begins at zero
         started = time.perf_counter()
         if self.sampler is not self.model:
             self.sampler.load_state_dict(self.model.state_dict())
-        r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends, self.seed_of(0),
-                     self.judge.banned)
+        r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends,
+                     banned=self.judge.banned)
         rolled = time.perf_counter()
         score = self.judge.reward(r)                                        # [B]
         repeated = torch.tensor(shared_repetition(r.ids))
@@ -787,9 +787,8 @@ class PPO(Trainer):
     def update_policy(self, r, old, advantages, returns):
         """Several epochs of minibatches over one batch of responses; -> what was logged of each."""
         args, updates = self.args, []
-        for epoch in range(args.epochs):
-            order = torch.randperm(len(r.mask), generator=torch.Generator().manual_seed(self.seed_of(1 + epoch)))
-            for rows in order.split(args.minibatch):
+        for _ in range(args.epochs):
+            for rows in torch.randperm(len(r.mask)).split(args.minibatch):
                 inside = r.mask[rows] > 0
                 part = {name: v[rows][inside] for name, v in (old | {"advantage": advantages, "returns": returns}).items()}
                 with self.judge.autocast(self.device):
@@ -821,14 +820,10 @@ class PPO(Trainer):
     def apply_gradients(self):
         norm = clip_gradients(self.parameters, self.args.clip)
         if not math.isfinite(norm):
-            raise NotFinite(f"the gradient is not finite in iteration {self.step}. The last good checkpoint is kept in "
-                            f"{self.run}; train anew with a smaller --lr and another --run")
+            raise NotFinite(f"the gradient is not finite in iteration {self.step}. {self.kept()}; "
+                            "train anew with a smaller --lr and another --run")
         self.update()
         return norm
-
-    def seed_of(self, k):
-        """A seed for the k-th random draw of this iteration, the same after --resume."""
-        return int(np.random.default_rng((self.args.seed, self.step, k)).integers(2 ** 62))
 
     # ---- checkpoints and log
 
@@ -852,7 +847,7 @@ class PPO(Trainer):
         coefficient adapts, at its value of now, for the best so far too."""
         scores = self.evaluate()
         worth = lambda reward, kl: reward - self.kl_coef * kl
-        better = self.best_scores is None or worth(scores["reward"], scores["kl"]) > worth(*self.best_scores)
+        better = self.step > 0 and (self.best_scores is None or worth(scores["reward"], scores["kl"]) > worth(*self.best_scores))
         if better:
             self.best_scores, self.best_step = (float(scores["reward"]), float(scores["kl"])), self.step
         self.log(scores)
@@ -861,6 +856,9 @@ class PPO(Trainer):
     def status(self, reward):
         return (f"iteration {self.step}/{self.steps}  reward {reward:.2f}  KL {self.row['kl']:.2f}  "
                 f"coefficient {self.kl_coef:.3f}")
+
+    def sample(self, scores):
+        return scores["each"][0]["text"]
 
     def verdict(self, scores, better):
         return (f"evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, "
@@ -1025,9 +1023,9 @@ def train_policy(args, device, dtype, checkpoint=None):
         save_model(model, tokenizer, run)
     result = {"model": kind, "base": args.base, "scorer": args.scorer, "data": args.data, "params": n,
               "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed,
-              "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+              "dtype": str(dtype).removeprefix("torch."), **environment(device),
               "rise": (after["reward"] - before["reward"]) / before["reward_sd"],
-              "before": before, "after": after, "args": kept_arguments(args)}
+              "before": before, "after": after, "options": kept_arguments(args)}
     write_report(args, result, Figures(run))
     save_json(run / "result.json", result)                                  # last: it says that the run is finished
     print(f"{args.base} rewarded by {args.scorer}: reward {before['reward']:.2f} before, {after['reward']:.2f} after "
@@ -1119,7 +1117,7 @@ def arguments(argv=None):
         for name, value in REWARD_DEFAULTS.items():
             if name not in args.typed:
                 setattr(args, name, value[args.data] if isinstance(value, dict) else value)
-        args.steps, args.log_every, args.base = None, 50, None
+        args.steps, args.log_every, args.base, args.sample = None, 50, None, False
     else:
         args.log_every = 1
         if args.epochs != int(args.epochs):
@@ -1143,12 +1141,12 @@ def main(argv=None):
     keep_memory()
     if args.resume:
         checkpoint = read_checkpoint(Path(args.run) / "last.pt", f"python ppo.py{' --train-reward' * args.train_reward}")
-        saved = checkpoint.get("args", {})
+        saved = checkpoint.get("options", {})
         if "train_reward" not in saved or saved["train_reward"] != args.train_reward:
             raise UserError(f"{args.run} is not a run of python ppo.py{' --train-reward' * args.train_reward}; "
                             "go on with what started it")
         take_arguments(args, saved)
-    elif any(file for pattern in ("*.pt", "config.json", "result.json") for file in Path(args.run).glob(pattern)):
+    elif any((Path(args.run) / file).exists() for file in ("last.pt", "config.json", "result.json")):
         raise UserError(f"{args.run} already holds a run or weights. Go on with it: "
                         f"python ppo.py{' --train-reward' * args.train_reward} --resume --run {args.run}; "
                         "or choose another folder with --run")

@@ -32,16 +32,18 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import signal
-import sys
+import subprocess
 import textwrap
 import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -184,13 +186,18 @@ class LossModule(torch.nn.Module):
         return (self.model.nll if each else self.model.loss)(hidden, y), state
 
 
+CONTEXT = 256               # tokens
+
+
 @torch.no_grad()
 def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     """-log p of each of ids[1:] in nats, float64 [len(ids) - 1]. ids[0] is context only (put <eos> first). Dropout is off.
 
     model: a language model, or a LossModule around one (which may be shared out among processes, then all call this together).
-    A recurrent model reads the text with its state carried from start to end, cut into `rows` pieces side by side
-    (1: exact; more: faster, and the first tokens of each piece have less context). The Transformer reads windows of
+    A recurrent model reads the text with its state carried from start to end, cut into `rows` pieces side by side (1: exact;
+    more: faster). Each piece but the first begins with the state after the first CONTEXT tokens of the text and reads the CONTEXT
+    tokens before its own, which do not count: from a state of zero in mid-text a recurrent network may settle among states
+    that it never meets in reading on, and stay there. The Transformer reads windows of
     `context` tokens that advance by `stride`, and only a window's last `stride` predictions count, so that (after the
     first window) no token is judged with less than context - stride tokens before it.
     """
@@ -204,15 +211,21 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     module.eval()
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32):
         if model.recurrent:
-            length = -(-n // rows)
-            padded = torch.zeros(2, rows * length, dtype=torch.long)
+            before = min(CONTEXT, n // rows) if rows > 1 else 0
+            length = -(-(n - before) // rows)
+            padded = torch.zeros(2, before + rows * length, dtype=torch.long)
             padded[0, :n], padded[1, :n] = ids[:-1], ids[1:]
-            inputs, targets = padded.view(2, rows, length)
+            inputs, targets = padded.unfold(1, before + length, length)         # [rows, before + length] each
             state = model.init_state(rows)
+            if before:
+                beginning = module(inputs[:1, :before].to(device), targets[:1, :before].to(device), model.init_state(1))[1]
+                state = take_rows(join_rows([model.init_state(1)] + [beginning] * (rows - 1)), 0, 1, device)
             for x, y in zip(inputs.split(256, 1), targets.split(256, 1)):
                 nll, state = module(x.to(device), y.to(device), state, each=True)
                 losses.append(nll.cpu())
-            losses = torch.cat(losses, 1).view(-1)[:n]
+                data.live(f"evaluated {len(losses) * 256 * rows:,} of {n:,} tokens")
+            losses = torch.cat(losses, 1)
+            losses = torch.cat([losses[0], losses[1:, before:].flatten()])[:n]
         else:
             context = min(context or model.config.block_size, n)
             stride = min(stride or max(1, context // 2), context)
@@ -225,8 +238,10 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
                 for row, e in enumerate(block):
                     at = group + row
                     losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])     # what no earlier window predicted
+                data.live(f"evaluated {block[-1]:,} of {n:,} tokens")
             losses = torch.cat(losses)
     module.train(was_training)
+    data.live("")
     return losses.double()
 
 
@@ -245,16 +260,17 @@ def with_context(tokenizer, ids):
 
 # ------------------------------------------------------------------------------------------------- the training loop
 
-MEASURED = 20               # steps in which --minutes measures the speed; the learning rate never falls before
+def step_seed(seed, step, rank=0):
+    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run draws what the run
+    that was left alone would have drawn. 32 bits, because a CPU's generator keeps no more."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then half a cosine down to 1 % of the peak. steps None (not planned yet): level after the
-    warm-up, as the first MEASURED steps are in any case, so that --steps repeats what --minutes planned."""
+    """Linear warm-up, then half a cosine down to 1 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    start = max(warmup, MEASURED if steps is None or steps > MEASURED else 0)
-    progress = 0.0 if steps is None else min(1.0, max(0, step - start) / max(1, steps - start))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -284,13 +300,13 @@ def join_rows(states):
     return [join_rows(parts) for parts in zip(*states)]
 
 
-def take_rows(state, rows, device):
-    """Some rows of a recurrent state."""
+def take_rows(state, rank, world, device):
+    """The rows of a recurrent state that belong to one of `world` processes, as those of a batch do."""
     if state is None:
         return None
     if isinstance(state, torch.Tensor):
-        return state[rows].to(device)
-    return [take_rows(s, rows, device) for s in state]
+        return state.chunk(world)[rank].to(device)
+    return [take_rows(s, rank, world, device) for s in state]
 
 
 def whole(state):
@@ -331,18 +347,23 @@ def clip_gradients(parameters, limit):
     return norm.item()
 
 
+def csv_text(rows):
+    """Rows as the bytes of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
 class Trainer:
     """The loop's state and the loop. What it needs beyond the arguments: a model, its batches, and a function
     evaluate() -> {"val": {"nll", "ppl", ...}, name: {...}} for the validation split and any other corpora."""
 
-    # numbers that a checkpoint keeps beside weights, optimizer, recurrent state, random state and arguments
-    KEPT = "step", "steps", "interval", "seconds", "best", "best_step", "loss_sum", "loss_steps", "eval_seconds", \
-        "step_seconds"
+    # numbers that a checkpoint keeps beside weights, optimizer, recurrent state and options
+    KEPT = "step", "steps", "interval", "seconds", "step_seconds", "best", "best_step", "loss_sum", "loss_steps"
 
     def __init__(self, args, kind, model, tokenizer, batches, evaluate, device, dtype):
         self.args, self.kind, self.model, self.tokenizer, self.batches = args, kind, model, tokenizer, batches
         self.evaluate, self.device, self.dtype = evaluate, device, dtype
-        self.device_random = None if device.type == "cpu" else torch.get_device_module(device)
         self.run = Path(args.run)
         self.go_on = f"python train.py --resume --run {self.run}"   # after an interruption
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -353,11 +374,11 @@ class Trainer:
             self.distribute()
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
         self.warmup = args.warmup
-        self.memory = None                                          # recurrent state, carried from batch to batch
+        self.state = None                                           # recurrent, carried from batch to batch
         self.step, self.best, self.best_step = 0, math.inf, -1
-        self.seconds, self.step_seconds, self.eval_seconds = 0.0, 0.0, 0.0      # in all; in training steps; one evaluation
-        self.steps = args.steps or (None if args.minutes else max(1, round(args.epochs * batches.steps_per_epoch)))
-        self.interval = args.eval_every or -(-self.steps // 20) if self.steps else None
+        self.seconds, self.step_seconds = 0.0, 0.0                  # in all; in training steps
+        self.steps = args.steps or max(1, round((args.epochs or 0) * batches.steps_per_epoch))
+        self.interval = args.eval_every or -(-self.steps // 20)     # steps between evaluations
         self.loss_sum, self.loss_steps = 0.0, 0                     # since the last row of the log
         self.interrupted = self.stopping = False                    # told to stop; every process knows it
         self.learning_rate, self.grad_norm = "", ""                 # of the last step
@@ -375,22 +396,20 @@ class Trainer:
                 "step": self.step}
 
     def save(self, best=False):
-        """Write last.pt, and best.pt if these weights are the best. What each process has of its own (its rows of the
-        recurrent state, its random numbers) is gathered; only the first process writes."""
-        own = [(self.memory, torch.get_rng_state(), self.device_random and self.device_random.get_rng_state())]
+        """Write last.pt, and best.pt if these weights are the best. Every process has its own rows of the recurrent state: they
+        are gathered, and only the first process writes."""
+        states = [self.state]
         if self.world > 1:
-            own *= self.world
-            dist.all_gather_object(own, own[0])
+            states *= self.world
+            dist.all_gather_object(states, states[0])
         model, optimizer = self.model_checkpoint(whole(self.model.state_dict())), whole(self.optimizer.state_dict())
         if self.rank:
             return
         if best:
             write_atomically(self.run / "best.pt", lambda f: torch.save(model, f))
-        memory, rng, device_rng = zip(*own)
-        state = {"optimizer": optimizer, "memory": join_rows(memory), "rng": rng, "device_rng": device_rng,
-                 "args": kept_arguments(self.args),
-                 "log_bytes": self.log_file.tell()} | {name: getattr(self, name) for name in self.KEPT}
-        write_atomically(self.run / "last.pt", lambda f: torch.save(model | state, f))
+        rest = {"optimizer": optimizer, "state": join_rows(states), "options": kept_arguments(self.args)}
+        rest |= {name: getattr(self, name) for name in self.KEPT}
+        write_atomically(self.run / "last.pt", lambda f: torch.save(model | rest, f))
 
     def load_weights(self, state):
         own = self.model.state_dict()
@@ -402,12 +421,8 @@ class Trainer:
         moments = {i: {k: share_of(v, parameters[i]) if v.dim() else v for k, v in s.items()}
                    for i, s in checkpoint["optimizer"]["state"].items()}
         self.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
-        self.memory = take_rows(checkpoint["memory"], self.mine, self.device)
-        if len(checkpoint["rng"]) == self.world:                    # else: another number of processes, other dropout masks
-            torch.set_rng_state(checkpoint["rng"][self.rank].cpu())
-            if self.device_random and checkpoint["device_rng"][self.rank] is not None:
-                self.device_random.set_rng_state(checkpoint["device_rng"][self.rank].cpu())
-        for name in (*self.KEPT, "log_bytes"):
+        self.state = take_rows(checkpoint["state"], self.rank, self.world, self.device)
+        for name in self.KEPT:
             setattr(self, name, checkpoint[name])
 
     def resume(self, checkpoint):
@@ -421,26 +436,28 @@ class Trainer:
     # ---- the log
 
     def open_log(self, resumed):
+        """Begin log.csv, or cut it back: the rows after the checkpoint's step will be written again."""
         self.run.mkdir(parents=True, exist_ok=True)
-        path = self.run / "log.csv" if self.rank == 0 else os.devnull
-        self.columns = self.log_columns()
-        if resumed and (not os.path.exists(path) or self.rank == 0 and os.path.getsize(path) < self.log_bytes):
-            raise UserError(f"{path} is shorter than {self.run}/last.pt remembers: they are not of the same run")
-        self.log_file = open(path, "r+b" if resumed else "w+b")
-        if resumed and self.rank == 0:
-            self.log_file.truncate(self.log_bytes)                  # rows after the checkpoint will be written again
-        self.log_file.seek(0, os.SEEK_END)
-        if not resumed:
-            self.write_row(self.columns)
+        path, self.columns, rows = self.run / "log.csv", self.log_columns(), []
+        if self.rank:
+            path = Path(os.devnull)
+        elif resumed:
+            if path.exists():
+                with open(path, newline="", errors="replace") as f:
+                    rows = [row for row in csv.reader(f.read().split("\n")[1:-1])  # a last line without an end was cut off
+                            if len(row) == len(self.columns) and row[0].isdigit() and int(row[0]) <= self.step]
+            else:
+                self.show(f"{path} is missing; it begins again at step {self.step}", "\n")
+        if not self.rank:
+            write_atomically(path, lambda f: f.write(csv_text([self.columns, *rows])))
+        self.log_file = open(path, "ab")
 
     def log_columns(self):
         return ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second", "val_loss",
                 "val_ppl"] + [f"ppl_{name}" for name in self.args.also]
 
     def write_row(self, row):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
-        self.log_file.write(text.getvalue().encode())
+        self.log_file.write(csv_text([[f"{v:.6g}" if isinstance(v, float) else v for v in row]]))
         self.log_file.flush()
 
     def log(self, scores=None):
@@ -458,7 +475,7 @@ class Trainer:
 
     def status(self, loss):
         """What the live line says of a step."""
-        return (f"step {self.step}/{self.steps or '?'}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
+        return (f"step {self.step}/{self.steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
                 f"{self.step * self.tokens_per_step / self.step_seconds:,.0f} tokens/s")
 
     def verdict(self, scores, better):
@@ -466,14 +483,18 @@ class Trainer:
         also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.args.also)
         return f"val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}"
 
+    def sample(self, scores, prompt=""):
+        """What the model writes now, from the same seed at every evaluation."""
+        from sample import encode_prompt, generate, never_drawn     # which imports this file
+        self.model.eval()
+        new = generate(self.model, [encode_prompt(self.tokenizer, prompt)], 20, 0.8, seed=self.args.seed,
+                       banned=never_drawn(self.tokenizer))
+        self.model.train()
+        return f"{prompt} {self.tokenizer.decode(new[0])}"
+
     def show(self, text, end="\r"):
-        """The live line: rewritten in place on a terminal; elsewhere only what ends with a new line is printed."""
-        if self.rank:
-            return
-        if sys.stderr.isatty():
-            print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
-        elif end == "\n":
-            print(text, file=sys.stderr, flush=True)
+        if self.rank == 0:
+            data.live(text, end)
 
     # ---- the loop
 
@@ -484,10 +505,10 @@ class Trainer:
     def gradients(self, x, y):
         """Forward and backward; -> the mean loss, and the norm of the gradients before they were clipped."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss, memory = self.losses(x, y, self.memory)
+            loss, state = self.losses(x, y, self.state)
             loss = loss / y.numel()
         loss.backward()
-        self.memory = detach(memory)
+        self.state = detach(state)
         return loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
 
     def update(self):
@@ -496,16 +517,17 @@ class Trainer:
 
     def train_step(self):
         """One optimizer step; -> mean loss in nats per token. UserError if the loss or the gradient is not finite."""
+        torch.manual_seed(step_seed(self.args.seed, self.step, self.rank))
         if self.batches.first(self.step) or not self.model.recurrent:
-            self.memory = None
-        x, y = (t[self.mine].to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
+            self.state = None
+        x, y = (t.chunk(self.world)[self.rank].to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
         self.learning_rate = learning_rate(self.step, self.steps, self.args.lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         loss, self.grad_norm = self.gradients(x, y)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             raise NotFinite(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm {self.grad_norm}). "
-                            f"The last good checkpoint is kept in {self.run}; train anew with a smaller --lr and another --run")
+                            f"{self.kept()}; train anew with a smaller --lr and another --run")
         self.update()
         self.step += 1
         self.stopping = self.interrupted
@@ -516,11 +538,8 @@ class Trainer:
         self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
         return loss
 
-    @property
-    def mine(self):
-        """The rows of a batch that are this process's."""
-        rows = self.batches.batch_size // self.world
-        return slice(self.rank * rows, (self.rank + 1) * rows)
+    def kept(self):
+        return f"The last good checkpoint is kept in {self.run}" if (self.run / "last.pt").exists() else "Nothing was saved yet"
 
     def share(self, value):
         """The first process's value, for all."""
@@ -530,26 +549,12 @@ class Trainer:
             return box[0]
         return value
 
-    def plan(self, step_seconds):
-        """--minutes: from the speed of the steps so far, how many steps fit, with the evaluations (up to 20, and
-        up to a tenth of the time, but at least two; the final figures on the test split come on top)."""
-        step_seconds, eval_seconds, spent = self.share((step_seconds, self.eval_seconds, self.seconds))
-        left = 0.98 * self.args.minutes * 60 - spent
-        if self.args.eval_every:
-            self.steps = self.step + max(1, int(left / (step_seconds + eval_seconds / self.args.eval_every)))
-        else:
-            evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
-            self.steps = self.step + max(1, int((left - evaluations * eval_seconds) / step_seconds))
-        self.interval = self.args.eval_every or -(-self.steps // evaluations)
-        self.show(f"{self.args.minutes:g} minutes are {self.steps} steps, {self.steps / self.batches.steps_per_epoch:.1f} "
-                  f"epochs at {self.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
-
     def evaluate_and_log(self):
         scores = self.share(self.evaluate() if self.rank == 0 or self.sharded else None)
         if not math.isfinite(scores["val"]["nll"]):
-            raise NotFinite(f"the validation loss is not finite at step {self.step}. The last good checkpoint is kept in "
-                            f"{self.run}; train anew with a smaller --lr and another --run")
-        better = scores["val"]["nll"] < self.best
+            raise NotFinite(f"the validation loss is not finite at step {self.step}. {self.kept()}; train anew with a smaller --lr "
+                            "and another --run")
+        better = self.step > 0 and scores["val"]["nll"] < self.best
         if better:
             self.best, self.best_step = scores["val"]["nll"], self.step
         self.log(scores)
@@ -570,22 +575,20 @@ class Trainer:
         except RuntimeError as e:
             if self.world == 1 or isinstance(e, torch.OutOfMemoryError):
                 raise
+            again = f" with --resume --run {self.run}" if (self.run / "last.pt").exists() else ""
             raise UserError(f"at step {self.step} another process of this job was gone, or this one failed "
-                            f"({(str(e) or type(e).__name__).splitlines()[0]}). The checkpoint in {self.run} is whole: start "
-                            f"the same torchrun command again with --resume --run {self.run}") from e
+                            f"({(str(e) or type(e).__name__).splitlines()[0]}). {self.kept()}: start the same torchrun command "
+                            f"again{again}") from e
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
     def loop(self):
         clock, shown = time.perf_counter() - self.seconds, 0.0
-        if self.best_step < 0:                                      # never evaluated
-            self.save()                                             # from here on there is something to go on from
-            _, better = self.evaluate_and_log()
-            self.eval_seconds = time.perf_counter() - clock
-            self.save(best=better)
-        started, from_step = time.perf_counter(), self.step         # what --minutes measures
-        while self.steps is None or self.step < self.steps:
+        if self.step == 0:                                          # a row of the log; there is nothing to save yet
+            self.evaluate_and_log()
+        started, from_step = time.perf_counter(), self.step
+        while self.step < self.steps:
             if self.stopping:
                 self.save()
                 go_on = self.go_on if self.world == 1 else f"the same torchrun command and --resume --run {self.run}"
@@ -597,20 +600,17 @@ class Trainer:
             loss = self.train_step()
             self.step_seconds += time.perf_counter() - step_started
             self.seconds = time.perf_counter() - clock
-            if self.step == MEASURED // 4:                          # the very first steps are slower: not counted
-                started, from_step = time.perf_counter(), self.step
-            if self.steps is None and self.step == MEASURED:
-                self.plan((time.perf_counter() - started) / (MEASURED - from_step))
-            per_step = (self.seconds - self.eval_seconds) / self.step           # the first evaluation is not repeated
-            left = "" if not self.steps else f"{per_step * (self.steps - self.step):.0f} s left"
+            left = (time.perf_counter() - started) / (self.step - from_step) * (self.steps - self.step)
             if self.seconds - shown > 0.2:
                 shown = self.seconds
-                self.show(f"{self.status(loss)}  {left}")
-            if self.steps and (self.step % self.interval == 0 or self.step == self.steps):
+                self.show(f"{self.status(loss)}  {left:.0f} s left")
+            if self.step % self.interval == 0 or self.step == self.steps:
                 scores, better = self.evaluate_and_log()
                 self.seconds = time.perf_counter() - clock
                 self.save(best=better)
-                self.show(f"{self.status(loss)}  {self.verdict(scores, better)}  {self.seconds:.0f} s, {left}", "\n")
+                self.show(f"{self.status(loss)}  {self.verdict(scores, better)}  {self.seconds:.0f} s, {left:.0f} s left", "\n")
+                if self.args.sample and self.rank == 0 and not self.sharded:
+                    self.show("    " + " ".join(self.sample(scores).split())[:100], "\n")
             elif self.step % self.args.log_every == 0:
                 self.log()
 
@@ -618,31 +618,54 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 WHILE_TRAINING, AT_THE_END = 100_000, 300_000       # tokens of a split that are read at most (IMDB's test split has 7 million)
+EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one row
 
 
-def side_by_side(ids):
-    """Into how many pieces to cut a validation text for a recurrent model: up to 16, of at least 500 tokens."""
-    return max(1, min(16, len(ids) // 500))
+def eval_batch_size(ids):
+    """Into how many pieces to cut a text for a recurrent model: up to 16, of at least 1000 tokens."""
+    return max(1, min(16, len(ids) // 1000))
 
 
 def evaluator(model, corpora, tokenizer, dtype):
     """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side by side."""
     texts = {name: with_context(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
-    return lambda: {name: perplexity(model, ids, rows=side_by_side(ids), dtype=dtype)
+    return lambda: {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype)
                     for name, ids in texts.items()}
 
 
+def environment(device):
+    """What a result was computed with: torch, the processor, the commit of this code (None where git does not know it)."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        except (OSError, StopIteration):
+            processor = platform.processor() or platform.machine()
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=data.HERE, capture_output=True,
+                             text=True)
+        commit = git.stdout.strip() or None
+    except OSError:
+        commit = None
+    return {"device": device.type, "torch": torch.__version__, "processor": processor, "commit": commit}
+
+
 def finish(trainer, corpus, device, dtype):
-    """The final figures from the best weights, state carried from end to end of a split, into result.json."""
+    """The final figures from the best weights into result.json."""
     args = trainer.args
     model, tokenizer, _ = load_run(trainer.run, device)
-    scores = {s: perplexity(model, with_context(tokenizer, corpus.ids[s][:AT_THE_END]), dtype=dtype) for s in ("valid", "test")}
+    scores = {}
+    for split in ("valid", "test"):
+        ids = with_context(tokenizer, corpus.ids[split][:AT_THE_END])
+        scores[split] = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids), dtype=dtype)
     result = {"model": args.model, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
               "val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"], "floor_ppl": corpus.floor["test"],
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds, "seconds": trainer.seconds,
               "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
-              "device": device.type, "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
-              "test_tokens": scores["test"]["tokens"], "args": kept_arguments(args)}
+              "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
+              "test_tokens": scores["test"]["tokens"], **environment(device), "options": kept_arguments(args)}
     save_json(trainer.run / "result.json", result)
     floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
     print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
@@ -652,15 +675,46 @@ def finish(trainer, corpus, device, dtype):
 
 def make_trainer(args, corpora, device, dtype):
     """The model and its trainer for these arguments; corpora["val"] is the corpus, the others are --also."""
-    corpus, rank = corpora["val"], int(os.environ.get("RANK", 0))
+    corpus = corpora["val"]
     torch.manual_seed(args.seed)
     model = build_model(args.model, model_config(args, corpus.tokenizer.vocab_size)).to(device)
-    if rank:
-        torch.manual_seed(args.seed + rank)                         # the same weights, but dropout masks of its own
     cut = data.Streams if model.recurrent else data.Windows
     batches = cut(corpus.ids["train"], args.batch_size, args.block_size, args.seed)
     return Trainer(args, args.model, model, corpus.tokenizer, batches, evaluator(model, corpora, corpus.tokenizer, dtype),
                    device, dtype)
+
+
+MEASURED = 20               # steps in which --minutes measures the speed; the first quarter is slower and not counted
+
+
+def plan_minutes(trainer, corpora):
+    """--minutes as a number of steps: train a copy of the model for MEASURED steps as the job will run, evaluate it once, and
+    plan as many steps as fit into the rest, with the evaluations (up to 20, and up to a tenth of the time, but at least two;
+    the final figures on the test split come on top)."""
+    args, started = trainer.args, time.perf_counter()
+    trainer.show("measuring the speed")
+    probe = make_trainer(argparse.Namespace(**vars(args) | {"steps": MEASURED}), corpora, trainer.device, trainer.dtype)
+    probe.model.train()
+    for step in range(MEASURED):
+        if step == MEASURED // 4:
+            clock = time.perf_counter()
+        probe.train_step()
+    step_seconds = (time.perf_counter() - clock) / (MEASURED - MEASURED // 4)
+    clock = time.perf_counter()
+    if trainer.rank == 0:
+        probe.evaluate()
+    now = time.perf_counter()
+    step_seconds, eval_seconds, trainer.seconds = trainer.share((step_seconds, now - clock, now - started))
+    left = 0.98 * args.minutes * 60 - trainer.seconds
+    if args.eval_every:
+        step_seconds += eval_seconds / args.eval_every
+        evaluations = 0
+    else:
+        evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
+    trainer.steps = max(1, int((left - evaluations * eval_seconds) / step_seconds))
+    trainer.interval = args.eval_every or -(-trainer.steps // evaluations)
+    trainer.show(f"{args.minutes:g} minutes are {trainer.steps} steps, {trainer.steps / trainer.batches.steps_per_epoch:.1f} "
+                 f"epochs at {trainer.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- hyperparameters
@@ -743,11 +797,12 @@ def search(args, corpora, device, dtype):
 def run_trial(args, config, minutes, folder, corpora, device, dtype, score):
     """Train one configuration for so many minutes; -> its row of trials.csv."""
     shutil.rmtree(folder, ignore_errors=True)
-    trial_args = argparse.Namespace(**vars(args) | config | {"run": str(folder), "minutes": minutes})
+    trial_args = argparse.Namespace(**vars(args) | config | {"run": str(folder), "minutes": minutes, "sample": False})
     trainer, diverged = make_trainer(trial_args, corpora, device, dtype), False
     trainer.go_on = "the same search again; finished trials are not repeated"
-    trainer.open_log(resumed=False)
     try:
+        plan_minutes(trainer, corpora)
+        trainer.open_log(resumed=False)
         trainer.fit()
     except NotFinite:
         diverged = True
@@ -814,7 +869,9 @@ def parser():
 
 
 def add_device(p):
-    """The two arguments of everything that trains."""
+    """The arguments of everything that trains."""
+    p.add_argument("--sample", action=argparse.BooleanOptionalAction, default=True,
+                   help="print a line that the model writes at every evaluation (default: yes)")
     p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the matmuls, weights are float32 (default: bfloat16 where the hardware multiplies it)")
@@ -892,15 +949,15 @@ def resumed_arguments(args):
     if args.run is None:
         args.run = default_run(args)
     checkpoint = read_checkpoint(Path(args.run) / "last.pt")
-    if "args" not in checkpoint or checkpoint["args"].get("model") != checkpoint["kind"]:
+    if "options" not in checkpoint or checkpoint["options"].get("model") != checkpoint["kind"]:
         raise UserError(f"{args.run}/last.pt is not a run of train.py that could be resumed")
-    take_arguments(args, checkpoint["args"])
+    take_arguments(args, checkpoint["options"])
     return args, checkpoint
 
 
 def kept_arguments(args):
     """What a run keeps of its arguments, as a dict: all but those that say where and how it is run."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on", "shard")}
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on", "shard", "sample")}
 
 
 def take_arguments(args, saved):
@@ -918,7 +975,7 @@ def main(argv=None):
         args, checkpoint = resumed_arguments(args)
     else:
         args = fill_defaults(args)
-        if any(Path(args.run).glob("*.pt")) and os.environ.get("RANK", "0") == "0":
+        if any((Path(args.run) / file).exists() for file in ("last.pt", "result.json")) and os.environ.get("RANK", "0") == "0":
             raise UserError(f"{args.run} already holds a run. Go on with it: python train.py --resume --run {args.run}; "
                             "or choose another folder with --run")
     rank, world, device = join_processes(pick_device(args.device))
@@ -927,8 +984,9 @@ def main(argv=None):
     tokenizer = data.tokenizer_from(checkpoint["tokenizer"]) if checkpoint else args.tokenizer
     if rank:
         dist.barrier()                                              # the first process downloads and encodes
-    corpus = data.load(args.data, tokenizer)
-    for split in ("valid", "test"):
+    splits = ("train", "valid") if args.search else ("train", "valid", "test")      # a search never sees the test split
+    corpus = data.load(args.data, tokenizer, splits)
+    for split in splits[1:]:
         if len(corpus.ids[split]) < 2:
             raise UserError(f"{args.data} is too short: its {split} part (5 %, cut between lines) holds "
                             f"{len(corpus.ids[split])} tokens")
@@ -944,6 +1002,8 @@ def main(argv=None):
     trainer = make_trainer(args, corpora, device, dtype)
     if checkpoint:
         trainer.resume(checkpoint)
+    elif args.minutes:
+        plan_minutes(trainer, corpora)
     trainer.open_log(resumed=bool(checkpoint))
     trainer.show(f"{args.model} on {args.data}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
                  f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}"

@@ -22,13 +22,13 @@ from data import UserError
 from finetune import FineTuner, first_share, held_out, measure
 from qwen_load import hub_name, load_weights
 from tests.test_qwen_load import library_model, write_tokenizer
-from tests.test_train import torchrun
+from tests.test_train import survives_kills, torchrun
 from transformer import Transformer, TransformerConfig
 
 
 def settings(folder, **changes):
     base = dict(run=str(folder), lr=1e-3, weight_decay=0.1, batch_size=4, block_size=12, epochs=1.0, steps=6, minutes=None, also=[], warmup=2,
-                clip=1.0, seed=1, log_every=1, eval_every=3, accumulate=1, checkpointing=False, shard=False)
+                clip=1.0, seed=1, log_every=1, eval_every=3, accumulate=1, checkpointing=False, shard=False, sample=False)
     return argparse.Namespace(**base | changes)
 
 
@@ -253,6 +253,11 @@ def test_a_killed_run_goes_on_bit_for_bit(base, monkeypatch, dtype, where):
     assert strip("whole") == strip("killed")
 
 
+@pytest.mark.slow
+def test_kill_9_at_random_moments_loses_nothing(base):
+    survives_kills("finetune.py", ["--base", base, "--steps", "40", "--eval-every", "4", "--log-every", "1", "--dtype", "float32", *QUICK], [])
+
+
 def test_a_kill_while_saving_leaves_the_last_checkpoint(base, monkeypatch):
     command = ["--base", base, "--steps", "8", "--eval-every", "2", "--run", "ft", *QUICK]
     with monkeypatch.context() as m:
@@ -330,7 +335,7 @@ def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
     sample.main(["--run", "ft", "--tokens", "3"])
     assert evaluation.samples(finetune.open_run("ft", "cpu"), "the hen", None, n=2, tokens=3)[0]["text"].startswith("the hen")
     finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
-    assert json.load(open("again/result.json"))["args"]["lr"] == finetune.DEFAULTS[True]["lr"]      # a tuned Qwen2 is a Qwen2
+    assert json.load(open("again/result.json"))["options"]["lr"] == finetune.DEFAULTS[True]["lr"]      # a tuned Qwen2 is a Qwen2
 
 
 def test_a_folder_of_another_kind_is_no_base(hub_folder, tmp_path):
@@ -419,7 +424,7 @@ def in_processes(n, *args):
 def assert_same_run(one, other, rel=1e-4):
     """Both end with the same weights, moments and figures, in checkpoints of the same form."""
     a, b = (torch.load(f"{run}/last.pt", weights_only=True) for run in (one, other))
-    assert a["args"] | {"go_on": ""} == b["args"] | {"go_on": ""} and a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert a["options"] == b["options"] and a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     pairs = [(v, b["model"][k]) for k, v in a["model"].items()]
     pairs += [(v, b["optimizer"]["state"][i][k]) for i, state in a["optimizer"]["state"].items() for k, v in state.items()]
     assert a["model"].keys() == b["model"].keys() and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()

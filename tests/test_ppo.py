@@ -25,6 +25,7 @@ from ppo import PPO, Judge, Prompts, WordPiece, gae, load_scorer, policy_loss, r
 from rnn import RNNConfig, RNNLM
 from tests.conftest import real
 from tests.test_qwen_load import library_model, write_tokenizer
+from tests.test_train import survives_kills
 from transformer import Transformer, TransformerConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -368,7 +369,7 @@ def policies():
 def settings(folder, **changes):
     base = dict(run=str(folder), lr=1e-3, batch_size=16, minibatch=4, epochs=2, steps=4, response_tokens=6, kl_coef=0.1, kl_target=0.0, kl_stop=1e9,
                 clip_range=0.2, value_coef=0.1, gamma=1.0, lam=0.95, clip=1.0, warmup=1, whiten=True, repetition_coef=0.0, sft_coef=0.0, sft_every=0,
-                eval_every=2, log_every=1, seed=1, minutes=None, also=[], weight_decay=0.0, held_out=8)
+                eval_every=2, log_every=1, seed=1, minutes=None, also=[], weight_decay=0.0, held_out=8, sample=False)
     return argparse.Namespace(**base | changes)
 
 
@@ -524,7 +525,7 @@ def test_rewards_stand_on_the_last_token_and_the_penalty_on_every_one(tmp_path, 
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     trainer.open_log(resumed=False)
     before, memory = copy.deepcopy(model).eval(), ppo.roll_out
-    monkeypatch.setattr(ppo, "roll_out", lambda *a: seen.setdefault("r", memory(*a)))
+    monkeypatch.setattr(ppo, "roll_out", lambda *a, **kw: seen.setdefault("r", memory(*a, **kw)))
     trainer.train_step()
     r = seen["r"]
     there = trainer.judge.compare(before, r)
@@ -571,7 +572,7 @@ def test_a_reward_that_is_not_a_number_ends_the_run_in_a_line(tmp_path):
     trainer.open_log(resumed=False)
     with pytest.raises(UserError, match="a reward that is not a number"):
         trainer.fit()
-    assert {p.name for p in tmp_path.iterdir()} >= {"last.pt", "log.csv"}
+    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]               # at the first evaluation: nothing to save yet
 
 
 def test_only_empty_responses_end_the_run_in_a_line_but_single_ones_do_not(tmp_path):
@@ -585,8 +586,10 @@ def test_only_empty_responses_end_the_run_in_a_line_but_single_ones_do_not(tmp_p
 def test_best_is_the_highest_reward_minus_the_price_of_the_divergence(tmp_path):
     trainer = trainer_for(tmp_path, next(policies()), kl_coef=0.5)
     trainer.open_log(resumed=False)
-    scores = iter([(1.0, 0.0), (2.0, 3.0), (2.0, 1.0), (9.0, 20.0)])
+    scores = iter([(5.0, 0.0), (1.0, 0.0), (2.0, 3.0), (2.0, 1.0), (9.0, 20.0)])
     trainer.evaluate = lambda: dict.fromkeys(ppo.EVALUATED, 0.0) | dict(zip(("reward", "kl"), next(scores)))
+    assert not trainer.evaluate_and_log()[1]                                # the reference is no trained policy
+    trainer.step = 1
     assert [trainer.evaluate_and_log()[1] for _ in range(4)] == [True, False, True, False] and trainer.best_scores == (2.0, 1.0)
     trainer.kl_coef, trainer.evaluate = 0.1, lambda: dict.fromkeys(ppo.EVALUATED, 0.0) | {"reward": 2.3, "kl": 3.0}
     assert trainer.evaluate_and_log()[1]                                    # at the price of now
@@ -695,6 +698,19 @@ def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkey
     a, b = (load_scorer(run).state_dict() for run in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert json.load(open("whole/result.json"))["accuracy"] == json.load(open("killed/result.json"))["accuracy"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_loses_nothing_of_a_policy(there):
+    survives_kills("ppo.py", [*QUICK, "--steps", "24", "--sft-coef", "0.1", "--kl-target", "1", "--lr", "1e-3"], [])
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_loses_nothing_of_a_scorer(tmp_path, monkeypatch):
+    """Its checkpoints are removed when it is complete, so it must not be complete before the last kill."""
+    monkeypatch.chdir(tmp_path)
+    survives_kills("ppo.py", ["--train-reward", "--data", "reviews", "--epochs", "0.15", "--eval-every", "2", "--dtype", "float32"],
+                   ["--train-reward"])
 
 
 def test_what_does_not_go_together_is_said_in_a_line(there, tmp_path, monkeypatch):

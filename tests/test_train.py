@@ -68,16 +68,40 @@ def test_recurrent_perplexity_equals_one_pass_token_by_token(kind, n):
     assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5 and math.isclose(got["ppl"], math.exp(got["nll"]))
 
 
-@pytest.mark.parametrize("rows", [2, 3, 7])
-def test_side_by_side_pieces_predict_every_token_once(rows):
-    model, ids = make("lstm"), torch.randint(31, (101,))
-    length, total = -(-100 // rows), 0.0
+@pytest.mark.parametrize("kind", ["rnn", "lstm"])
+@pytest.mark.parametrize("n, rows", [(100, 2), (100, 3), (100, 7), (1200, 4), (3, 5)])
+def test_side_by_side_pieces_predict_every_token_once(kind, n, rows):
+    """Against a loop over the pieces: state of the text's beginning, tokens of context, then what counts."""
+    model, ids = make(kind), torch.randint(31, (n + 1,))
+    before = min(train.CONTEXT, n // rows)
+    length, total = -(-(n - before) // rows), 0.0
     with torch.no_grad():
-        for start in range(0, 100, length):
-            x, y = ids[start:start + length][:100 - start], ids[start + 1:start + 1 + length]
-            total += model.nll(model(x[None])[0], y[None]).sum().item()
+        beginning = model(ids[None, :before])[1] if before else None
+        for row in range(rows):
+            start, end = row * length, min(n, row * length + before + length)
+            if end <= start:
+                continue
+            hidden, _ = model(ids[None, start:end], beginning if row else None)
+            nll = model.nll(hidden, ids[None, start + 1:end + 1])[0]
+            total += nll[before if row else 0:].sum().item()
     got = train.perplexity(model, ids, rows=rows)
-    assert got["tokens"] == 100 and abs(got["nll"] - total / 100) < 1e-5
+    assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5
+
+
+def test_pieces_side_by_side_do_not_settle_where_the_text_read_through_never_is():
+    """A network with two stable states, which its first token decides: from a state of zero in mid-text, pieces end in the
+    wrong one (this was seen in trained networks: 75.8 instead of 49.2)."""
+    model = RNNLM(RNNConfig(3, n_embd=1, n_hidden=1, n_layer=1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        layer = model.layers[0]
+        layer.weight_hh.fill_(3.0)                                  # h -> tanh(3 h + x): stable near +1 and -1
+        layer.weight_ih.fill_(1.0)
+        model.embed.weight.copy_(torch.tensor([[1.0], [-0.1], [-0.1]]))         # token 0 comes first, and never again
+        model.head.bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
+    ids = torch.cat([torch.tensor([0]), torch.randint(1, 3, (4000,))])
+    assert train.perplexity(model.eval(), ids, rows=16)["ppl"] == pytest.approx(train.perplexity(model, ids)["ppl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 5, 12, 13, 60])
@@ -116,9 +140,14 @@ def test_perplexity_needs_a_token_to_predict():
 def test_learning_rate_warms_up_and_follows_a_cosine():
     rates = [train.learning_rate(s, 110, 1.0, 10) for s in range(110)]
     assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
-    assert rates[10:20] == [1.0] * 10 and rates[65] == pytest.approx(0.01 + 0.99 * 0.5) and rates[-1] < 0.012
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    assert train.learning_rate(50, None, 1.0, 10) == 1.0
+    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.01 + 0.99 * 0.5) and rates[-1] < 0.012
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_random_draws_depend_on_seed_step_and_rank_alone():
+    seeds = [train.step_seed(*key) for key in [(1, 0), (1, 1), (2, 0), (1, 0, 1), (2 ** 62, 7, 3)]]
+    assert len(set(seeds)) == 5 and seeds == [train.step_seed(*key) for key in [(1, 0), (1, 1), (2, 0), (1, 0, 1), (2 ** 62, 7, 3)]]
+    assert all(0 <= seed < 2 ** 32 for seed in seeds) and train.step_seed(1, 0, 0) == train.step_seed(1, 0)
 
 
 def test_dtype_follows_the_hardware(monkeypatch):
@@ -147,7 +176,8 @@ def test_a_run_leaves_what_it_promises(kind, dtype):
                     "--run", "r", "--dtype", dtype))
     result = json.loads(Path("r/result.json").read_text())
     assert {"model", "data", "params", "val_ppl", "test_ppl", "floor_ppl", "tokens_per_second", "seconds", "epochs",
-            "dtype", "device", "seed"} <= result.keys()
+            "dtype", "device", "seed", "torch", "processor", "commit"} <= result.keys()
+    assert result["torch"] == torch.__version__ and result["processor"]
     assert result["dtype"] == dtype and result["test_ppl"] > result["floor_ppl"] > 1
     model, tokenizer, config = train.load_run("r")
     assert result["params"] == sum(p.numel() for p in model.parameters()) and not model.training
@@ -205,6 +235,8 @@ def test_minutes_plans_steps_that_steps_repeats(monkeypatch):
     train.main(tiny("lstm", "--steps", str(planned["steps"]), "--run", "b"))
     a, b = ([r["train_loss"] for r in rows(run)] for run in "ab")
     assert a == b
+    with open("a/log.csv") as f:
+        assert float(next(csv.DictReader(f))["seconds"]) > 0            # measuring counts
     a, b = (torch.load(f"{run}/last.pt", weights_only=True)["model"] for run in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -257,7 +289,7 @@ train.main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize("call, moment", [(1, "before"), (1, "after"), (2, "after"), (4, "after"), (5, "before")])
+@pytest.mark.parametrize("call, moment", [(1, "before"), (1, "after"), (2, "before"), (2, "after"), (3, "after"), (4, "before")])
 def test_a_crash_at_any_point_of_saving_loses_nothing(call, moment):
     """The process ends (as by kill -9) just before or just after the call-th checkpoint gets its name: the first
     one of all, between best.pt and last.pt, and so on."""
@@ -268,24 +300,26 @@ def test_a_crash_at_any_point_of_saving_loses_nothing(call, moment):
     assert crashed.returncode == 9, crashed.stderr
     for file in Path("cut").glob("*.pt"):
         assert "model" in torch.load(file, weights_only=True)
-    # before the very first checkpoint there is nothing to go on from, and the run can be started again
-    train.main([*options, "--run", "cut"] if (call, moment) == (1, "before") else ["--resume", "--run", "cut"])
+    # before the first last.pt there is nothing to go on from, and the run can be started again
+    if Path("cut/last.pt").exists():
+        train.main(["--resume", "--run", "cut"])
+    else:
+        train.main([*options, "--run", "cut"])
     assert rows("cut") == rows("whole")
     for file in ("best.pt", "last.pt"):
         a, b = (torch.load(f"{run}/{file}", weights_only=True) for run in ("cut", "whole"))
         assert a["step"] == b["step"] and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
-def test_kill_9_at_random_moments_loses_nothing():
-    """Killed at random moments; each time every file is readable, and the resumed run's losses are those of the run
-    that was left alone."""
-    options = tiny("lstm", "--steps", "120", "--eval-every", "4", "--dtype", "float32")
-
+def survives_kills(script, options, again, kills=4):
+    """Run a command whole, and once more killed (-9) at random moments and resumed; each time every file is readable, and in
+    the end log and figures are those of the run that was left alone. Folders: whole, cut."""
     def command(*args):
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stderr=subprocess.PIPE, text=True,
-                                stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    process = command(*options, "--run", "whole")
-    assert process.wait(60) == 0, process.stderr.read()
+        return subprocess.Popen([sys.executable, str(ROOT / script), *args], text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    whole = command(*options, "--run", "whole")
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
     rng, killed = random.Random(4), 0
     process = command(*options, "--run", "cut")
     for _ in range(30):
@@ -295,27 +329,41 @@ def test_kill_9_at_random_moments_loses_nothing():
         while process.poll() is None and Path("cut/log.csv").stat().st_size <= before:     # until it trains again
             time.sleep(0.002)
         time.sleep(rng.random() * 0.15)
-        if killed < 4:
+        if killed < kills:
             process.send_signal(signal.SIGKILL)
-        killed += process.wait(60) == -signal.SIGKILL
+        output, _ = process.communicate(timeout=300)
+        killed += process.returncode == -signal.SIGKILL
         for file in Path("cut").glob("*.pt"):
             assert "model" in torch.load(file, weights_only=True)
-        train.load_run("cut")
         if process.returncode == 0:
             break
-        process = command("--resume", "--run", "cut")
-    assert killed >= 2 and process.returncode == 0, process.stderr.read()
-    assert rows("cut") == rows("whole")
+        process = command(*again, "--resume", "--run", "cut")
+    assert killed >= 2 and process.returncode == 0, output
+    drop = [c for c in rows("whole", drop=())[0] if "seconds" in c or "per_second" in c]
+    assert rows("cut", drop) == rows("whole", drop)
+    one, other = (json.loads(Path(run, "result.json").read_text()) for run in ("whole", "cut"))
+    for name in ("seconds", "tokens_per_second"):
+        one.pop(name, None), other.pop(name, None)
+    assert one == other
 
 
-def test_minutes_can_be_interrupted_before_they_are_planned(monkeypatch):
+def test_kill_9_at_random_moments_loses_nothing():
+    survives_kills("train.py", tiny("lstm", "--steps", "120", "--eval-every", "4", "--dtype", "float32"), [])
+
+
+def test_minutes_can_be_interrupted_while_they_are_measured_and_after(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(torch.optim.AdamW, "step", ctrl_c_in(8))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(tiny("lstm", "--minutes", "0.03", "--run", "r"))
+    assert not Path("r").exists()
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(train.MEASURED + 8))
         with pytest.raises(SystemExit):
             train.main(tiny("lstm", "--minutes", "0.03", "--run", "r"))
     train.main(["--resume", "--run", "r"])
     steps = json.loads(Path("r/result.json").read_text())["steps"]
-    assert steps > train.MEASURED and [int(r["step"]) for r in rows("r")] == list(range(steps + 1))
+    assert steps > 8 and [int(r["step"]) for r in rows("r")] == list(range(steps + 1))
 
 
 def test_a_text_that_has_changed_is_not_gone_on_with(capsys, monkeypatch):
@@ -436,7 +484,7 @@ def test_two_processes_have_the_losses_of_one(kind):
     # a run goes on with another number of processes: weights, optimizer and recurrent state fit
     if kind == "lstm":
         checkpoint = torch.load("two/last.pt", weights_only=True)
-        assert checkpoint["memory"][0][0].shape == (8, 16) and len(checkpoint["rng"]) == 2
+        assert checkpoint["state"][0][0].shape == (8, 16)
 
 
 @pytest.mark.slow
@@ -529,7 +577,7 @@ def test_the_default_model_typed_out_does_not_resume_another(capsys):
     assert "started with model rnn, not lstm" in fails(capsys, "--resume", "--run", "r", "--model", "lstm")
 
 
-@pytest.mark.parametrize("lost", ["args", "rng", "seconds", "optimizer"])
+@pytest.mark.parametrize("lost", ["options", "state", "seconds", "optimizer"])
 def test_a_checkpoint_that_lacks_something_is_not_resumed(capsys, lost):
     train.main(tiny("lstm", "--steps", "2", "--run", "r"))
     checkpoint = torch.load("r/last.pt", weights_only=True)
