@@ -127,9 +127,6 @@ class FineTuner(Trainer):
         for weight, copy in pairs:
             copy.copy_(weight)
 
-    def sample(self, scores):
-        return super().sample(scores, self.args.prompts[0])
-
     def gradients(self, x, y):
         if self.copy:
             loss = self.copy.loss(self.copy(x)[0], y) / y.numel()
@@ -367,6 +364,7 @@ def tune(args, device, dtype, checkpoint=None):
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = args.go_on
     trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
+    trainer.prompt = encode_prompt(tokenizer, args.prompts[0])
     if resumed:
         trainer.resume(checkpoint)
         checkpoint.clear()                                          # its memory is needed

@@ -483,14 +483,13 @@ class Trainer:
         also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.args.also)
         return f"val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}"
 
-    def sample(self, scores, prompt=""):
-        """What the model writes now, from the same seed at every evaluation."""
-        from sample import encode_prompt, generate, never_drawn     # which imports this file
+    def sample(self, scores):
+        """How the model goes on after self.prompt (ids), from the same seed at every evaluation."""
+        from sample import generate, never_drawn                    # which imports this file
         self.model.eval()
-        new = generate(self.model, [encode_prompt(self.tokenizer, prompt)], 20, 0.8, seed=self.args.seed,
-                       banned=never_drawn(self.tokenizer))
+        new = generate(self.model, [self.prompt], 20, 0.8, seed=self.args.seed, banned=never_drawn(self.tokenizer))
         self.model.train()
-        return f"{prompt} {self.tokenizer.decode(new[0])}"
+        return self.tokenizer.decode(self.prompt + new[0]).replace(data.SEPARATOR, " ")
 
     def show(self, text, end="\r"):
         if self.rank == 0:
@@ -680,8 +679,10 @@ def make_trainer(args, corpora, device, dtype):
     model = build_model(args.model, model_config(args, corpus.tokenizer.vocab_size)).to(device)
     cut = data.Streams if model.recurrent else data.Windows
     batches = cut(corpus.ids["train"], args.batch_size, args.block_size, args.seed)
-    return Trainer(args, args.model, model, corpus.tokenizer, batches, evaluator(model, corpora, corpus.tokenizer, dtype),
-                   device, dtype)
+    trainer = Trainer(args, args.model, model, corpus.tokenizer, batches, evaluator(model, corpora, corpus.tokenizer, dtype),
+                      device, dtype)
+    trainer.prompt = [corpus.tokenizer.eos, *corpus.ids["valid"][:8].tolist()]
+    return trainer
 
 
 MEASURED = 20               # steps in which --minutes measures the speed; the first quarter is slower and not counted
