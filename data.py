@@ -33,7 +33,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter
@@ -521,63 +520,6 @@ class GPT2Tokenizer:
 
     def state(self):
         return {"kind": "gpt2"}
-
-
-# Qwen2 cuts a text into these pieces before any pair is merged; a digit stands alone
-QWEN2_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def byte_letters():
-    """{letter: byte}: how vocab.json writes bytes. Printable ones stand for themselves, the others are the letters from
-    U+0100 on (GPT-2's convention)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
-
-
-class Qwen2Tokenizer:
-    """Qwen2's byte-pair encoding, through tiktoken. The text is brought into Unicode's NFC form first; added tokens
-    (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters: id}, merges ["a b",
-    ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the model, which may have ids that stand
-    for nothing, stops: ids that end a text (None: <|endoftext|> alone). ValueError if the ids are not in the order of
-    the merges, as tiktoken needs them."""
-    kind = "qwen2"
-
-    def __init__(self, vocab, merges, added, vocab_size, stops=None):
-        import tiktoken
-        letters = byte_letters()
-        ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
-        made = [vocab[merge.replace(" ", "", 1)] for merge in merges]
-        if any(a >= b for a, b in zip(made, made[1:])) or len(ranks) != 256 + len(made):
-            raise ValueError("its token ids are not in the order of its merges")
-        self.vocab, self.merges, self.added, self.vocab_size = vocab, merges, added, vocab_size
-        self.encoding = tiktoken.Encoding("qwen2", pat_str=QWEN2_PIECES, mergeable_ranks=ranks, special_tokens=added)
-        self.known = set(ranks.values()) | set(added.values())
-        self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
-        self.eos = added[SEPARATOR]
-        self.stops = sorted({self.eos} if stops is None else stops)
-
-    def encode(self, text):
-        ids = []
-        for piece in self.split.split(text):
-            if piece in self.added:
-                ids.append(self.added[piece])
-            elif piece:
-                ids.extend(self.encoding.encode_ordinary(unicodedata.normalize("NFC", piece)))
-        return ids
-
-    def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i in self.known], errors="replace")
-
-    def state(self):
-        return {"kind": "qwen2", "vocab": self.vocab, "merges": self.merges, "added": self.added,
-                "vocab_size": self.vocab_size, "stops": self.stops}
-
-
-def tokenizer_from(state):
-    """The tokenizer that a checkpoint describes."""
-    kinds = {"word": WordTokenizer, "gpt2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer}
-    return kinds[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
 
 
 # --------------------------------------------------------------------------------------------------------- download

@@ -39,7 +39,7 @@ import torch
 
 import data
 from data import UserError, save_json, write_atomically
-from sample import encode_prompt, generate, never_drawn
+from sample import encode_prompt, generate, suppressed_tokens
 from train import load_run, pick_device, pick_dtype, read_checkpoint, token_losses
 
 TEXT_CHARACTERS = 1 << 20                       # of a domain's text, this much is read
@@ -184,7 +184,7 @@ def losses_afresh(model, texts, eos, dtype=None, group=32):
             targets[row, :len(texts[k])] = torch.tensor(texts[k], dtype=torch.long)
         inputs = torch.cat([torch.full((len(members), 1), eos), targets[:, :-1].clamp(min=0)], 1).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            nll = model.nll(model(inputs)[0], targets.to(device)).cpu().double().numpy()
+            nll = model(inputs, targets=targets.to(device), reduction="none")[0].cpu().double().numpy()
         for row, k in enumerate(members):
             out[k] = nll[row, :len(texts[k])]
     return out
@@ -313,7 +313,7 @@ def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     model that wrote them."""
     ids, out, first = encode_prompt(run.tokenizer, prompt), [], int(run.tokenizer.kind != "qwen2")      # not the end token
     for temperature in temperatures:
-        texts = generate(run.model, [ids] * n, tokens, temperature, seed=1, banned=never_drawn(run.tokenizer))
+        texts = generate(run.model, [ids] * n, tokens, temperature, seed=1, suppressed_tokens=suppressed_tokens(run.tokenizer))
         losses = losses_afresh(run.model, [ids[first:] + t for t in texts], run.tokenizer.eos, dtype)
         own = np.concatenate([v[len(ids) - first:] for v in losses])
         out.append({"temperature": temperature, "text": run.tokenizer.decode(ids[first:] + texts[0]),
@@ -731,7 +731,7 @@ def token_table(run, text, dtype):
         device = next(run.model.parameters()).device
         limit = len(ids) if run.model.recurrent else run.model.config.block_size
         hidden, _ = run.model(torch.tensor([[run.tokenizer.eos, *ids[:-1]][:limit]], device=device))
-        likeliest = run.model.unembed(hidden)[0].argmax(-1).tolist() + [None] * (len(ids) - limit)
+        likeliest = run.model.logits(hidden)[0].argmax(-1).tolist() + [None] * (len(ids) - limit)
 
     def piece(i):
         return "" if i is None else run.tokenizer.words[i] if run.tokenizer.kind == "word" else repr(run.tokenizer.decode([i]))

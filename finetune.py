@@ -50,10 +50,10 @@ import data
 from data import UserError, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
-from sample import encode_prompt, generate, never_drawn
+from sample import encode_prompt, generate, suppressed_tokens
 from train import (MODELS, Trainer, add_device, build_model, clip_gradients, environment, eval_batch_size, join_processes,
                    kept_arguments, load_run, parse, perplexity, pick_device, pick_dtype, read_checkpoint, take_arguments,
-                   with_context)
+                   tokenizer_from, with_context)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
@@ -99,8 +99,8 @@ class FineTuner(Trainer):
                 self.copy = type(self.model)(self.model.config)
             self.copy.load_state_dict({k: v.bfloat16() for k, v in self.model.state_dict().items()}, assign=True)
             if self.model.config.tied:
-                self.copy.embed = LateEmbedding(self.copy.embed.weight)
-                self.copy.head.weight = self.copy.embed.weight
+                self.copy.embed_tokens = LateEmbedding(self.copy.embed_tokens.weight)
+                self.copy.lm_head.weight = self.copy.embed_tokens.weight
             self.copy.requires_grad_(True).train()
             self.pairs = list(zip(self.model.parameters(), self.copy.parameters()))
         if not self.model.recurrent:
@@ -113,9 +113,9 @@ class FineTuner(Trainer):
         mesh = init_device_mesh(self.device.type, (self.world,))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         # what is gathered and let go at a time; the last: all the rest
-        for module in (*self.model.blocks, self.losses):
+        for module in (*self.model.layers, self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        self.losses.to_empty(device=self.device)                    # the model came without memory
+        self.model.to_empty(device=self.device)                     # the model came without memory
 
     def restore(self, checkpoint):
         super().restore(checkpoint)
@@ -129,10 +129,10 @@ class FineTuner(Trainer):
 
     def gradients(self, x, y):
         if self.copy:
-            loss = self.copy.loss(self.copy(x)[0], y) / y.numel()
+            loss, _ = self.copy(x, targets=y)
             loss.backward()
             if self.model.config.tied:
-                self.copy.embed.add_gradient()
+                self.copy.embed_tokens.add_gradient()
             parts = [g for _, c in self.pairs for g in c.grad.split(4096)]          # float32 is made of a part at a time
             norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in parts]).norm().item()
             self.scale = 1.0 if norm <= self.args.clip else self.args.clip / (norm + 1e-6)
@@ -142,7 +142,7 @@ class FineTuner(Trainer):
         total = 0.0
         for x_part, y_part in zip(x.chunk(self.args.accumulate), y.chunk(self.args.accumulate)):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                loss = self.losses(x_part, y_part, None)[0] / y.numel()
+                loss = self.ddp_model(x_part, targets=y_part)[0] / self.args.accumulate
             loss.backward()
             total += loss.item()
         return total, clip_gradients(self.model.parameters(), self.args.clip)
@@ -176,7 +176,7 @@ def memory_needed(model, args, dtype, world=1):
     fixed = n * ((18 if bf16 and not lean else 16) + 4 * (world > 1))
     # gathered weights and their gradients in dtype, and these in float32 to be summed
     if args.shard:
-        blocks = sum(p.numel() for p in model.blocks.parameters())
+        blocks = sum(p.numel() for p in model.layers.parameters())
         fixed = 16 * n / world + (8 if bf16 else 12) * (n - blocks + 2 * blocks / c.n_layer)
     tokens, size = args.batch_size * min(args.block_size, context(model)) // args.accumulate // world, 2 if bf16 else 4
     per_layer = 14 * c.n_embd + 5 * c.n_hidden
@@ -259,7 +259,7 @@ def measure(model, tokenizer, args, dtype):
     for prompt in args.prompts:
         ids = encode_prompt(tokenizer, prompt)
         new = generate(model, [ids], args.sample_tokens, args.temperature, eos=tokenizer.eos, seed=args.seed,
-                       banned=never_drawn(tokenizer))
+                       suppressed_tokens=suppressed_tokens(tokenizer))
         out["samples"].append({"prompt": prompt, "text": tokenizer.decode(new[0]).strip()})
     return out
 
@@ -325,7 +325,7 @@ def tune(args, device, dtype, checkpoint=None):
     if rank:
         dist.barrier()                                              # the first process downloads and encodes
     if resumed:
-        kind, tokenizer, before = checkpoint["kind"], data.tokenizer_from(checkpoint["tokenizer"]), read_before(run)
+        kind, tokenizer, before = checkpoint["kind"], tokenizer_from(checkpoint["tokenizer"]), read_before(run)
         model = None if args.shard else build_model(kind, checkpoint["config"], checkpoint["model"]).to(device)
     else:
         model, tokenizer, _ = load_run(args.base, *(("cpu", None) if args.shard else (device, torch.float32)))
@@ -359,8 +359,7 @@ def tune(args, device, dtype, checkpoint=None):
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
     valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
-    evaluate = lambda: {"val": perplexity(trainer.losses if args.shard else model, valid,
-                                          rows=eval_batch_size(valid), dtype=dtype)}
+    evaluate = lambda: {"val": perplexity(model, valid, rows=eval_batch_size(valid), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = args.go_on
     trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
@@ -377,7 +376,7 @@ def tune(args, device, dtype, checkpoint=None):
     trainer.fit()
     if rank:
         return None
-    trainer.optimizer = trainer.copy = trainer.pairs = trainer.losses = None        # their memory
+    trainer.optimizer = trainer.copy = trainer.pairs = trainer.ddp_model = None        # their memory
     if args.shard:
         trainer.model = model = None
         model = build_model(kind, config)

@@ -67,16 +67,14 @@ and --sft-every, supervised training on real text within every update, or after 
 """
 import argparse
 import copy
-import json
 import math
 import os
 import random
 import sys
 import time
-import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -89,291 +87,12 @@ import data
 from data import UserError, save_json, write_atomically
 from eval import COLOURS, Figures, distinct, read_log, table
 from finetune import C, context, is_embedded, read_before
-from qwen_load import read_json, read_parameters, repo_folder, save_model, write_safetensors
+from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
-from sample import encode_prompt, end_tokens, never_drawn, steps
-from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, environment, kept_arguments, learning_rate, load_run,
-                   parse, pick_device, pick_dtype, read_checkpoint, step_seed, take_arguments)
-
-
-# ------------------------------------------------------------------------------------------------------- WordPiece
-
-class PerCharacter(dict):
-    """A table for str.translate that applies rule(character) -> str, once to every character that it meets."""
-
-    def __init__(self, rule):
-        self.rule = rule
-
-    def __missing__(self, code):
-        self[code] = self.rule(chr(code))
-        return self[code]
-
-
-IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
-              (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-
-def clean(ch):
-    """Any white space as a space; without control and private characters; a Chinese character is a word of its own."""
-    if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z":
-        return " "
-    if ch in "\0\ufffd" or unicodedata.category(ch) in ("Cc", "Cf", "Co", "Cs"):
-        return ""
-    return f" {ch} " if any(low <= ord(ch) <= high for low, high in IDEOGRAPHS) else ch
-
-
-def apart(ch):
-    """Punctuation, and all ASCII signs that Unicode calls symbols, as words of their own."""
-    sign = ch.isascii() and ch.isprintable() and not ch.isalnum() and ch != " "
-    return f" {ch} " if sign or unicodedata.category(ch)[0] == "P" else ch
-
-
-CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
-# no accents; a last sigma is as any other
-PLAIN = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch.lower())
-
-
-def basic_words(text):
-    """BERT's basic tokenisation, uncased: a text as words and punctuation marks."""
-    text = text.translate(CLEAN)
-    text = text.lower() if text.isascii() else unicodedata.normalize("NFD", text).translate(PLAIN)
-    return text.translate(APART).split()
-
-
-class WordPiece:
-    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them."""
-
-    def __init__(self, vocab):
-        self.vocab = list(vocab)
-        self.ids, self.memo = {piece: i for i, piece in enumerate(self.vocab)}, {}
-        try:
-            self.pad, self.unk, self.cls, self.sep = (self.ids[s] for s in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
-        except KeyError as e:
-            raise UserError(f"this is no WordPiece vocabulary: it has no {e}") from e
-
-    def pieces(self, word):
-        """The ids of one word: the longest piece that it begins with, then the longest of the rest, and so on."""
-        if word not in self.memo:
-            ids, start = [], 0
-            while start < len(word) <= 100:
-                end = next((e for e in range(len(word), start, -1)
-                            if ("##" if start else "") + word[start:e] in self.ids), None)
-                if end is None:
-                    break
-                ids.append(self.ids[("##" if start else "") + word[start:end]])
-                start = end
-            self.memo[word] = ids if start == len(word) else [self.unk]
-        return self.memo[word]
-
-    def encode(self, text):
-        return [i for word in basic_words(text) for i in self.pieces(word)]
-
-    def state(self):
-        return {"kind": "wordpiece", "vocab": self.vocab}
-
-
-def build_wordpiece(texts, size=8000):
-    """A vocabulary for these texts: their characters, alone and inside a word; then whole words, the most frequent first, and
-    in the last eighth the endings that the words left out have most often."""
-    counts = Counter(word for text in texts for word in basic_words(text))
-    letters = Counter()
-    for word, n in counts.items():
-        letters.update(dict.fromkeys(word, n))
-    letters = [ch for ch, _ in letters.most_common(size // 16)]
-    vocab = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + ch for ch in letters)])
-    by_count = [word for word, n in sorted(counts.items(), key=lambda wn: (-wn[1], wn[0])) if n > 1]
-    for word in by_count:
-        if len(vocab) >= size * 7 // 8:
-            break
-        vocab[word] = None
-    endings = Counter()
-    for word in by_count:
-        if word not in vocab:
-            for k in range(2, min(6, len(word))):
-                endings["##" + word[-k:]] += counts[word]
-    return WordPiece([*vocab, *(e for e, _ in endings.most_common(max(0, size - len(vocab))))])
-
-
-# ------------------------------------------------------------------------------------------------------ DistilBERT
-
-@dataclass
-class ScorerConfig:
-    """Sizes, under the names of DistilBERT's config.json."""
-    vocab_size: int
-    dim: int = 128
-    hidden_dim: int = 256
-    n_layers: int = 2
-    n_heads: int = 4
-    max_position_embeddings: int = 512
-    dropout: float = 0.1
-    positive: int = 1               # which of the two labels is the positive one
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.n_heads = c.n_heads
-        self.q_lin, self.k_lin, self.v_lin, self.out_lin = (nn.Linear(c.dim, c.dim) for _ in range(4))
-
-    def forward(self, x, bias):
-        """x [B, T, D], bias [B, 1, 1, T]: 0 where there is a token, -inf at padding."""
-        B, T, D = x.shape
-        q, k, v = (lin(x).view(B, T, self.n_heads, -1).transpose(1, 2) for lin in (self.q_lin, self.k_lin, self.v_lin))
-        # torch's fused form: a step of 32 texts 144 ms at T = 256, this one 178
-        if T > 64:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        else:
-            y = torch.softmax(q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2) + bias, -1) @ v
-        return self.out_lin(y.transpose(1, 2).reshape(B, T, D))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.lin1, self.lin2, self.dropout = (nn.Linear(c.dim, c.hidden_dim), nn.Linear(c.hidden_dim, c.dim),
-                                              nn.Dropout(c.dropout))
-
-    def forward(self, x):
-        return self.dropout(self.lin2(F.gelu(self.lin1(x))))
-
-
-def layer_norm(dim):
-    """(x - mean) / sqrt(variance + 1e-12) * weight + bias, over the last dimension."""
-    return nn.LayerNorm(dim, eps=1e-12)
-
-
-class EncoderLayer(nn.Module):
-    """Post-norm: the sum is normalised, not what goes in."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.attention, self.sa_layer_norm = SelfAttention(c), layer_norm(c.dim)
-        self.ffn, self.output_layer_norm = FeedForward(c), layer_norm(c.dim)
-
-    def forward(self, x, bias):
-        x = self.sa_layer_norm(x + self.attention(x, bias))
-        return self.output_layer_norm(x + self.ffn(x))
-
-
-class Embeddings(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.word_embeddings, self.position_embeddings = (nn.Embedding(c.vocab_size, c.dim),
-                                                          nn.Embedding(c.max_position_embeddings, c.dim))
-        self.LayerNorm, self.dropout = layer_norm(c.dim), nn.Dropout(c.dropout)
-
-    def forward(self, tokens):
-        return self.dropout(self.LayerNorm(self.word_embeddings(tokens) + self.position_embeddings.weight[:tokens.shape[1]]))
-
-
-class Scorer(nn.Module):
-    """DistilBERT with its classification head; parameters have the hub's names without the leading `distilbert.`."""
-    recurrent = False
-
-    def __init__(self, config, tokenizer):
-        super().__init__()
-        self.config, self.tokenizer, c = config, tokenizer, config
-        self.embeddings, self.transformer = Embeddings(c), nn.Module()
-        self.transformer.layer = nn.ModuleList(EncoderLayer(c) for _ in range(c.n_layers))
-        self.pre_classifier, self.dropout, self.classifier = nn.Linear(c.dim, c.dim), nn.Dropout(c.dropout), nn.Linear(c.dim, 2)
-
-    def forward(self, tokens):
-        """tokens [B, T], [PAD] at the end of the shorter rows -> logits [B, 2]."""
-        x = self.embeddings(tokens)
-        bias = torch.zeros_like(tokens, dtype=x.dtype).masked_fill(tokens == self.tokenizer.pad, -math.inf)[:, None, None]
-        for layer in self.transformer.layer:
-            x = layer(x, bias)
-        return self.classifier(self.dropout(F.relu(self.pre_classifier(x[:, 0]))))
-
-    def batch(self, texts):
-        """Lists of ids -> tokens [B, T]: [CLS], what fits, [SEP], and [PAD] on the right."""
-        fits = self.config.max_position_embeddings - 2
-        rows = [torch.tensor([self.tokenizer.cls, *ids[:fits], self.tokenizer.sep]) for ids in texts]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad)
-
-    @torch.no_grad()
-    def logits(self, texts, group=32):
-        """Lists of ids -> float32 [N, 2] on the CPU. Texts of like length are read side by side. Dropout is off."""
-        was_training, device = self.training, self.classifier.weight.device
-        self.eval()
-        order, out = sorted(range(len(texts)), key=lambda k: len(texts[k])), torch.empty(len(texts), 2)
-        for at in range(0, len(order), group):
-            members = order[at:at + group]
-            out[members] = self(self.batch([texts[k] for k in members]).to(device)).float().cpu()
-        self.train(was_training)
-        return out
-
-    def score(self, texts):
-        """The positive class's logit of each text (a string): float32 [N], on the CPU."""
-        return self.logits([self.tokenizer.encode(text) for text in texts])[:, self.config.positive]
-
-
-def positive_label(config, folder):
-    """Which of a classifier's two labels is the positive one, by its config's id2label."""
-    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
-    if len(labels) != 2:
-        raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two, a negative one and a positive one")
-    positive = [int(i) for i, label in labels.items() if str(label).lower().startswith("pos")]
-    if len(positive) != 1:
-        raise UserError(f"{folder}: which of the labels {', '.join(map(str, labels.values()))} is the positive one? "
-                        "Call it POSITIVE in id2label of config.json")
-    return positive[0]
-
-
-def our_scorer_name(name):
-    """A tensor's name on the hub -> its name here; old files also keep the numbers of the positions."""
-    return None if name.endswith("position_ids") else name.removeprefix("distilbert.")
-
-
-def load_scorer(name, device="cpu", dtype=torch.float32):
-    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what --train-reward writes
-    is one) or the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval mode. UserError for what is not
-    one."""
-    if not Path(name).is_dir() and Path(name).parent.name == "runs":
-        raise UserError(f"there is no scorer at {name}. "
-                        f"Train one first: python ppo.py --train-reward --data reviews --run {name}")
-    folder = repo_folder(name)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no scorer: there is no config.json. "
-                        "Train one: python ppo.py --train-reward --data reviews --run FOLDER")
-    c = read_json(folder / "config.json")
-    if c.get("model_type") != "distilbert" or c.get("activation", "gelu") != "gelu" or c.get("sinusoidal_pos_embds"):
-        raise UserError(f"{folder}/config.json describes a {c.get('model_type')} model that is not implemented; "
-                        "a scorer is a DistilBERT with GELU and learned positions, as lvwerra/distilbert-imdb")
-    try:
-        config = ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"],
-                              c.get("max_position_embeddings", 512), c.get("dropout", 0.1), positive_label(c, folder))
-        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except KeyError as e:
-        raise UserError(f"{folder}/config.json does not say {e}") from e
-    except FileNotFoundError as e:
-        raise UserError(f"{folder}/vocab.txt is missing; fetch it again") from e
-    if len(vocab) > config.vocab_size:
-        raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it {config.vocab_size:,}: "
-                        "they do not belong together")
-    with torch.device("meta"):
-        scorer = Scorer(config, WordPiece(vocab))
-    state = read_parameters(scorer, folder, our_scorer_name, device, dtype)
-    if missing := [name for name in scorer.state_dict() if name not in state]:
-        raise UserError(f"{folder} is no scorer: it lacks {', '.join(missing[:3])}")
-    scorer.load_state_dict(state, assign=True)
-    return scorer.requires_grad_(False).eval()
-
-
-def save_scorer(scorer, folder):
-    """Write a folder in the hub's layout, which transformers opens as it is."""
-    c, folder = scorer.config, Path(folder)
-    config = {"architectures": ["DistilBertForSequenceClassification"], "model_type": "distilbert", "activation": "gelu",
-              "sinusoidal_pos_embds": False, "attention_dropout": c.dropout, "seq_classif_dropout": c.dropout,
-              "pad_token_id": scorer.tokenizer.pad,
-              "id2label": {str(i): "POSITIVE" if i == c.positive else "NEGATIVE" for i in (0, 1)},
-              "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
-    config.pop("positive")
-    for name, text in (("config.json", json.dumps(config, indent=2)), ("vocab.txt", "\n".join(scorer.tokenizer.vocab)),
-                       ("tokenizer_config.json", json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))):
-        write_atomically(folder / name, lambda f: f.write((text + "\n").encode()))
-    tensors = {(name if "classifier" in name else f"distilbert.{name}"): p for name, p in scorer.state_dict().items()}
-    write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
+from sample import encode_prompt, generate_stream, stop_ids, suppressed_tokens
+from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, environment, kept_arguments,
+                   learning_rate, load_run, parse, pick_device, pick_dtype, read_checkpoint, step_seed, take_arguments)
+from transformer import Scorer, ScorerConfig
 
 
 # ------------------------------------------------------------------------------------------- training a scorer
@@ -492,14 +211,14 @@ def train_reward(args, device, dtype, checkpoint=None):
 
 class TokenLogProb(torch.autograd.Function):
     """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is onehot(action) - softmax, so
-    softmax is all that is kept, in place of the logits. hidden [N, D], weight [V, D], bias [V] or None, actions [N]; banned:
+    softmax is all that is kept, in place of the logits. hidden [N, D], weight [V, D], bias [V] or None, actions [N]; suppressed:
     ids that have probability 0. Products and softmax are in hidden's dtype."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, actions, banned):
+    def forward(ctx, hidden, weight, bias, actions, suppressed):
         w = weight.to(hidden.dtype)
         logits = F.linear(hidden, w, None if bias is None else bias.to(w.dtype))
-        p = torch.softmax(logits.index_fill_(1, banned, -math.inf), -1, out=logits)
+        p = torch.softmax(logits.index_fill_(1, suppressed, -math.inf), -1, out=logits)
         ctx.save_for_backward(hidden, w, p, actions)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32)).clamp(min=1e-38).log()
@@ -612,9 +331,9 @@ class Responses:
     prompts: list
 
 
-def roll_out(model, prompts, n_tokens, ends, seed=None, banned=()):
+def roll_out(model, prompts, n_tokens, ends, seed=None, suppressed=()):
     """Continue each prompt by at most n_tokens, at temperature 1 and from the whole distribution. seed None: torch's own."""
-    drawn = [(token, log_prob) for token, log_prob, _ in steps(model, prompts, n_tokens, eos=ends, seed=seed, banned=banned)]
+    drawn = [(token, log_prob) for token, log_prob, _ in generate_stream(model, prompts, n_tokens, eos=ends, seed=seed, suppressed_tokens=suppressed)]
     # [B, S]: each row's prompt is forced, then it answers
     token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))
     new, device = token >= 0, token.device
@@ -639,8 +358,8 @@ class Judge:
 
     def __init__(self, reference, scorer, tokenizer, args, dtype):
         self.reference, self.scorer, self.tokenizer, self.args, self.dtype = reference, scorer, tokenizer, args, dtype
-        self.ends = end_tokens(tokenizer.stops if tokenizer.kind == "qwen2" else tokenizer.eos)
-        self.banned = torch.tensor(never_drawn(tokenizer), dtype=torch.long, device=next(reference.parameters()).device)
+        self.ends = stop_ids(tokenizer.stops if tokenizer.kind == "qwen2" else tokenizer.eos)
+        self.suppressed = torch.tensor(suppressed_tokens(tokenizer), dtype=torch.long, device=next(reference.parameters()).device)
 
     def texts(self, responses):
         skip = self.tokenizer.kind != "qwen2"                               # the end token that our texts begin with
@@ -665,7 +384,7 @@ class Judge:
 
     def log_softmax(self, model, hidden):
         """float32 [N, V]"""
-        return torch.log_softmax(model.unembed(hidden).float().index_fill_(-1, self.banned, -1e9), -1)
+        return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, self.suppressed, -1e9), -1)
 
     def autocast(self, device):
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -680,7 +399,7 @@ class Judge:
             with self.autocast(mask.device):
                 hidden, ref_hidden, found = (self.hidden(model, responses, rows),
                                              self.hidden(self.reference, responses, rows), [])
-                few = max(1, (1 << 21) // model.head.out_features)          # tokens whose distributions stay in a CPU's cache
+                few = max(1, (1 << 21) // model.lm_head.out_features)          # tokens whose distributions stay in a CPU's cache
                 for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few),
                                             responses.actions[rows][inside].split(few)):
                     log_p, log_q, action = self.log_softmax(model, h), self.log_softmax(self.reference, ref_h), action[:, None]
@@ -697,7 +416,7 @@ class Judge:
         each, ids = [], []
         model.eval()
         for at in range(0, len(prompts), group):
-            responses = roll_out(model, prompts[at:at + group], self.args.response_tokens, self.ends, seed + at, self.banned)
+            responses = roll_out(model, prompts[at:at + group], self.args.response_tokens, self.ends, seed + at, self.suppressed)
             rewards, there = self.reward(responses), self.compare(model, responses)
             kl, nll, n = there["kl"].sum(1), -there["ref_log_prob"].sum(1), responses.mask.sum(1)
             for k, text in enumerate(self.texts(responses)):
@@ -725,7 +444,7 @@ class PPO(Trainer):
     def __init__(self, args, kind, model, tokenizer, prompts, evaluate, device, dtype, judge, text=None):
         super().__init__(args, kind, model, tokenizer, prompts, evaluate, device, dtype)
         self.judge, self.text, self.kl_coef, self.row, self.best_scores = judge, text, args.kl_coef, {}, None
-        self.value_head = nn.Linear(model.head.in_features, 1).to(device)
+        self.value_head = nn.Linear(model.lm_head.in_features, 1).to(device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.parameters = [*model.parameters(), *self.value_head.parameters()]
@@ -746,7 +465,7 @@ class PPO(Trainer):
         if self.sampler is not self.model:
             self.sampler.load_state_dict(self.model.state_dict())
         r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends,
-                     banned=self.judge.banned)
+                     suppressed=self.judge.suppressed)
         rolled = time.perf_counter()
         score = self.judge.reward(r)                                        # [B]
         repeated = torch.tensor(shared_repetition(r.ids))
@@ -794,8 +513,8 @@ class PPO(Trainer):
                 with self.judge.autocast(self.device):
                     hidden = self.judge.hidden(self.model, r, rows)
                     dtype = compute_dtype(hidden)
-                log_prob = TokenLogProb.apply(hidden.to(dtype), self.model.head.weight, self.model.head.bias,
-                                              r.actions[rows][inside], self.judge.banned)
+                log_prob = TokenLogProb.apply(hidden.to(dtype), self.model.lm_head.weight, self.model.lm_head.bias,
+                                              r.actions[rows][inside], self.judge.suppressed)
                 loss, clipped, kl = policy_loss(log_prob, part["log_prob"], part["advantage"], args.clip_range)
                 if kl > args.kl_stop:                                       # too far from what drew these responses
                     return updates
@@ -813,7 +532,7 @@ class PPO(Trainer):
         per_iteration = (self.args.epochs + 1) * self.args.batch_size // self.args.minibatch
         x, y = (t.to(self.device) for t in self.text.batch(self.step * per_iteration + k))
         with self.judge.autocast(self.device):
-            loss = self.model.loss(self.model(x)[0], y) / y.numel()
+            loss, _ = self.model(x, targets=y)
         (coef * loss).backward()
         return loss.item()
 

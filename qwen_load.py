@@ -1,42 +1,50 @@
-"""Pretrained weights: the safetensors format by hand, and Qwen2's checkpoints in our own Transformer.
+"""All that comes from a hub or goes to one: the safetensors format by hand, Qwen2's checkpoints in our
+Transformer, DistilBERT's in our encoder, their tokenizers.
 
-The safetensors format (github.com/huggingface/safetensors): 8 bytes, little-endian: the length n of the header; n bytes
-of JSON,
+The safetensors format (github.com/huggingface/safetensors): 8 bytes, little-endian: the length n of the
+header; n bytes of JSON,
 
-    {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {"any": "text"}}
+    {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {"any":
+    "text"}}
 
-then the tensors' bytes, row-major and little-endian; offsets are counted from the end of the header. Nothing in such a
-file can be executed. What a reader must check before it believes a header: that the length fits the file, no name
-occurs twice, each tensor's bytes are as many as its shape and dtype say, and all together fill the rest of the file
-without gap or overlap. A flipped bit inside the numbers cannot be seen: the format has no checksum.
+then the tensors' bytes, row-major and little-endian; offsets are counted from the end of the header. Nothing
+in such a file can be executed. What a reader must check before it believes a header: that the length fits the
+file, no name occurs twice, each tensor's bytes are as many as its shape and dtype say, and all together fill
+the rest of the file without gap or overlap. A flipped bit inside the numbers cannot be seen: the format has
+no checksum.
 
-Qwen2 (Yang et al. 2024) is the decoder of transformer.py under other names (layer i):
+Qwen2 (Yang et al. 2024) is the decoder of transformer.py, DistilBERT (Sanh et al. 2019) the encoder.
+Parameters have the hub's names there, without the prefix `model.` or `distilbert.`; lm_head.weight is missing
+where the head is tied.
 
-    model.embed_tokens.weight                              embed.weight
-    model.layers.i.input_layernorm.weight                  blocks.i.input_norm.weight
-    model.layers.i.self_attn.{q,k,v}_proj.{weight,bias}    blocks.i.attention.{q,k,v}_proj.{weight,bias}
-    model.layers.i.self_attn.o_proj.weight                 blocks.i.attention.o_proj.weight
-    model.layers.i.post_attention_layernorm.weight         blocks.i.post_norm.weight
-    model.layers.i.mlp.{gate,up,down}_proj.weight          blocks.i.mlp.{gate,up,down}_proj.weight
-    model.norm.weight                                      norm.weight
-    lm_head.weight (missing where the head is tied)        head.weight
+WordPiece (Schuster & Nakajima 2012), DistilBERT's tokenizer: the text is lower-cased, without accents, apart
+at spaces and punctuation; each word then is cut, from its left end, into the longest pieces that the
+vocabulary has, those inside a word marked with ##. Qwen2's is byte-pair encoding (Sennrich et al. 2016),
+through tiktoken.
 
-    model = load_weights("path/of/Qwen2-0.5B")             # a folder with config.json and the weights
+    model, tokenizer = load_model("path/of/Qwen2-0.5B")   # a folder in the hub's layout, or a name on the hub
+    scorer = load_scorer("lvwerra/distilbert-imdb")
 """
 import json
 import math
 import mmap
 import os
 import re
+import unicodedata
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from data import NotFound, Qwen2Tokenizer, UserError, data_dir, download, write_atomically
-from transformer import Transformer, TransformerConfig
+from data import SEPARATOR, NotFound, UserError, data_dir, download, write_atomically
+from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+# ------------------------------------------------------------------------------------------------ safetensors
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000                        # bytes; the limit of the format's reference reader
 
@@ -49,8 +57,8 @@ def no_duplicates(pairs):
 
 
 def read_header(f):
-    """Of an open file: -> ({name: (dtype, shape, begin, end)}, metadata), begin and end counted from the start of the file.
-    ValueError, saying what is wrong, unless everything holds that the format demands."""
+    """Of an open file: -> ({name: (dtype, shape, begin, end)}, metadata), begin and end counted from the
+    start of the file. ValueError, saying what is wrong, unless everything holds that the format demands."""
     size = os.fstat(f.fileno()).st_size
     length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):
@@ -71,13 +79,14 @@ def read_header(f):
             raise ValueError(f"{name!r} in its header is not described by dtype, shape and data_offsets")
         shape, offsets = info["shape"], info["data_offsets"]
         if not isinstance(info["dtype"], str) or info["dtype"] not in DTYPES:
-            raise ValueError(f"{name!r} has the dtype {info['dtype']!r}; those known here are {' '.join(DTYPES)}")
+            raise ValueError(f"{name!r} has the dtype {info['dtype']!r}; known here are {' '.join(DTYPES)}")
         for numbers in (shape, offsets):
             if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
                 raise ValueError(f"{name!r} has a shape or offsets that are not lists of whole numbers")
         dtype = DTYPES[info["dtype"]]
         if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name!r} lies at {offsets}, which its shape {shape} and dtype {info['dtype']} contradict")
+            raise ValueError(f"{name!r} lies at {offsets}, which its shape {shape} and dtype {info['dtype']} "
+                             "contradict")
         found[name] = dtype, shape, data_start + offsets[0], data_start + offsets[1]
     at = data_start
     for name, (_, _, begin, end) in sorted(found.items(), key=lambda item: item[1][2:]):
@@ -90,9 +99,10 @@ def read_header(f):
 
 
 def read_safetensors(path, copy=False):
-    """{name: tensor} of a safetensors file; ValueError that names the file and the fault. The tensors are views of the
-    mapped file: their bytes are read when they are first used. Writing to a tensor does not change the file. copy: each in
-    memory of its own, which begins where fast arithmetic wants it to; of the file no more than one tensor stays in memory."""
+    """{name: tensor} of a safetensors file; ValueError that names the file and the fault. The tensors are
+    views of the mapped file: their bytes are read when they are first used. Writing to a tensor does not
+    change the file. copy: each in memory of its own, which begins where fast arithmetic wants it to; of the
+    file no more than one tensor stays in memory."""
     try:
         with open(path, "rb") as f:
             header, _ = read_header(f)
@@ -103,33 +113,37 @@ def read_safetensors(path, copy=False):
                 tensors[name] = torch.empty(shape, dtype=dtype)
                 continue
             # torch wants memory aligned to the dtype; a header of odd length leaves none
-            buffer, offset = (mapped, begin) if begin % dtype.itemsize == 0 else (bytearray(mapped[begin:end]), 0)
-            if dtype == torch.bool and torch.frombuffer(buffer, dtype=torch.uint8, count=end - begin, offset=offset).max() > 1:
+            aligned = begin % dtype.itemsize == 0
+            buffer, offset = (mapped, begin) if aligned else (bytearray(mapped[begin:end]), 0)
+            raw = torch.frombuffer(buffer, dtype=torch.uint8, count=end - begin, offset=offset)
+            if dtype == torch.bool and raw.max() > 1:
                 raise ValueError(f"{name!r} has truth values other than 0 and 1")
-            tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+            tensors[name] = raw.view(dtype).view(shape)
             if copy:
                 tensors[name] = tensors[name].clone()
                 if hasattr(mmap, "MADV_DONTNEED"):                          # not on Windows
                     page = begin // mmap.PAGESIZE * mmap.PAGESIZE
                     mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
-    except (ValueError, RuntimeError) as e:                                 # RuntimeError: shapes beyond torch's counting
+    except (ValueError, RuntimeError) as e:                     # RuntimeError: shapes beyond torch's counting
         raise ValueError(f"{path} is not a whole safetensors file: {e}. Delete it and fetch it again") from e
     return tensors
 
 
 def write_safetensors(tensors, path, metadata=None):
-    """Write {name: tensor} to path (another name first: a kill leaves the old file or the whole new one), metadata a table of
-    texts. ValueError for a dtype that the format, as it is read here, does not have."""
+    """Write {name: tensor} to path (another name first: a kill leaves the old file or the whole new one),
+    metadata a table of texts. ValueError for a dtype that the format, as it is read here, does not have."""
     header, at = {}, 0
     if metadata:
         header["__metadata__"] = dict(metadata)
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))     # the widest first: all aligned
+    # the widest first: all aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
         tensor = tensors[name]
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name!r} has the dtype {tensor.dtype}, which {path} cannot hold")
         size = tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [at, at + size]}
         at += size
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
@@ -141,31 +155,7 @@ def write_safetensors(tensors, path, metadata=None):
     write_atomically(Path(path), write)
 
 
-# --------------------------------------------------------------------------------------------------------------- Qwen2
-
-HUB_NAMES = (("model.embed_tokens.", "embed."), ("model.layers.", "blocks."), (".input_layernorm.", ".input_norm."),
-             (".self_attn.", ".attention."), (".post_attention_layernorm.", ".post_norm."), ("model.norm.", "norm."),
-             ("lm_head.", "head."))
-
-
-def our_name(name):
-    """A parameter's name on the hub -> its name here; None for RoPE's frequencies, which old files keep."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return None
-    for theirs, ours in HUB_NAMES:
-        name = name.replace(theirs, ours)
-    return name
-
-
-def hub_name(name):
-    """A parameter's name here -> its name on the hub."""
-    for theirs, ours in HUB_NAMES:
-        if ours.startswith("."):
-            name = name.replace(ours, theirs)
-        elif name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-    return name
-
+# ---------------------------------------------------------------------------------------------------- the hub
 
 def read_json(path):
     try:
@@ -176,39 +166,62 @@ def read_json(path):
         raise UserError(f"{path} is damaged ({e}); delete it and fetch it again") from e
 
 
-def read_config(folder):
-    """config.json of a Qwen2 or Qwen2.5 checkpoint -> TransformerConfig. UserError, by name, for what is not implemented here:
-    it would be wrong to ignore it."""
-    c = read_json(Path(folder) / "config.json")
+REPOSITORY = r"[\w.-]+/[\w.-]+"
 
-    def refuse(what):
-        raise UserError(f"{folder}/config.json says {what}, which is not implemented here")
-    if c.get("model_type") != "qwen2":
-        refuse(f"model_type {c.get('model_type')!r} (known: 'qwen2')")
-    if c.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {c['hidden_act']!r}")
-    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
-        refuse("use_sliding_window")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}          # transformers 5 writes the one, 4 the other
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        refuse(f"rope scaling {kind!r}")
-    try:
-        config = TransformerConfig(
-            vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
-            n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-            n_embd=c["hidden_size"], n_hidden=c["intermediate_size"], norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-            tied=bool(c.get("tie_word_embeddings", False)))
-    except KeyError as e:
-        raise UserError(f"{folder}/config.json does not say {e}") from e
-    if c.get("head_dim") not in (None, config.n_embd // config.n_head):
-        refuse(f"head_dim {c['head_dim']}")
-    return config
+
+def is_pretrained(name):
+    """Whether this names weights in the hub's layout, in a folder or on the hub, and not a run. What has the
+    form of a repository's name but lies in a folder that exists, or in runs/, is a run that is missing."""
+    path = Path(name)
+    if path.is_dir():
+        a_run = (path / "best.pt").exists() or (path / "last.pt").exists()
+        return (path / "config.json").exists() and not a_run
+    a_run = path.parent.is_dir() or path.parent.name == "runs"
+    return bool(re.fullmatch(REPOSITORY, str(name))) and not a_run
+
+
+def repo_folder(name):
+    """The local folder of a hub repository (or of a folder, itself). What is missing is downloaded: the
+    configuration, the weights and the tokenizer, nothing else. $HF_ENDPOINT is another hub, $HF_TOKEN a key
+    for what is not public."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(REPOSITORY, str(name)) or ".." in str(name):
+        raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    folder = data_dir() / "hub" / name
+    if (folder / ".complete").exists():                            # everything is there: no network is needed
+        return folder
+    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else None
+
+    def fetch(*names):
+        """The first of these files that there is; None if there is none."""
+        for file in names:
+            try:
+                if not (folder / file).exists():
+                    download(f"{endpoint}/{name}/resolve/main/{file}", folder / file, headers=headers)
+                return file
+            except NotFound:
+                continue
+        return None
+    if not fetch("config.json"):
+        raise UserError(f"{endpoint} has no config.json for {name}; is the name right?")
+    weights = fetch("model.safetensors", "model.safetensors.index.json",
+                    "pytorch_model.bin", "pytorch_model.bin.index.json")
+    if weights and weights.endswith(".index.json"):
+        for path in weight_files(folder):
+            fetch(path.name)
+    if fetch("vocab.json", "vocab.txt") == "vocab.json":
+        fetch("merges.txt")
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        fetch(file)
+    (folder / ".complete").touch()
+    return folder
 
 
 def weight_files(folder):
-    """The files that hold a checkpoint's weights: safetensors, whole or in shards, or else PyTorch's own format."""
+    """The files that hold a checkpoint's weights: safetensors, whole or in shards, or else PyTorch's own
+    format."""
     folder = Path(folder)
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = whole + ".index.json"
@@ -222,10 +235,10 @@ def weight_files(folder):
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 
-def read_parameters(model, folder, our_name, device="cpu", dtype=None):
-    """{our name: tensor} of a hub folder's weights; dtype None keeps that of the file. our_name: the hub's name of a tensor ->
-    the name it has in model (which may be on the meta device), or None for one that is to be passed over. UserError for a
-    tensor that the model does not have, or has in another shape."""
+def read_parameters(model, folder, prefix, device="cpu", dtype=None):
+    """{name: tensor} of a hub folder's weights, under the names of `model` (which may be on the meta device):
+    the hub's without their prefix; dtype None keeps that of the file. UserError for a tensor that the model
+    does not have, or has in another shape."""
     wanted = {name: p.shape for name, p in model.state_dict().items()}
     state = {}
     for path in weight_files(folder):
@@ -235,38 +248,81 @@ def read_parameters(model, folder, our_name, device="cpu", dtype=None):
         except FileNotFoundError as e:
             raise UserError(f"{path} is missing; fetch it again") from e
         except Exception as e:                                              # damaged in any of many ways
-            reason = str(e) if path.name in str(e) else f"{path} cannot be read ({type(e).__name__}); fetch it again"
-            raise UserError(reason) from e
+            if path.name in str(e):
+                raise UserError(str(e)) from e
+            raise UserError(f"{path} cannot be read ({type(e).__name__}); fetch it again") from e
         for name in list(tensors):
-            tensor = tensors.pop(name)                                      # converted one by one: never two whole copies
-            if (ours := our_name(name)) is None:
+            tensor = tensors.pop(name)                          # converted one by one: never two whole copies
+            if name.endswith(("rotary_emb.inv_freq", "position_ids")):    # old files keep these constants too
                 continue
+            ours = name.removeprefix(prefix)
             if ours not in wanted or ours in state:
                 what = "is there twice" if ours in state else "is no parameter of this model"
                 raise UserError(f"{path} has {name}, which {what}")
             if tensor.shape != wanted[ours]:
-                raise UserError(f"{path} has {name} in the shape {list(tensor.shape)}; by its config.json it should be "
-                                f"{list(wanted[ours])}")
+                raise UserError(f"{path} has {name} in the shape {list(tensor.shape)}; by its config.json it "
+                                f"should be {list(wanted[ours])}")
             state[ours] = tensor.to(device=device, dtype=dtype)
     return state
 
 
+# ------------------------------------------------------------------------------------------------------ Qwen2
+
+def hub_name(name):
+    """A parameter's name in our Transformer -> its name on the hub."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def read_config(folder):
+    """config.json of a Qwen2 or Qwen2.5 checkpoint -> TransformerConfig. UserError, by name, for what is not
+    implemented here: it would be wrong to ignore it."""
+    c = read_json(Path(folder) / "config.json")
+
+    def refuse(what):
+        raise UserError(f"{folder}/config.json says {what}, which is not implemented here")
+    if c.get("model_type") != "qwen2":
+        refuse(f"model_type {c.get('model_type')!r} (known: 'qwen2')")
+    if c.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {c['hidden_act']!r}")
+    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
+        refuse("use_sliding_window")
+    # transformers 5 writes the one, 4 the other
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        refuse(f"rope scaling {kind!r}")
+    try:
+        config = TransformerConfig(
+            vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"],
+            n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
+            n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
+            n_embd=c["hidden_size"], n_hidden=c["intermediate_size"], norm_eps=c.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
+            tied=bool(c.get("tie_word_embeddings", False)))
+    except KeyError as e:
+        raise UserError(f"{folder}/config.json does not say {e}") from e
+    if c.get("head_dim") not in (None, config.n_embd // config.n_head):
+        refuse(f"head_dim {c['head_dim']}")
+    return config
+
+
 def load_weights(folder, device="cpu", dtype=None):
-    """The model of a hub folder, in eval mode; dtype None keeps that of the file. UserError unless the file has exactly the
-    parameters of its config.json, each in its shape."""
+    """The model of a hub folder, in eval mode; dtype None keeps that of the file. UserError unless the file
+    has exactly the parameters of its config.json, each in its shape."""
     config = read_config(folder)
     with torch.device("meta"):
-        model = Transformer(config)                                         # no memory yet: the file's tensors move in
-    state = read_parameters(model, folder, our_name, device, dtype)
-    if config.tied and "embed.weight" in state:
-        state.setdefault("head.weight", state["embed.weight"])
+        model = Transformer(config)                                # no memory yet: the file's tensors move in
+    state = read_parameters(model, folder, "model.", device, dtype)
+    if config.tied and "embed_tokens.weight" in state:
+        state.setdefault("lm_head.weight", state["embed_tokens.weight"])
     if missing := [hub_name(name) for name in model.state_dict() if name not in state]:
         raise UserError(f"{folder} lacks {len(missing)} parameters: {', '.join(missing[:3])}")
-    if config.tied and not torch.equal(state["head.weight"], state["embed.weight"]):
-        raise UserError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is another matrix")
+    if config.tied and not torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):
+        raise UserError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is "
+                        "another matrix")
     model.load_state_dict(state, assign=True)
     if config.tied:
-        model.head.weight = model.embed.weight
+        model.lm_head.weight = model.embed_tokens.weight
     return model.requires_grad_(True).eval()
 
 
@@ -275,23 +331,78 @@ def save_weights(model, folder, dtype=None):
     c, folder = model.config, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {hub_name(name): p.detach().to(dtype or p.dtype) for name, p in model.state_dict().items()
-               if not (c.tied and name == "head.weight")}
+               if not (c.tied and name == "lm_head.weight")}
     stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": c.vocab_size, "hidden_size": c.n_embd,
-              "intermediate_size": c.n_hidden, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-              "num_key_value_heads": c.n_kv_head, "hidden_act": "silu", "max_position_embeddings": c.block_size,
-              "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tied,
-              "use_sliding_window": False, "attention_dropout": 0.0, "torch_dtype": stored}
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": c.vocab_size,
+              "hidden_size": c.n_embd, "intermediate_size": c.n_hidden, "num_hidden_layers": c.n_layer,
+              "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "hidden_act": "silu",
+              "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+              "tie_word_embeddings": c.tied, "use_sliding_window": False, "attention_dropout": 0.0,
+              "torch_dtype": stored}
     write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
-    write_atomically(folder / "config.json", lambda f: f.write((json.dumps(config, indent=2) + "\n").encode()))
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
+
+
+# Qwen2 cuts a text into these pieces before any pair is merged; a digit stands alone
+QWEN2_PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def byte_letters():
+    """{letter: byte}: how vocab.json writes bytes. Printable ones stand for themselves, the others are the
+    letters from U+0100 on (GPT-2's convention)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
+
+
+class Qwen2Tokenizer:
+    """Qwen2's byte-pair encoding, through tiktoken. The text is brought into Unicode's NFC form first; added
+    tokens (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters:
+    id}, merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the
+    model, which may have ids that stand for nothing, stops: ids that end a text (None: <|endoftext|> alone).
+    ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
+    kind = "qwen2"
+
+    def __init__(self, vocab, merges, added, vocab_size, stops=None):
+        import tiktoken
+        letters = byte_letters()
+        ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
+        made = [vocab[merge.replace(" ", "", 1)] for merge in merges]
+        if any(a >= b for a, b in zip(made, made[1:])) or len(ranks) != 256 + len(made):
+            raise ValueError("its token ids are not in the order of its merges")
+        self.vocab, self.merges, self.added, self.vocab_size = vocab, merges, added, vocab_size
+        self.encoding = tiktoken.Encoding("qwen2", pat_str=QWEN2_PIECES, mergeable_ranks=ranks,
+                                          special_tokens=added)
+        self.known = set(ranks.values()) | set(added.values())
+        self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
+        self.eos = added[SEPARATOR]
+        self.stops = sorted({self.eos} if stops is None else stops)
+
+    def encode(self, text):
+        ids = []
+        for piece in self.split.split(text):
+            if piece in self.added:
+                ids.append(self.added[piece])
+            elif piece:
+                ids.extend(self.encoding.encode_ordinary(unicodedata.normalize("NFC", piece)))
+        return ids
+
+    def decode(self, ids):
+        return self.encoding.decode([i for i in ids if i in self.known], errors="replace")
+
+    def state(self):
+        return {"kind": "qwen2", "vocab": self.vocab, "merges": self.merges, "added": self.added,
+                "vocab_size": self.vocab_size, "stops": self.stops}
 
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")                     # where the files do not list any
 
 
 def read_tokenizer(folder, vocab_size):
-    """The tokenizer of a hub folder: vocab.json and merges.txt, or tokenizer.json; all added tokens that its files list; the
-    tokens that end a text, by generation_config.json or config.json."""
+    """The tokenizer of a hub folder: vocab.json and merges.txt, or tokenizer.json; all added tokens that its
+    files list; the tokens that end a text, by generation_config.json or config.json."""
     folder = Path(folder)
 
     def optional(file):
@@ -308,7 +419,7 @@ def read_tokenizer(folder, vocab_size):
             vocab = whole["model"]["vocab"]
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
         else:
-            raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt and no tokenizer.json")
+            raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt, no tokenizer.json")
         added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
         listed = optional("tokenizer_config.json").get("added_tokens_decoder", {})
         added |= {token["content"]: int(i) for i, token in listed.items()} | optional("added_tokens.json")
@@ -317,73 +428,25 @@ def read_tokenizer(folder, vocab_size):
         stops = [stops] if isinstance(stops, int) else stops
         return Qwen2Tokenizer(vocab, merges, added, vocab_size, stops)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind ({type(e).__name__}: {e})") from e
+        raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind "
+                        f"({type(e).__name__}: {e})") from e
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write vocab.json, merges.txt and tokenizer_config.json as transformers' AutoTokenizer opens them, and the end tokens."""
+    """Write vocab.json, merges.txt and tokenizer_config.json as transformers' AutoTokenizer opens them, and
+    the end tokens."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0],
               "unk_token": None, "bos_token": None,
-              "added_tokens_decoder": {str(i): {"content": text} | plain for text, i in tokenizer.added.items()}}
+              "added_tokens_decoder": {str(i): {"content": text} | plain
+                                       for text, i in tokenizer.added.items()}}
     for name, text in (("vocab.json", json.dumps(tokenizer.vocab, ensure_ascii=False)),
                        ("merges.txt", "\n".join(tokenizer.merges) + "\n"),
                        ("tokenizer_config.json", json.dumps(config, indent=2)),
                        ("generation_config.json", json.dumps({"eos_token_id": tokenizer.stops}))):
         write_atomically(folder / name, lambda f: f.write(text.encode()))
-
-
-# ------------------------------------------------------------------------------------------------------------- the hub
-
-REPOSITORY = r"[\w.-]+/[\w.-]+"
-
-
-def is_pretrained(name):
-    """Whether this names weights in the hub's layout, in a folder or on the hub, and not a run. What has the form of a
-    repository's name but lies in a folder that exists, or in runs/, is a run that is missing."""
-    path = Path(name)
-    if path.is_dir():
-        return (path / "config.json").exists() and not any((path / run).exists() for run in ("best.pt", "last.pt"))
-    return bool(re.fullmatch(REPOSITORY, str(name))) and not path.parent.is_dir() and path.parent.name != "runs"
-
-
-def repo_folder(name):
-    """The local folder of a hub repository (or of a folder, itself). What is missing is downloaded: the configuration, the
-    weights and the tokenizer, nothing else. $HF_ENDPOINT is another hub, $HF_TOKEN a key for what is not public."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(REPOSITORY, str(name)) or ".." in str(name):
-        raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    folder = data_dir() / "hub" / name
-    if (folder / ".complete").exists():                                     # everything is there: no network is needed
-        return folder
-    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else None
-
-    def fetch(*names):
-        """The first of these files that there is; None if there is none."""
-        for file in names:
-            try:
-                if not (folder / file).exists():
-                    download(f"{endpoint.rstrip('/')}/{name}/resolve/main/{file}", folder / file, headers=headers)
-                return file
-            except NotFound:
-                continue
-        return None
-    if not fetch("config.json"):
-        raise UserError(f"{endpoint} has no config.json for {name}; is the name right?")
-    weights = fetch("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    if weights and weights.endswith(".index.json"):
-        for path in weight_files(folder):
-            fetch(path.name)
-    if fetch("vocab.json", "vocab.txt") == "vocab.json":
-        fetch("merges.txt")
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        fetch(file)
-    (folder / ".complete").touch()
-    return folder
 
 
 def load_model(name, device="cpu", dtype=None):
@@ -397,3 +460,177 @@ def save_model(model, tokenizer, folder, dtype=None):
     """Write a folder in the hub's layout, which transformers opens as it is."""
     save_tokenizer(tokenizer, folder)
     save_weights(model, folder, dtype)
+
+
+# ----------------------------------------------------------------------------------- DistilBERT and WordPiece
+
+class PerCharacter(dict):
+    """A table for str.translate that applies rule(character) -> str, once to every character that it
+    meets."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __missing__(self, code):
+        self[code] = self.rule(chr(code))
+        return self[code]
+
+
+IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+              (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+
+
+def clean(ch):
+    """Any white space as a space; without control and private characters; a Chinese character is a word of
+    its own."""
+    if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z":
+        return " "
+    if ch in "\0\ufffd" or unicodedata.category(ch) in ("Cc", "Cf", "Co", "Cs"):
+        return ""
+    return f" {ch} " if any(low <= ord(ch) <= high for low, high in IDEOGRAPHS) else ch
+
+
+def apart(ch):
+    """Punctuation, and all ASCII signs that Unicode calls symbols, as words of their own."""
+    sign = ch.isascii() and ch.isprintable() and not ch.isalnum() and ch != " "
+    return f" {ch} " if sign or unicodedata.category(ch)[0] == "P" else ch
+
+
+CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
+# no accents; a last sigma is as any other
+PLAIN = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch.lower())
+
+
+def basic_words(text):
+    """BERT's basic tokenisation, uncased: a text as words and punctuation marks."""
+    text = text.translate(CLEAN)
+    text = text.lower() if text.isascii() else unicodedata.normalize("NFD", text).translate(PLAIN)
+    return text.translate(APART).split()
+
+
+class WordPiece:
+    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them."""
+
+    def __init__(self, vocab):
+        self.vocab = list(vocab)
+        self.ids, self.memo = {piece: i for i, piece in enumerate(self.vocab)}, {}
+        try:
+            special = [self.ids[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")]
+            self.pad, self.unk, self.cls, self.sep = special
+        except KeyError as e:
+            raise UserError(f"this is no WordPiece vocabulary: it has no {e}") from e
+
+    def pieces(self, word):
+        """The ids of one word: the longest piece that it begins with, then the longest of the rest, and so
+        on."""
+        if word not in self.memo:
+            ids, start = [], 0
+            while start < len(word) <= 100:
+                end = next((e for e in range(len(word), start, -1)
+                            if ("##" if start else "") + word[start:e] in self.ids), None)
+                if end is None:
+                    break
+                ids.append(self.ids[("##" if start else "") + word[start:end]])
+                start = end
+            self.memo[word] = ids if start == len(word) else [self.unk]
+        return self.memo[word]
+
+    def encode(self, text):
+        return [i for word in basic_words(text) for i in self.pieces(word)]
+
+    def state(self):
+        return {"kind": "wordpiece", "vocab": self.vocab}
+
+
+def build_wordpiece(texts, size=8000):
+    """A vocabulary for these texts: their characters, alone and inside a word; then whole words, the most
+    frequent first, and in the last eighth the endings that the words left out have most often."""
+    counts = Counter(word for text in texts for word in basic_words(text))
+    letters = Counter()
+    for word, n in counts.items():
+        letters.update(dict.fromkeys(word, n))
+    letters = [ch for ch, _ in letters.most_common(size // 16)]
+    vocab = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters,
+                           *("##" + ch for ch in letters)])
+    by_count = [word for word, n in sorted(counts.items(), key=lambda wn: (-wn[1], wn[0])) if n > 1]
+    for word in by_count:
+        if len(vocab) >= size * 7 // 8:
+            break
+        vocab[word] = None
+    endings = Counter()
+    for word in by_count:
+        if word not in vocab:
+            for k in range(2, min(6, len(word))):
+                endings["##" + word[-k:]] += counts[word]
+    return WordPiece([*vocab, *(e for e, _ in endings.most_common(max(0, size - len(vocab))))])
+
+
+def positive_label(config, folder):
+    """Which of a classifier's two labels is the positive one, by its config's id2label."""
+    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+    if len(labels) != 2:
+        raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two, one of them "
+                        "positive")
+    positive = [int(i) for i, label in labels.items() if str(label).lower().startswith("pos")]
+    if len(positive) != 1:
+        raise UserError(f"{folder}: which of the labels {', '.join(map(str, labels.values()))} is the "
+                        "positive one? Call it POSITIVE in id2label of config.json")
+    return positive[0]
+
+
+def load_scorer(name, device="cpu", dtype=torch.float32):
+    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what
+    --train-reward writes is one) or the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval
+    mode. UserError for what is not one."""
+    if not Path(name).is_dir() and Path(name).parent.name == "runs":
+        raise UserError(f"there is no scorer at {name}. "
+                        f"Train one first: python ppo.py --train-reward --data reviews --run {name}")
+    folder = repo_folder(name)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no scorer: there is no config.json. "
+                        "Train one: python ppo.py --train-reward --data reviews --run FOLDER")
+    c = read_json(folder / "config.json")
+    known = c.get("model_type") == "distilbert" and c.get("activation", "gelu") == "gelu"
+    if not known or c.get("sinusoidal_pos_embds"):
+        raise UserError(f"{folder}/config.json describes a {c.get('model_type')} model that is not "
+                        "implemented; a scorer is a DistilBERT with GELU and learned positions, as "
+                        "lvwerra/distilbert-imdb")
+    try:
+        config = ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"],
+                              c.get("max_position_embeddings", 512), c.get("dropout", 0.1),
+                              positive_label(c, folder))
+        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except KeyError as e:
+        raise UserError(f"{folder}/config.json does not say {e}") from e
+    except FileNotFoundError as e:
+        raise UserError(f"{folder}/vocab.txt is missing; fetch it again") from e
+    if len(vocab) > config.vocab_size:
+        raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it "
+                        f"{config.vocab_size:,}: they do not belong together")
+    with torch.device("meta"):
+        scorer = Scorer(config, WordPiece(vocab))
+    state = read_parameters(scorer, folder, "distilbert.", device, dtype)
+    if missing := [name for name in scorer.state_dict() if name not in state]:
+        raise UserError(f"{folder} is no scorer: it lacks {', '.join(missing[:3])}")
+    scorer.load_state_dict(state, assign=True)
+    return scorer.requires_grad_(False).eval()
+
+
+def save_scorer(scorer, folder):
+    """Write a folder in the hub's layout, which transformers opens as it is."""
+    c, folder = scorer.config, Path(folder)
+    config = {"architectures": ["DistilBertForSequenceClassification"], "model_type": "distilbert",
+              "activation": "gelu", "sinusoidal_pos_embds": False, "attention_dropout": c.dropout,
+              "seq_classif_dropout": c.dropout,
+              "pad_token_id": scorer.tokenizer.pad,
+              "id2label": {str(i): "POSITIVE" if i == c.positive else "NEGATIVE" for i in (0, 1)},
+              "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
+    config.pop("positive")
+    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    for name, text in (("config.json", json.dumps(config, indent=2)),
+                       ("vocab.txt", "\n".join(scorer.tokenizer.vocab)),
+                       ("tokenizer_config.json", json.dumps(tokenizer_config))):
+        write_atomically(folder / name, lambda f: f.write((text + "\n").encode()))
+    tensors = {(name if "classifier" in name else f"distilbert.{name}"): p
+               for name, p in scorer.state_dict().items()}
+    write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})

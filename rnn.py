@@ -4,10 +4,11 @@ The layer (Elman 1990), for t = 1..T, with x_t in R^I, h_t in R^H:
 
     h_t = tanh(a_t),    a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
 
-Back-propagation through time (Werbos 1990). Let dh_t be the derivative of the loss with respect to h_t.
-It has two parts: what the layers above send down at time t (call it g_t), and what the next step sends back:
+Back-propagation through time (Werbos 1990). Let dh_t be the derivative of the loss with respect to h_t. It
+has two parts: what the layers above send down at time t (grad_h[t] in the code), and what the next step sends
+back:
 
-    dh_t = g_t + W_hh^T da_{t+1}             da_t = dh_t * (1 - h_t^2)        (tanh' = 1 - tanh^2)
+    dh_t = grad_h_t + W_hh^T da_{t+1}        da_t = dh_t * (1 - h_t^2)        (tanh' = 1 - tanh^2)
 
 The recursion runs from T down to 1 and only it is sequential. Everything else is one product over all steps:
 
@@ -17,20 +18,15 @@ The recursion runs from T down to 1 and only it is sequential. Everything else i
 recursion above written out, the input product hoisted out of the loop and the weight gradients taken in one
 matmul each. A test holds them equal to each other and to `torch.nn.RNN`.
 
-The language model `RNNLM` predicts the next token: embedding -> layers -> softmax over the vocabulary, with the
-regularisation that word-level corpora need (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf 2017):
-whole words dropped from the embedding, one dropout mask for all time steps, embedding and softmax weights shared.
+The language model `RNNLM` predicts the next token: embedding -> layers -> softmax over the vocabulary, with
+the regularisation that word-level corpora need (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf
+2017): whole words dropped from the embedding, one dropout mask for all time steps, embedding and softmax
+weights shared.
 
     python train.py --model rnn                      # trains it; see train.py
 """
-import ctypes
 import functools
-import os
-import shlex
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -44,24 +40,7 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-@functools.lru_cache(None)
-def compiled(source, *flags):
-    """A library made of C source for this CPU (about 0.3 s, once in a process), or None if there is no compiler. $CC
-    chooses it. What is written in C here is written in torch operations too: a compiler is never needed."""
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *flags]
-    for own in (["-march=native", "-fopenmp"], ["-march=native"], []):      # not every compiler has them
-        try:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                code, library = Path(folder, "code.c"), Path(folder, "code.so")
-                code.write_text(source)
-                compiler = shlex.split(os.environ.get("CC", "cc"))
-                subprocess.run([*compiler, *flags, *own, str(code), "-o", str(library)], check=True, capture_output=True,
-                               timeout=60)
-                return ctypes.CDLL(str(library))
-        except (OSError, ValueError, subprocess.SubprocessError):
-            continue
-    return None
-
+# -------------------------------------------------------------------------------------------------- the layer
 
 class RNNFunction(torch.autograd.Function):
     """All T steps of one layer. x [T, B, I], h0 [B, H] -> h_1..h_T [T, B, H] (the last one is the state)."""
@@ -69,12 +48,12 @@ class RNNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h0, w_ih, w_hh, bias):
         T, B, _ = x.shape
-        a = F.linear(x, w_ih, bias)                              # every input product at once  [T, B, H]
+        a = F.linear(x, w_ih, bias)                             # every input product at once  [T, B, H]
         h = x.new_empty(T + 1, B, w_hh.shape[0])
         h[0] = h0
         steps, w_hh_t = h.unbind(0), w_hh.t()
         if x.dtype == torch.float32:
-            w_hh_t = w_hh_t.contiguous()                         # MKL is 1.3 times as fast with it
+            w_hh_t = w_hh_t.contiguous()                        # MKL is 1.3 times as fast with it
         for t, a_t in enumerate(a.unbind(0)):
             torch.addmm(a_t, steps[t], w_hh_t, out=steps[t + 1])
             torch.tanh(steps[t + 1], out=steps[t + 1])
@@ -86,16 +65,18 @@ class RNNFunction(torch.autograd.Function):
     def backward(ctx, grad_h):
         x, h, w_ih, w_hh = ctx.saved_tensors
         T, B, H = grad_h.shape
-        slope = 1 - h[1:] * h[1:]                                # tanh' for all steps at once
+        slope = 1 - h[1:] * h[1:]                               # tanh' for all steps at once
         da = torch.empty_like(slope)
-        g, slope, steps = grad_h.unbind(0), slope.unbind(0), da.unbind(0)
-        dh = g[T - 1]
-        for t in range(T - 1, -1, -1):
+        grad_h, slope, steps = grad_h.unbind(0), slope.unbind(0), da.unbind(0)
+        dh = grad_h[T - 1]
+        for t in reversed(range(T)):
             torch.mul(dh, slope[t], out=steps[t])
-            dh = torch.addmm(g[t - 1], steps[t], w_hh) if t else steps[0] @ w_hh
-        flat = da.view(T * B, H)
-        return ((flat @ w_ih).view_as(x), dh, flat.t() @ x.reshape(T * B, -1),
-                flat.t() @ h[:-1].reshape(T * B, H), flat.sum(0))
+            dh = torch.addmm(grad_h[t - 1], steps[t], w_hh) if t else steps[0] @ w_hh
+        da = da.view(T * B, H)
+        dx = (da @ w_ih).view_as(x)
+        dw_ih = da.t() @ x.reshape(T * B, -1)
+        dw_hh = da.t() @ h[:-1].reshape(T * B, H)
+        return dx, dh, dw_ih, dw_hh, da.sum(0)
 
 
 class RNN(nn.Module):
@@ -119,13 +100,13 @@ class RNN(nn.Module):
 
     def operands(self, x):
         """x time-major, the weights and the summed bias, all in the dtype to compute in."""
-        dtype = compute_dtype(x)
-        x = x.transpose(0, 1).contiguous()                       # a matmul of strided rows takes up to 30 times as long
-        return [v.to(dtype) for v in (x, self.weight_ih, self.weight_hh, self.bias_ih + self.bias_hh)]
-
-    def forward(self, x, state=None):
         if x.shape[1] == 0:
             raise ValueError("a recurrent layer needs at least one time step")
+        x = x.transpose(0, 1).contiguous()             # a matmul of strided rows takes up to 30 times as long
+        operands = x, self.weight_ih, self.weight_hh, self.bias_ih + self.bias_hh
+        return [v.to(compute_dtype(x)) for v in operands]
+
+    def forward(self, x, state=None):
         state = self.zero_state(x.shape[0]) if state is None else state
         x, w_ih, w_hh, bias = self.operands(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -136,7 +117,7 @@ class RNN(nn.Module):
         """The same as forward, the way a textbook writes it; autograd does the backward pass."""
         h = self.zero_state(x.shape[0]) if state is None else state
         out = []
-        for x_t in x.unbind(1):                                  # [B, I]
+        for x_t in x.unbind(1):                                 # [B, I]
             h = torch.tanh(x_t @ self.weight_ih.T + self.bias_ih + h @ self.weight_hh.T + self.bias_hh)
             out.append(h)
         return torch.stack(out, 1), h
@@ -145,32 +126,41 @@ class RNN(nn.Module):
         return self.weight_hh.new_zeros(batch_size, self.hidden_size)
 
 
-# ------------------------------------------------------------------------------------------------ softmax and loss
+# ------------------------------------------------------------------------------------------- softmax and loss
 
-def chunks(n_rows, vocab_size):
-    """Into how many chunks to cut the rows: about 8 million logits each, but no fewer than 512 rows, because every
-    chunk reads the whole weight matrix."""
+def n_chunks(n_rows, vocab_size):
+    """Into how many chunks to cut the rows: about 8 million logits each, but no fewer than 512 rows, because
+    every chunk reads all of the weight matrix."""
     return max(1, min(-(-n_rows * vocab_size // (1 << 23)), n_rows // 512))
 
 
-def token_nll(logits, targets):
-    """Negative log-likelihood in nats, float32, of targets [N] under logits [N, V]; 0 where the target is -1."""
-    nll = torch.logsumexp(logits.float(), -1) - logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0].float()
-    return nll.masked_fill(targets < 0, 0.0)
-
-
 @functools.lru_cache(1)
-def scratch(n_rows, n_columns, dtype, device):
-    """Memory for logits, kept from step to step: fresh memory costs a CPU nearly as much as the product that is written
-    into it (700 x 200 x 10000 in bf16: 4.3 ms into fresh memory, 2.5 into this)."""
+def logits_buffer(n_rows, n_columns, dtype, device):
+    """Memory for logits, kept from step to step: fresh memory costs a CPU nearly as much as the product that
+    is written into it (700 x 200 x 10000 in bf16: 4.3 ms into fresh memory, 2.5 into this)."""
     return torch.empty(n_rows, n_columns, dtype=dtype, device=device)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, a chunk of rows at a time.
+def logit_chunks(hidden, weight, bias, *others):
+    """Rows of hidden [N, D] and of the tensors in `others`, a chunk at a time, each with its logits hidden
+    W^T + b, in memory that the next chunk overwrites. Yields (logits, hidden, *others)."""
+    n = n_chunks(len(hidden), len(weight))
+    memory = logits_buffer(-(-len(hidden) // n), len(weight), hidden.dtype, hidden.device)
+    for h, *parts in zip(*(v.chunk(n) for v in (hidden, *others))):
+        logits = memory[:len(h)]
+        if bias is None:
+            torch.mm(h, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, h, weight.t(), out=logits)
+        yield logits, h, *parts
 
-    The gradient with respect to the logits is softmax - onehot(target), so it can be formed in the forward pass
-    and multiplied out at once: the [N, V] logits of a large batch or vocabulary never exist together.
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, a chunk of rows at a
+    time.
+
+    The gradient with respect to the logits is softmax - onehot(target), so it can be formed in the forward
+    pass and multiplied out at once: the [N, V] logits of a large batch or vocabulary never exist together.
     hidden [N, D], weight [V, D], bias [V] or None, targets [N] (-1: ignored) -> float32 scalar, in nats.
     Matmuls run in hidden's dtype; sums and the softmax in float32 (float64 where hidden is).
     """
@@ -180,25 +170,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         acc = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)
         b = None if bias is None else bias.to(hidden.dtype)
-        n_chunks = chunks(len(hidden), w.shape[0])
         total = torch.zeros((), dtype=acc, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden), None, None
-        memory = scratch(-(-len(hidden) // n_chunks), w.shape[0], w.dtype, w.device)
-        for h, d_h, y in zip(hidden.chunk(n_chunks), d_hidden.chunk(n_chunks), targets.chunk(n_chunks)):
-            row, at, keep = torch.arange(len(y), device=y.device), y.clamp(min=0), y >= 0
-            logits = memory[:len(h)]
-            torch.mm(h, w.t(), out=logits) if b is None else torch.addmm(b, h, w.t(), out=logits)
-            p = torch.softmax(logits, -1, out=logits)                        # float32 inside, whatever the dtype
-            p_target = p[row, at].to(acc)
-            total -= (p_target.clamp(min=1e-38).log() * keep).sum()          # the clamp: at most 87 nats are counted
-            p[row, at] = (p_target - 1).to(p.dtype)                          # softmax - onehot, in place of p
+        for logits, h, d_h, y in logit_chunks(hidden, w, b, d_hidden, targets):
+            row, target, keep = torch.arange(len(y), device=y.device), y.clamp(min=0), y >= 0
+            p = torch.softmax(logits, -1, out=logits)                   # float32 inside, whatever the dtype
+            p_target = p[row, target].to(acc)
+            total -= (p_target.clamp(min=1e-38).log() * keep).sum()   # the clamp: at most 87 nats are counted
+            p[row, target] = (p_target - 1).to(p.dtype)                 # softmax - onehot, in place of p
             if not keep.all():
                 p.masked_fill_(~keep[:, None], 0.0)
             torch.mm(p, w, out=d_h)
             part = p.t() @ h
-            d_weight = part.to(acc if n_chunks > 1 else part.dtype) if d_weight is None else d_weight.add_(part)
+            if d_weight is None:
+                # one chunk: there is nothing to sum
+                d_weight = part.to(acc) if len(h) < len(hidden) else part
+            else:
+                d_weight.add_(part)
             if b is not None:
-                part = p.sum(0).to(acc)                                      # summed in float32, whatever the dtype
+                part = p.sum(0).to(acc)                                # summed in float32, whatever the dtype
                 d_bias = part if d_bias is None else d_bias.add_(part)
         ctx.grads = d_hidden, d_weight, d_bias
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -207,28 +197,73 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (d_hidden, d_weight, d_bias), ctx.grads = ctx.grads, None            # scaled in place: usable once
+        (d_hidden, d_weight, d_bias), ctx.grads = ctx.grads, None       # scaled in place: usable once
         w_dtype, b_dtype = ctx.dtypes
         return (d_hidden.mul_(grad), d_weight.mul_(grad).to(w_dtype),
                 None if d_bias is None else d_bias.mul_(grad).to(b_dtype), None)
 
 
-def cross_entropy_sum(hidden, weight, bias, targets):
-    """Scalar sum of nats over targets [B, T] given hidden [B, T, D], through LinearCrossEntropy."""
-    hidden = hidden.to(compute_dtype(hidden)).reshape(-1, hidden.shape[-1])
+@torch.no_grad()
+def token_nll(hidden, weight, bias, targets):
+    """-log softmax(hidden W^T + b)[target], float32 [N] in nats, 0 where the target is -1; without a
+    gradient."""
+    w = weight.to(hidden.dtype)
+    b = None if bias is None else bias.to(hidden.dtype)
+    nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for logits, _, y, out in logit_chunks(hidden, w, b, targets, nll):
+        at_target = logits.gather(1, y.clamp(min=0)[:, None])[:, 0].float()
+        out.copy_(torch.logsumexp(logits.float(), -1) - at_target)
+    return nll.masked_fill_(targets < 0, 0.0)
+
+
+def softmax_loss(hidden, head, targets, reduction="mean"):
+    """How badly softmax(head(hidden)) predicts the targets, in nats per token; targets of -1 are ignored.
+
+    hidden [B, T, D], head an nn.Linear(D, V), targets [B, T] -> "mean": a scalar with its gradient; "none":
+    float32 [B, T], 0 where ignored, for evaluation: without a gradient.
+    """
+    flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
     with torch.autocast(hidden.device.type, enabled=False):
-        return LinearCrossEntropy.apply(hidden, weight, bias, targets.reshape(-1))
+        if reduction == "none":
+            return token_nll(flat, head.weight, head.bias, y).view(targets.shape)
+        return LinearCrossEntropy.apply(flat, head.weight, head.bias, y) / (y >= 0).sum()
 
 
-def chunked_nll(unembed, hidden, targets, vocab_size):
-    """float32 [B, T] nats per token, a chunk of rows at a time; targets of -1 count 0."""
-    flat, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    n = chunks(len(y), vocab_size)
-    parts = [token_nll(unembed(h), t) for h, t in zip(flat.chunk(n), y.chunk(n))]
-    return torch.cat(parts).view(targets.shape)
+# ---------------------------------------------------------------------------------------------------- dropout
+
+def locked_dropout(x, p, training):
+    """Dropout with one mask for all time steps of a row (Gal & Ghahramani 2016). x [B, T, D]."""
+    if not training or p == 0:
+        return x
+    keep = x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - p)
+    return x * keep.div_(1 - p)
 
 
-# ---------------------------------------------------------------------------------------------------- the language model
+def dropout(x, p, training):
+    """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, one element after the other,
+    so each 64-bit draw serves eight elements: p is rounded to a 256th, and survivors are scaled by what is
+    kept in truth."""
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
+    cut = min(255, round(p * 256))
+    keep = (drawn.view(torch.uint8)[:x.numel()] >= cut).view(x.shape)
+    return x * keep * (256 / (256 - cut))
+
+
+def embedded_dropout(embedding, tokens, p, training):
+    """Embed tokens [B, T] with words of the vocabulary dropped, each at every place where it occurs (Merity
+    et al.)."""
+    x = embedding(tokens)
+    if not training or p == 0:
+        return x
+    keep = x.new_empty(embedding.num_embeddings).bernoulli_(1 - p).div_(1 - p)
+    return x * keep[tokens][..., None]
+
+
+# ----------------------------------------------------------------------------------------- the language model
 
 @dataclass
 class RNNConfig:
@@ -240,86 +275,52 @@ class RNNConfig:
     dropout: float = 0.0            # after the last layer, one mask for all time steps
     dropout_hidden: float = 0.0     # between layers, likewise
     dropout_input: float = 0.0      # after the embedding, likewise
-    dropout_embed: float = 0.0      # whole words of the vocabulary, wherever they occur in the batch
+    dropout_embed: float = 0.0      # words of the vocabulary, wherever they occur in the batch
     tied: bool = True
 
 
-def locked_dropout(x, p, training):
-    """Dropout with one mask for all time steps of a row (Gal & Ghahramani 2016). x [B, T, D]."""
-    if not training or p == 0:
-        return x
-    keep = x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - p)
-    return x * keep.div_(1 - p)
-
-
-def dropout(x, p, training):
-    """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, one element after the other, so each
-    64-bit draw serves eight elements: p is rounded to a 256th, and survivors are scaled by what is kept in truth."""
-    if not training or p == 0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
-    cut = min(255, round(p * 256))
-    keep = (drawn.view(torch.uint8)[:x.numel()] >= cut).view(x.shape)
-    return x * keep * (256 / (256 - cut))
-
-
-def embed_dropped(embedding, tokens, p, training):
-    """Embed tokens [B, T] with whole words of the vocabulary dropped, at every place they occur."""
-    x = embedding(tokens)
-    if not training or p == 0:
-        return x
-    keep = x.new_empty(embedding.num_embeddings).bernoulli_(1 - p).div_(1 - p)
-    return x * keep[tokens][..., None]
-
-
 class RNNLM(nn.Module):
-    """Embedding, a stack of recurrent layers, softmax. Four members, as every model here has: forward,
-    init_state, unembed, and nll with its training form loss."""
+    """Embedding, a stack of recurrent layers, softmax. Three members, as every model here has: forward,
+    init_state and logits; the embedding is called embed_tokens and the softmax's matrix lm_head in all of
+    them."""
     layer_type = RNN
     recurrent = True
     embed_range = 0.1                                           # embeddings start uniform in +- this
 
     def __init__(self, config):
         super().__init__()
-        self.config, c = config, config
+        self.config = c = config
         sizes = [c.n_embd] + [c.n_hidden] * (c.n_layer - 1) + [c.n_embd if c.tied else c.n_hidden]
-        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         self.layers = nn.ModuleList(self.layer_type(i, o) for i, o in zip(sizes, sizes[1:]))
-        self.head = nn.Linear(sizes[-1], c.vocab_size)
+        self.lm_head = nn.Linear(sizes[-1], c.vocab_size)
         if c.tied:
-            self.head.weight = self.embed.weight
-        nn.init.uniform_(self.embed.weight, -self.embed_range, self.embed_range)
+            self.lm_head.weight = self.embed_tokens.weight
+        nn.init.uniform_(self.embed_tokens.weight, -self.embed_range, self.embed_range)
         if not c.tied:
-            nn.init.uniform_(self.head.weight, -0.1, 0.1)
-        nn.init.zeros_(self.head.bias)
+            nn.init.uniform_(self.lm_head.weight, -0.1, 0.1)
+        nn.init.zeros_(self.lm_head.bias)
 
     def init_state(self, batch_size, max_len=None):
         """The state before the first token: zeros. A recurrent state has one size, whatever max_len."""
         return [layer.zero_state(batch_size) for layer in self.layers]
 
-    def forward(self, tokens, state=None):
-        """tokens [B, T] -> hidden [B, T, D], and the state after the last token."""
+    def forward(self, tokens, state=None, targets=None, reduction="mean"):
+        """tokens [B, T] -> (hidden [B, T, D], state after the last token); with targets [B, T], each the
+        token that follows, (loss in nats per token, state): see softmax_loss."""
         c = self.config
         state = self.init_state(len(tokens)) if state is None else state
-        x = embed_dropped(self.embed, tokens, c.dropout_embed, self.training)
+        x = embedded_dropout(self.embed_tokens, tokens, c.dropout_embed, self.training)         # [B, T, D]
         x = locked_dropout(x, c.dropout_input, self.training)
-        after = []
-        for i, (layer, s) in enumerate(zip(self.layers, state)):
-            x, s = layer(x, s)
+        new_state = []
+        for i, (layer, layer_state) in enumerate(zip(self.layers, state)):
+            x, layer_state = layer(x, layer_state)
             x = locked_dropout(x, c.dropout if i == c.n_layer - 1 else c.dropout_hidden, self.training)
-            after.append(s)
-        return x, after
+            new_state.append(layer_state)
+        if targets is not None:
+            return softmax_loss(x, self.lm_head, targets, reduction), new_state
+        return x, new_state
 
-    def unembed(self, hidden):
+    def logits(self, hidden):
         """hidden [..., D] -> logits [..., V]."""
-        return self.head(hidden)
-
-    def nll(self, hidden, targets):
-        """float32 [B, T] nats per token; 0 where the target is -1."""
-        return chunked_nll(self.unembed, hidden, targets, self.config.vocab_size)
-
-    def loss(self, hidden, targets):
-        """Scalar sum of nats with the gradient computed chunk by chunk; divide by the number of tokens yourself."""
-        return cross_entropy_sum(hidden, self.head.weight, self.head.bias, targets)
+        return self.lm_head(hidden)

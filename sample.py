@@ -2,18 +2,19 @@
 
     python sample.py --run runs/lstm-finance --prompt "the meaning of life is" --temperature 0.8
     python sample.py --run runs/lstm-ptb --n 3 --tokens 60 --top-k 40
-    python sample.py --run Qwen/Qwen2-0.5B --prompt "The meaning of life is" --temperature 0      # 1 GB, downloaded once
+    # 1 GB, downloaded once
+    python sample.py --run Qwen/Qwen2-0.5B --prompt "The meaning of life is" --temperature 0
     python sample.py --run Qwen/Qwen2-0.5B-Instruct --chat --prompt "Why is the sky blue?"
 
 One step of generation: the model reads one token per row and returns hidden [B, 1, D]; only that position is
-unembedded; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens and to
-the smallest set of tokens with probability top_p in sum (Holtzman et al. 2020), renormalised. temperature 0 takes the
-most likely token. A repetition penalty c (Keskar et al. 2019) divides the logits above 0 of all tokens that the text
-already has by c, and multiplies those below 0. What the model remembers between steps is its state: h, or h and c, or
-the KV cache.
+unembedded; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens
+and to the smallest set of tokens with probability top_p in sum (Holtzman et al. 2020), renormalised.
+temperature 0 takes the most likely token. A repetition penalty c (Keskar et al. 2019) divides the logits
+above 0 of all tokens that the text already has by c, and multiplies those below 0. What the model remembers
+between steps is its state: h, or h and c, or the KV cache.
 
-Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a row
-whose prompt goes on is given its next prompt token instead of the sampled one.
+Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a
+row whose prompt goes on is given its next prompt token instead of the sampled one.
 """
 import sys
 
@@ -22,16 +23,17 @@ import torch
 import data
 from data import UserError
 from train import load_run, pick_device, pick_dtype
+from transformer import use_decode_kernels
 
 
-def truncate(logits, top_k=None, top_p=None):
-    """logits [B, V] with everything outside the top_k tokens and the top_p nucleus at -inf. Ties at the edge of
-    top_k all stay; the token that carries the sum over top_p stays."""
+def top_k_top_p(logits, top_k=None, top_p=None):
+    """logits [B, V] with everything outside the top_k tokens and the top_p nucleus at -inf. Ties at the edge
+    of top_k all stay; the token that carries the sum over top_p stays."""
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p is not None and top_p < 1:
         p, order = torch.softmax(logits, -1).sort(descending=True, stable=True)
-        outside = p.cumsum(-1) - p >= top_p                                 # the sum before this token is enough
+        outside = p.cumsum(-1) - p >= top_p                              # the sum before this token is enough
         logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return logits
 
@@ -42,16 +44,17 @@ def penalize(logits, seen, penalty):
     return logits.scatter(-1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
-def choose(logits, temperature, top_k, top_p, generator):
-    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] in what was drawn from)."""
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] in what was drawn
+    from)."""
     if temperature == 0:
         token = logits.max(-1).indices                                      # five times as fast as argmax
         return token, logits.new_zeros(len(logits), dtype=torch.float32)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature         # the largest 0: no temperature overflows
-    log_p = torch.log_softmax(truncate(logits, top_k, top_p), -1)
-    # where a uniform number falls among the sums of the probabilities (multinomial draws one for every token: at Qwen2's
-    # vocabulary 2.7 ms a row)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest 0: no temperature overflows
+    log_p = torch.log_softmax(top_k_top_p(logits, top_k, top_p), -1)
+    # where a uniform number falls among the sums of the probabilities (multinomial draws one for every token:
+    # at Qwen2's vocabulary 2.7 ms a row)
     sums = log_p.exp().cumsum(-1, dtype=torch.float32 if log_p.device.type == "mps" else torch.float64)
     u = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)
     token = torch.searchsorted(sums, u * sums[:, -1:], right=True)
@@ -59,17 +62,19 @@ def choose(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=(),
-          repetition_penalty=1.0):
+def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
+                    seed=None, suppressed_tokens=(), repetition_penalty=1.0):
     """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
 
-    Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new: its
-    prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens; eos: an id,
-    several, or None. log_prob is under the distribution the token was drawn from (temperature, truncation and penalty
-    included), 0 for temperature 0. banned: ids that are never drawn.
+    Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new:
+    its prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens;
+    eos: an id, several, or None. log_prob is under the distribution the token was drawn from (temperature,
+    truncation and penalty included), 0 for temperature 0. seed None: torch's own generator.
+    suppressed_tokens: ids that are never drawn.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
+    use_decode_kernels(model)
     device = next(model.parameters()).device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -81,51 +86,53 @@ def steps(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=Non
     if not model.recurrent and lengths.max() > window:
         raise ValueError(f"a prompt has {int(lengths.max())} tokens, the model's context {window}")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    banned = torch.tensor(list(banned), dtype=torch.long, device=device)
-    ends = torch.tensor(end_tokens(eos), dtype=torch.long, device=device)
+    suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
+    stops = torch.tensor(stop_ids(eos), dtype=torch.long, device=device)
     state = model.init_state(len(prompts), window)
     hidden, state = model(text[:, :shortest], state)
-    for at in range(shortest, total):
-        logits = model.unembed(hidden[:, -1])                               # [B, V]
+    for t in range(shortest, total):
+        logits = model.logits(hidden[:, -1])                                # [B, V]
         if repetition_penalty != 1:
-            logits = penalize(logits, text[:, :at], repetition_penalty)
-        logits.index_fill_(1, banned, float("-inf"))
-        token, log_prob = choose(logits, temperature, top_k, top_p, generator)
-        in_prompt = at < lengths
+            logits = penalize(logits, text[:, :t], repetition_penalty)
+        logits.index_fill_(1, suppressed, float("-inf"))
+        token, log_prob = sample_token(logits, temperature, top_k, top_p, generator)
+        in_prompt = t < lengths
         new = ~in_prompt & ~done
-        text[:, at] = torch.where(in_prompt, text[:, at], token)
-        done = done | new & (at + 1 >= lengths + max_new_tokens)
-        if len(ends):
-            done = done | new & torch.isin(token, ends)
+        text[:, t] = torch.where(in_prompt, text[:, t], token)
+        done = done | new & (t + 1 >= lengths + max_new_tokens)
+        if len(stops):
+            done = done | new & torch.isin(token, stops)
         yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
         if done.all():
             return
-        if not model.recurrent and state.length == window:                 # the cache is full: go on from its later half
+        if not model.recurrent and state.length == window:   # the cache is full: continue from its later half
             state = model.init_state(len(prompts), window)
-            hidden, state = model(text[:, at + 1 - max(1, window // 2):at + 1], state)
+            hidden, state = model(text[:, t + 1 - max(1, window // 2):t + 1], state)
         else:
-            hidden, state = model(text[:, at:at + 1], state)
+            hidden, state = model(text[:, t:t + 1], state)
 
 
-def end_tokens(eos):
+def stop_ids(eos):
     """The ids that end a text, as a list; eos: an id, several, or None."""
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None, banned=(),
-             repetition_penalty=1.0):
-    """The new ids of each prompt as lists, the end token excluded. Arguments as for `steps`."""
-    out, ends = [[] for _ in prompts], end_tokens(eos)
-    for token, _, _ in steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed, banned, repetition_penalty):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None,
+             suppressed_tokens=(), repetition_penalty=1.0):
+    """The new ids of each prompt as lists, the end token excluded. Arguments as for `generate_stream`."""
+    out, stops = [[] for _ in prompts], stop_ids(eos)
+    for token, _, _ in generate_stream(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed,
+                                       suppressed_tokens, repetition_penalty):
         for row, t in enumerate(token.tolist()):
-            if t >= 0 and t not in ends:
+            if t >= 0 and t not in stops:
                 out[row].append(t)
     return out
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of a prompt, behind the end token, with which every text here begins; Qwen2's begin with nothing, but an
-    empty prompt needs a token. Words that a vocabulary without <unk> does not have are left out, with a warning."""
+    """Token ids of a prompt, behind the end token, with which every text here begins; Qwen2's begin with
+    nothing, but an empty prompt needs a token. Words that a vocabulary without <unk> does not have are left
+    out, with a warning."""
     if tokenizer.kind == "qwen2":
         return tokenizer.encode(text) or [tokenizer.eos]
     try:
@@ -142,15 +149,17 @@ CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
         "<|im_start|>assistant\n")             # ChatML, with the system message that Qwen2 was tuned with
 
 
-def never_drawn(tokenizer):
-    """Ids that are no part of a text: <unk> is no word, and the rows that fill up Qwen2's embedding stand for nothing."""
+def suppressed_tokens(tokenizer):
+    """Ids that are no part of a text: <unk> is no word, and the rows that fill up Qwen2's embedding stand for
+    nothing."""
     if tokenizer.kind == "qwen2":
         return [i for i in range(tokenizer.vocab_size) if i not in tokenizer.known]
     return [] if getattr(tokenizer, "unk", None) is None else [tokenizer.unk]
 
 
 class Printer:
-    """Print a text as it grows: only what can no longer change (half a UTF-8 character waits for its rest)."""
+    """Print a text as it grows: only what can no longer change (half a UTF-8 character waits for its
+    rest)."""
 
     def __init__(self, tokenizer, ids):
         self.tokenizer, self.ids, self.shown = tokenizer, list(ids), 0
@@ -204,21 +213,23 @@ def main(argv=None):
     model, tokenizer, _ = load_run(args.run, device, pick_dtype(args.dtype, device))
     qwen2 = tokenizer.kind == "qwen2"
     if args.chat and not (qwen2 and "<|im_start|>" in tokenizer.added):
-        raise UserError(f"--chat needs a model that was tuned for it, as Qwen/Qwen2-0.5B-Instruct; {args.run} was not")
+        raise UserError("--chat needs a model that was tuned for it, as Qwen/Qwen2-0.5B-Instruct; "
+                        f"{args.run} was not")
     prompt = encode_prompt(tokenizer, CHAT.format(prompt=args.prompt) if args.chat else args.prompt)
     if not model.recurrent and len(prompt) > model.config.block_size:
-        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}; shorten it")
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is "
+                        f"{model.config.block_size}; shorten it")
     eos = tokenizer.stops if qwen2 else [tokenizer.eos] if args.stop else []
     if args.chat:
         eos = {*eos, tokenizer.added["<|im_end|>"]}
     shown = [] if args.chat else prompt if qwen2 and args.prompt else prompt[1:]
-    banned = never_drawn(tokenizer)
     seed = torch.seed() % (1 << 31) if args.seed is None else args.seed
     for n in range(args.n):
         printer = Printer(tokenizer, shown)
         printer.add()
-        for token, _, _ in steps(model, [prompt], args.tokens, args.temperature, args.top_k, args.top_p, eos, seed + n, banned,
-                                 args.repetition_penalty):
+        for token, _, _ in generate_stream(model, [prompt], args.tokens, args.temperature, args.top_k,
+                                           args.top_p, eos, seed + n, suppressed_tokens(tokenizer),
+                                           args.repetition_penalty):
             if not (qwen2 and token.item() in eos):
                 printer.add(token.item())
         printer.add()                                                       # a character cut off by the end

@@ -132,6 +132,12 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
                         f"({type(e).__name__}). Delete it, and train again if there is no other") from e
 
 
+def tokenizer_from(state):
+    """The tokenizer that a checkpoint describes."""
+    kinds = {"word": data.WordTokenizer, "gpt2": data.GPT2Tokenizer, "qwen2": qwen_load.Qwen2Tokenizer}
+    return kinds[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
+
+
 def build_model(kind, config, weights=None):
     """A model of MODELS from its config as a dict, with weights if given. UserError if they do not fit."""
     try:
@@ -141,7 +147,8 @@ def build_model(kind, config, weights=None):
             model.load_state_dict(weights)
         return model
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"this does not make a {kind} model: {' '.join(str(e).split())[:200]}") from e
+        raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
+                        f"{' '.join(str(e).split())[:200]}") from e
 
 
 def command_for(folder):
@@ -168,23 +175,10 @@ def load_run(folder, device="cpu", dtype=None):
     if checkpoint["kind"] not in MODELS:
         raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of train.py")
     model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device).eval()
-    return model, data.tokenizer_from(checkpoint["tokenizer"]), model.config
+    return model, tokenizer_from(checkpoint["tokenizer"]), model.config
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-
-class LossModule(torch.nn.Module):
-    """(inputs, targets, state) -> (sum of nats, state), or nats per token [B, T] instead of the sum.
-    DistributedDataParallel and fully_shard see forward only, so all that uses the weights must happen inside one."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, y, state, each=False):
-        hidden, state = self.model(x, state)
-        return (self.model.nll if each else self.model.loss)(hidden, y), state
-
 
 CONTEXT = 256               # tokens
 
@@ -193,8 +187,7 @@ CONTEXT = 256               # tokens
 def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     """-log p of each of ids[1:] in nats, float64 [len(ids) - 1]. ids[0] is context only (put <eos> first). Dropout is off.
 
-    model: a language model, or a LossModule around one (which may be shared out among processes, then all call this together).
-    A recurrent model reads the text with its state carried from start to end, cut into `rows` pieces side by side (1: exact;
+    The model may be shared out among processes; then all call this together. A recurrent model reads the text with its state carried from start to end, cut into `rows` pieces side by side (1: exact;
     more: faster). Each piece but the first begins with the state after the first CONTEXT tokens of the text and reads the CONTEXT
     tokens before its own, which do not count: from a state of zero in mid-text a recurrent network may settle among states
     that it never meets in reading on, and stay there. The Transformer reads windows of
@@ -206,9 +199,8 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     n = len(ids) - 1
     if n < 1:
         raise ValueError("at least one token is needed after the first")
-    module = model if isinstance(model, LossModule) else LossModule(model)
-    model, was_training, losses = module.model, model.training, []
-    module.eval()
+    was_training, losses = model.training, []
+    model.eval()
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32):
         if model.recurrent:
             before = min(CONTEXT, n // rows) if rows > 1 else 0
@@ -218,10 +210,10 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
             inputs, targets = padded.unfold(1, before + length, length)         # [rows, before + length] each
             state = model.init_state(rows)
             if before:
-                beginning = module(inputs[:1, :before].to(device), targets[:1, :before].to(device), model.init_state(1))[1]
+                beginning = model(inputs[:1, :before].to(device))[1]
                 state = take_rows(join_rows([model.init_state(1)] + [beginning] * (rows - 1)), 0, 1, device)
             for x, y in zip(inputs.split(256, 1), targets.split(256, 1)):
-                nll, state = module(x.to(device), y.to(device), state, each=True)
+                nll, state = model(x.to(device), state, targets=y.to(device), reduction="none")
                 losses.append(nll.cpu())
                 data.live(f"evaluated {len(losses) * 256 * rows:,} of {n:,} tokens")
             losses = torch.cat(losses, 1)
@@ -234,13 +226,13 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
                 block = ends[group:group + 32]
                 x = torch.stack([ids[e - context:e] for e in block])
                 y = torch.stack([ids[e - context + 1:e + 1] for e in block])
-                nll = module(x.to(device), y.to(device), None, each=True)[0].cpu()
+                nll = model(x.to(device), targets=y.to(device), reduction="none")[0].cpu()
                 for row, e in enumerate(block):
                     at = group + row
                     losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])     # what no earlier window predicted
                 data.live(f"evaluated {block[-1]:,} of {n:,} tokens")
             losses = torch.cat(losses)
-    module.train(was_training)
+    model.train(was_training)
     data.live("")
     return losses.double()
 
@@ -369,7 +361,7 @@ class Trainer:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if args.batch_size % self.world:
             raise UserError(f"--batch-size {args.batch_size} cannot be shared out among {self.world} processes equally")
-        self.losses = LossModule(model)
+        self.ddp_model = model                                      # the same, or what averages its gradients
         if self.world > 1:
             self.distribute()
         self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -387,7 +379,8 @@ class Trainer:
 
     def distribute(self):
         """Have the gradients of all processes averaged."""
-        self.losses = DistributedDataParallel(self.losses, device_ids=[self.device] if self.device.type == "cuda" else None)
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        self.ddp_model = DistributedDataParallel(self.model, device_ids=device_ids)
 
     # ---- checkpoints
 
@@ -485,9 +478,9 @@ class Trainer:
 
     def sample(self, scores):
         """How the model goes on after self.prompt (ids), from the same seed at every evaluation."""
-        from sample import generate, never_drawn                    # which imports this file
+        from sample import generate, suppressed_tokens                    # which imports this file
         self.model.eval()
-        new = generate(self.model, [self.prompt], 20, 0.8, seed=self.args.seed, banned=never_drawn(self.tokenizer))
+        new = generate(self.model, [self.prompt], 20, 0.8, seed=self.args.seed, suppressed_tokens=suppressed_tokens(self.tokenizer))
         self.model.train()
         return self.tokenizer.decode(self.prompt + new[0]).replace(data.SEPARATOR, " ")
 
@@ -504,8 +497,7 @@ class Trainer:
     def gradients(self, x, y):
         """Forward and backward; -> the mean loss, and the norm of the gradients before they were clipped."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss, state = self.losses(x, y, self.state)
-            loss = loss / y.numel()
+            loss, state = self.ddp_model(x, self.state, targets=y)
         loss.backward()
         self.state = detach(state)
         return loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
@@ -982,7 +974,7 @@ def main(argv=None):
     rank, world, device = join_processes(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
-    tokenizer = data.tokenizer_from(checkpoint["tokenizer"]) if checkpoint else args.tokenizer
+    tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else args.tokenizer
     if rank:
         dist.barrier()                                              # the first process downloads and encodes
     splits = ("train", "valid") if args.search else ("train", "valid", "test")      # a search never sees the test split

@@ -116,8 +116,7 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
         nonlocal state
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             if ours:
-                hidden, state = model(x, state)
-                loss = model.loss(hidden, y) / y.numel()
+                loss, state = model(x, state, targets=y)
             else:
                 logits, state = model(x, state)
                 loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
@@ -220,7 +219,7 @@ def tuning_step(side, folder, option, tokens=512):
     ids = torch.randint(QWEN2["vocab_size"], (10 * tokens,)).numpy()
     if side == "ours":
         args = argparse.Namespace(run="", lr=1e-5, weight_decay=0.01, batch_size=1, block_size=tokens, epochs=1.0, steps=1000, minutes=None,
-                                  also=[], warmup=1, clip=1.0, eval_every=None, accumulate=1, checkpointing=option)
+                                  also=[], warmup=1, clip=1.0, eval_every=None, accumulate=1, checkpointing=option, seed=1, shard=False)
         model = qwen_load.load_weights(folder, dtype=torch.float32).train()
         return finetune.FineTuner(args, "transformer", model, None, data.Windows(ids, 1, tokens, 0), None, torch.device("cpu"), torch.bfloat16).train_step
     from transformers import AutoModelForCausalLM

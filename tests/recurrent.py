@@ -85,14 +85,14 @@ def check_stack(model_type, config_type, library_type, n_layer):
                              for name, p in layer.named_parameters()})
     tokens = torch.randint(23, (4, 9))
     out, states = model(tokens)
-    expected, expected_states = library(model.embed(tokens))
+    expected, expected_states = library(model.embed_tokens(tokens))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     for i, state in enumerate(states):
         for a, b in zip(as_list(state), as_list(expected_states)):
             torch.testing.assert_close(a, b[i], atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(out)
-    ours = torch.autograd.grad((out * weight).sum(), [model.embed.weight, *model.layers.parameters()])
-    theirs = torch.autograd.grad((expected * weight).sum(), [model.embed.weight, *library.parameters()])
+    ours = torch.autograd.grad((out * weight).sum(), [model.embed_tokens.weight, *model.layers.parameters()])
+    theirs = torch.autograd.grad((expected * weight).sum(), [model.embed_tokens.weight, *library.parameters()])
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

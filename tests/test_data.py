@@ -132,7 +132,7 @@ class SourceModel(torch.nn.Module):
     def init_state(self, batch_size, max_len=None):
         return [[] for _ in range(batch_size)]
 
-    def forward(self, tokens, state=None):
+    def forward(self, tokens, state=None, targets=None, reduction="mean"):
         state = self.init_state(len(tokens)) if state is None else state
         hidden = torch.full((*tokens.shape, self.tokenizer.vocab_size), -math.inf, dtype=torch.double)
         for b, row in enumerate(tokens.tolist()):
@@ -141,13 +141,12 @@ class SourceModel(torch.nn.Module):
                 state[b] = [] if word == "<eos>" else state[b] + [word]
                 for w, p in self.language.next_words(state[b]).items():
                     hidden[b, t, self.tokenizer.ids[w]] = math.log(p)
-        return hidden, state
+        if targets is None:
+            return hidden, state
+        return -hidden.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0).float(), state
 
-    def unembed(self, hidden):
+    def logits(self, hidden):
         return hidden
-
-    def nll(self, hidden, targets):
-        return -hidden.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0).float()
 
 
 @pytest.fixture
@@ -222,7 +221,7 @@ def test_detokenized_prefixes_are_prefixes():
 
 def test_tokenizer_state_round_trip():
     tokenizer = vocabulary("x", "y")
-    again = data.tokenizer_from(tokenizer.state())
+    again = train.tokenizer_from(tokenizer.state())
     assert again.words == tokenizer.words and again.eos == 0 and again.vocab_size == 4
 
 

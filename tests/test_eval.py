@@ -39,7 +39,7 @@ def reference_losses(model, ids, eos):
     for k in range(len(ids)):
         limit = len(ids) if model.recurrent else model.config.block_size
         text = torch.tensor([[eos, *ids[:k]][-limit:]])
-        log_p = torch.log_softmax(model.unembed(model(text)[0][0, -1]).float(), -1)
+        log_p = torch.log_softmax(model.logits(model(text)[0][0, -1]).float(), -1)
         out.append(-log_p[ids[k]].item())
     return out
 
@@ -115,7 +115,7 @@ class Source(torch.nn.Module):
         self.ids = {w: i for i, w in enumerate(self.words)}
         self.anything = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, tokens, state=None):
+    def forward(self, tokens, state=None, targets=None, reduction="mean"):
         hidden = torch.full((*tokens.shape, len(self.words)), -1e9, dtype=torch.double)
         for row, text in enumerate(tokens.tolist()):
             for k in range(len(text)):
@@ -123,13 +123,12 @@ class Source(torch.nn.Module):
                 if "<eos>" not in said:
                     for word, p in self.language.next_words(said).items():
                         hidden[row, k, self.ids[word]] = math.log(p)
-        return hidden, None
+        if targets is None:
+            return hidden, None
+        return -hidden.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0.0), None
 
-    def unembed(self, hidden):
+    def logits(self, hidden):
         return hidden
-
-    def nll(self, hidden, targets):
-        return -hidden.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0.0)
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_the_bf16_copy_learns_what_float32_learns(qwen, tmp_path, chunk, monkeyp
             trainer.train_step()
         moved[dtype] = torch.cat([(v - start[k]).flatten() for k, v in model.state_dict().items()])
         if trainer.copy:
-            assert trainer.copy.head.weight is trainer.copy.embed.weight
+            assert trainer.copy.lm_head.weight is trainer.copy.embed_tokens.weight
             for weight, copy in trainer.pairs:
                 assert weight.grad is None and copy.grad is None and torch.equal(weight.bfloat16(), copy)
     cosine = torch.nn.functional.cosine_similarity(moved[torch.float32], moved[torch.bfloat16], dim=0)
@@ -115,7 +115,7 @@ def test_the_gradients_of_the_copy_are_those_of_autograd_on_the_same_weights(qwe
     loss, norm = trainer.gradients(x, y)
     exact = Transformer(model.config).double()
     exact.load_state_dict({k: v.bfloat16().double() for k, v in model.state_dict().items()})
-    (exact.loss(exact(x)[0], y) / y.numel()).backward()
+    exact(x, targets=y)[0].backward()
     for (name, p), (_, copy) in zip(exact.named_parameters(), trainer.pairs):
         assert (copy.grad.double() - p.grad).norm() <= 0.03 * p.grad.norm() + 1e-4 * norm, name
     assert norm == pytest.approx(math.sqrt(sum(p.grad.square().sum().item() for p in exact.parameters())), rel=0.01)
@@ -124,11 +124,11 @@ def test_the_gradients_of_the_copy_are_those_of_autograd_on_the_same_weights(qwe
 def test_updates_too_small_for_bf16_are_kept(qwen, tmp_path):
     _, model = qwen
     trainer = tuner(tmp_path / "run", model, torch.bfloat16, lr=1e-6, steps=30, warmup=0, weight_decay=0.0)
-    start = model.blocks[0].mlp.up_proj.weight.clone()
+    start = model.layers[0].mlp.up_proj.weight.clone()
     frozen = start.bfloat16()
     for _ in range(20):
         trainer.train_step()
-    now = model.blocks[0].mlp.up_proj.weight
+    now = model.layers[0].mlp.up_proj.weight
     assert (now != start).float().mean() > 0.99                    # the weights moved,
     assert (now.bfloat16() != frozen).float().mean() < 0.2          # by less than bfloat16 can show
 
@@ -150,8 +150,8 @@ def test_a_token_that_occurs_a_thousand_times_keeps_its_gradient(tmp_path):
     trainer.gradients(x, y)
     exact = Transformer(model.config).double()
     exact.load_state_dict({k: v.bfloat16().double() for k, v in model.state_dict().items()})
-    (exact.loss(exact(x)[0], y) / y.numel()).backward()
-    assert (trainer.copy.embed.weight.grad[5].double() - exact.embed.weight.grad[5]).norm() <= 0.02 * exact.embed.weight.grad[5].norm()
+    exact(x, targets=y)[0].backward()
+    assert (trainer.copy.embed_tokens.weight.grad[5].double() - exact.embed_tokens.weight.grad[5]).norm() <= 0.02 * exact.embed_tokens.weight.grad[5].norm()
 
 
 def test_dropout_of_the_base_stays_on_in_the_copy(tmp_path):
@@ -195,8 +195,8 @@ def test_before_and_after_are_measured_and_written(base, capsys):
         alone = []
         for _, ids in held_out("stories", tokenizer, 12):
             with torch.no_grad():                                   # each afresh, behind the end token, its own end included
-                hidden, _ = model(torch.tensor([[tokenizer.eos, *ids[:-1]]]))
-                alone.append(model.nll(hidden, torch.tensor([ids]))[0].double())
+                inputs, targets = torch.tensor([[tokenizer.eos, *ids[:-1]]]), torch.tensor([ids])
+                alone.append(model(inputs, targets=targets, reduction="none")[0][0].double())
         figures = result[which]
         assert figures["documents"] == pytest.approx([math.exp(v.mean()) for v in alone], rel=1e-4)
         assert figures["corpus"] == pytest.approx(math.exp(torch.cat(alone).mean()), rel=1e-4) and len(figures["samples"]) == 2
@@ -331,7 +331,7 @@ def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
     ids = tokenizer.encode("the hen went in")
     assert transformers.AutoTokenizer.from_pretrained("ft")("the hen went in", add_special_tokens=False)["input_ids"] == ids
     with torch.no_grad():
-        torch.testing.assert_close(model.unembed(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.logits(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
     sample.main(["--run", "ft", "--tokens", "3"])
     assert evaluation.samples(finetune.open_run("ft", "cpu"), "the hen", None, n=2, tokens=3)[0]["text"].startswith("the hen")
     finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
@@ -493,7 +493,7 @@ def test_qwen2_in_shares_in_bfloat16_writes_a_folder_that_transformers_opens(hub
     model, library = train.load_run("two")[0], transformers.AutoModelForCausalLM.from_pretrained("two", dtype=torch.float32).eval()
     ids = torch.arange(10)[None]
     with torch.no_grad():
-        torch.testing.assert_close(model.unembed(model(ids)[0]), library(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.logits(model(ids)[0]), library(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_shares_need_several_processes(base):

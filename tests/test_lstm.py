@@ -5,20 +5,22 @@ import pytest
 import torch
 
 import lstm
-import rnn
 from lstm import LSTM, LSTMConfig, LSTMLM
 from tests.recurrent import (check_against_library, check_gradcheck, check_plain_equals_fast, check_stack,
                              check_state_is_carried, check_bf16_close)
 
-LSTM_CELL = lstm.compiled_cell                              # the real one, whatever both_cells puts in its place
+FAST_LOOPS = lstm.fast_loops                                # the real one, whatever all_loops puts in its place
 SHAPES = [(1, 1, 1, 1), (1, 7, 3, 5), (4, 1, 6, 2), (3, 9, 8, 8), (5, 20, 17, 33)]      # B, T, I, H
 
 
-@pytest.fixture(autouse=True, params=["compiled cell", "torch operations"])
-def both_cells(request, monkeypatch):
-    """Every test here runs twice: with the cell in C, and as on a machine without a compiler."""
+@pytest.fixture(autouse=True, params=["cell in C", "torch operations", "equations"])
+def all_loops(request, monkeypatch):
+    """Every test here runs three times: as it is where there is a compiler, as without one, and with the equations as they are
+    written down."""
     if request.param == "torch operations":
-        monkeypatch.setattr(lstm, "compiled_cell", lambda device_type, dtype: None)
+        monkeypatch.setattr(lstm, "fast_loops", lambda *_: (lstm.torch_forward_loop, lstm.torch_backward_loop))
+    elif request.param == "equations":
+        monkeypatch.setattr(lstm, "fast_loops", lambda *_: (lstm.forward_loop, lstm.backward_loop))
 
 
 @pytest.mark.parametrize("shape", SHAPES + [(40, 3, 9, 70)])                # the last is large enough for two threads
@@ -74,11 +76,12 @@ def test_a_graph_can_be_walked_twice():
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cell_compiles_where_there_is_a_compiler(dtype):
-    assert LSTM_CELL("cpu", dtype) is not None
+    assert FAST_LOOPS("cpu", dtype)[0].func is lstm.c_forward_loop
 
 
-def test_without_a_compiler_the_cell_is_none(monkeypatch):
+def test_without_a_compiler_and_elsewhere_torch_operations_do_the_same(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    monkeypatch.setattr(lstm, "compiled", rnn.compiled.__wrapped__)
-    assert LSTM_CELL.__wrapped__("cpu", torch.float32) is None
-    assert LSTM_CELL("cpu", torch.float64) is None and LSTM_CELL("cuda", torch.float32) is None
+    monkeypatch.setattr(lstm, "compile_c", lstm.compile_c.__wrapped__)
+    assert FAST_LOOPS.__wrapped__("cpu", torch.float32)[0] is lstm.torch_forward_loop
+    assert FAST_LOOPS("cpu", torch.float64)[0] is lstm.forward_loop
+    assert FAST_LOOPS("cuda", torch.float32)[0] is lstm.torch_forward_loop

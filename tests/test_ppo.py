@@ -18,15 +18,17 @@ import data
 import eval
 import finetune
 import ppo
+import qwen_load
 import train
 from data import UserError
 from lstm import LSTMConfig, LSTMLM
-from ppo import PPO, Judge, Prompts, WordPiece, gae, load_scorer, policy_loss, repetition, roll_out, value_loss, whiten
+from ppo import PPO, Judge, Prompts, gae, load_scorer, policy_loss, repetition, roll_out, value_loss, whiten
+from qwen_load import WordPiece
 from rnn import RNNConfig, RNNLM
 from tests.conftest import real
 from tests.test_qwen_load import library_model, write_tokenizer
 from tests.test_train import survives_kills
-from transformer import Transformer, TransformerConfig
+from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 VOCAB = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *"!,.'-", "film", "##ing", "##ings", "good",
@@ -76,7 +78,7 @@ def test_every_settled_character_is_treated_as_the_library_does(tmp_path):
     for at in range(0, len(codes), 500):
         text = " q".join(f"a{chr(code)}B" for code in codes[at:at + 500])
         expected = [word for word, _ in library.pre_tokenizer.pre_tokenize_str(library.normalizer.normalize_str(text))]
-        assert ppo.basic_words(text) == expected
+        assert qwen_load.basic_words(text) == expected
 
 
 def test_wordpiece_equals_the_librarys_on_a_made_up_vocabulary(tmp_path):
@@ -97,12 +99,12 @@ def test_wordpiece_equals_the_librarys_on_the_real_vocabulary():
 
 def test_a_vocabulary_of_ones_own_knows_frequent_words_letters_and_endings():
     texts = ["the film is good , the actor acts", "the film is bad , the actor overacts", "filmed nicely , acted badly"] * 5 + ["rare"]
-    piece = ppo.build_wordpiece(texts, 800)
+    piece = qwen_load.build_wordpiece(texts, 800)
     assert len(piece.vocab) == len(set(piece.vocab)) <= 800 and piece.vocab[0] == "[PAD]"
     assert [piece.vocab[i] for i in piece.encode("the film")] == ["the", "film"]
     assert piece.unk not in piece.encode("relisted")                        # letters that it has seen spell any word
     assert piece.encode("\u4e2d") == [piece.unk]
-    small = ppo.build_wordpiece([f"{a}{b}ing" for a in "abcdefgh" for b in "klmnop"] * 2, 60)
+    small = qwen_load.build_wordpiece([f"{a}{b}ing" for a in "abcdefgh" for b in "klmnop"] * 2, 60)
     assert "##ing" in small.vocab
 
 
@@ -176,7 +178,7 @@ def test_padding_changes_nothing_and_dropout_is_off(tmp_path):
 
 def test_the_library_opens_a_scorer_that_was_saved_here(tmp_path):
     torch.manual_seed(0)
-    scorer = ppo.Scorer(ppo.ScorerConfig(len(VOCAB), dim=16, n_heads=2, positive=1), WordPiece(VOCAB)).eval()
+    scorer = Scorer(ScorerConfig(len(VOCAB), dim=16, n_heads=2, positive=1), WordPiece(VOCAB)).eval()
     ppo.save_scorer(scorer, tmp_path)
     library = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     tokenizer, texts = transformers.AutoTokenizer.from_pretrained(tmp_path), some_texts(random.Random(5), 10, 30)
@@ -221,7 +223,7 @@ def test_what_is_no_scorer_is_refused_in_a_line(tmp_path):
 
 
 def test_batches_for_a_scorer_read_every_text_once_an_epoch_whole_or_cropped():
-    scorer = ppo.Scorer(ppo.ScorerConfig(100, dim=8, n_heads=1), WordPiece(VOCAB))
+    scorer = Scorer(ScorerConfig(100, dim=8, n_heads=1), WordPiece(VOCAB))
     texts, labels = [[10 + k] * random.Random(k).randint(1, 300) for k in range(70)], [k % 2 for k in range(70)]
     batches = ppo.Texts(scorer, texts, labels, 8, seed=1)
     lengths = {0: {}, 1: {}}
@@ -400,7 +402,7 @@ def test_sampled_and_recomputed_log_probabilities_agree(model, tmp_path):
         assert r.tokens[row, :len(prompt) + n].tolist() == prompt + answer and (answer[-1] == 0 or n == 6) and 0 not in answer[:-1]
         assert r.ids[row] == [t for t in answer if t]
         with torch.no_grad():
-            log_p = torch.log_softmax(model.unembed(model(torch.tensor([prompt + answer]))[0]), -1)[0]
+            log_p = torch.log_softmax(model.logits(model(torch.tensor([prompt + answer]))[0]), -1)[0]
         alone = [log_p[len(prompt) - 1 + k, t].item() for k, t in enumerate(answer)]
         np.testing.assert_allclose(there["log_prob"][row, :n].numpy(), alone, atol=2e-5)
     assert (there["log_prob"][r.mask == 0] == 0).all() and there["kl"].abs().max() < 1e-6
@@ -428,7 +430,7 @@ def test_divergence_and_entropy_equal_torchs(tmp_path):
         n = int(r.mask[row].sum())
         with torch.no_grad():
             hidden = [m(r.tokens[row:row + 1])[0][0, len(prompt) - 1:len(prompt) - 1 + n] for m in (model, trainer.judge.reference)]
-            p, q = (torch.distributions.Categorical(logits=m.unembed(h)) for m, h in zip((model, trainer.judge.reference), hidden))
+            p, q = (torch.distributions.Categorical(logits=m.logits(h)) for m, h in zip((model, trainer.judge.reference), hidden))
         np.testing.assert_allclose(there["kl"][row, :n], torch.distributions.kl_divergence(p, q), atol=1e-5)
         np.testing.assert_allclose(there["entropy"][row, :n], p.entropy(), atol=1e-5)
         np.testing.assert_allclose(there["ref_log_prob"][row, :n], q.log_prob(r.actions[row, :n]), atol=1e-5)
@@ -449,10 +451,10 @@ def test_the_sampled_estimate_of_the_divergence_is_unbiased_and_not_negative(tmp
 
 def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monkeypatch):
     banned = [3, 9, 22]
-    monkeypatch.setattr(ppo, "never_drawn", lambda tokenizer: banned)
+    monkeypatch.setattr(ppo, "suppressed_tokens", lambda tokenizer: banned)
     model = next(policies()).eval()
     trainer = trainer_for(tmp_path, model, minibatch=500)
-    r = roll_out(model, PROMPTS * 10, 6, [0], 1, trainer.judge.banned)
+    r = roll_out(model, PROMPTS * 10, 6, [0], 1, trainer.judge.suppressed)
     assert not torch.isin(r.actions, torch.tensor(banned)).any()
     there = trainer.judge.compare(model, r)
     assert ((there["log_prob"] - r.log_probs).exp() - 1).abs().max() < 1e-5 and there["kl"].abs().max() < 1e-6 and there["entropy"].max() <= math.log(V - 3) + 1e-5
@@ -485,12 +487,12 @@ def test_one_token_policies_reach_the_optimum_in_closed_form(tmp_path, coef):
     trainer = trainer_for(tmp_path, model, worth, prompts=[[0]] * 512, batch_size=512, minibatch=512, epochs=2, steps=150, response_tokens=1, lr=0.01,
                           kl_coef=coef, whiten=False, eval_every=1000, value_coef=1.0)
     with torch.no_grad():
-        log_ref = torch.log_softmax(model.unembed(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
+        log_ref = torch.log_softmax(model.logits(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
     trainer.open_log(resumed=False)
     while trainer.step < trainer.steps:
         trainer.train_step()
     with torch.no_grad():
-        log_pi = torch.log_softmax(model.unembed(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
+        log_pi = torch.log_softmax(model.logits(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
     worth = worth.double()
     worth[0] = 0                                                            # the end token is an empty text
     optimum = torch.log_softmax(log_ref + worth / coef, -1)
@@ -547,7 +549,7 @@ def test_supervised_steps_add_the_gradient_of_the_text(tmp_path):
     x, y = trainer.text.batch(trainer.step * (2 + 1) * 4 + 3)
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    expected = F.cross_entropy(model.unembed(model(x)[0]).flatten(0, 1), y.flatten())
+    expected = F.cross_entropy(model.logits(model(x)[0]).flatten(0, 1), y.flatten())
     (0.5 * expected).backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for g, p in zip(got, model.parameters()):
@@ -770,5 +772,5 @@ def test_a_qwen2_trained_by_ppo_opens_in_transformers(there, tmp_path, dtype, mo
     library = transformers.AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32).eval()
     ids = tokenizer.encode("the film is good")
     with torch.no_grad():
-        torch.testing.assert_close(model.float().unembed(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.float().logits(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
     assert json.load(open("out/result.json"))["after"]["each"][0]["prompt"] == ppo.NAMED[0]

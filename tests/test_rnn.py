@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import rnn
-from rnn import RNN, LinearCrossEntropy, RNNConfig, RNNLM, dropout, embed_dropped, locked_dropout
+from rnn import RNN, LinearCrossEntropy, RNNConfig, RNNLM, dropout, embedded_dropout, locked_dropout
 from tests.recurrent import (check_against_library, check_bf16_close, check_gradcheck, check_plain_equals_fast,
                              check_stack, check_state_is_carried)
 
@@ -49,7 +49,7 @@ def test_a_text_without_time_steps_is_refused():
 @pytest.mark.parametrize("n, vocab, biased, n_chunks", [(1, 2, True, 1), (7, 11, False, 1), (23, 31, True, 5), (9, 9, True, 9)])
 def test_linear_cross_entropy_matches_the_library(monkeypatch, n, vocab, biased, n_chunks):
     torch.manual_seed(n)
-    monkeypatch.setattr(rnn, "chunks", lambda rows, v: n_chunks)
+    monkeypatch.setattr(rnn, "n_chunks", lambda rows, v: n_chunks)
     hidden, weight = torch.randn(n, 6, dtype=torch.double), torch.randn(vocab, 6, dtype=torch.double)
     bias = torch.randn(vocab, dtype=torch.double) if biased else None
     targets = torch.randint(vocab, (n,))
@@ -87,7 +87,7 @@ def test_linear_cross_entropy_in_bf16_is_within_its_precision():
 
 @pytest.mark.parametrize("n_rows, vocab", [(1, 10), (256, 10_000), (1120, 10_000), (4096, 151_936), (100_000, 50_000)])
 def test_chunks_are_bounded_and_not_tiny(n_rows, vocab):
-    n = rnn.chunks(n_rows, vocab)
+    n = rnn.n_chunks(n_rows, vocab)
     rows = -(-n_rows // n)
     assert 1 <= n <= n_rows and rows * vocab <= max((1 << 23) + vocab, 1024 * vocab)
     assert n == 1 or rows >= 512
@@ -98,26 +98,26 @@ def test_loss_and_nll_agree_and_ignore_minus_one():
     model = RNNLM(RNNConfig(vocab_size=17, n_embd=5, n_hidden=9, n_layer=2)).eval()
     targets = torch.randint(17, (3, 8))
     targets[1, 4:] = -1
-    hidden, _ = model(torch.randint(17, (3, 8)))
-    nll = model.nll(hidden, targets)
-    expected = F.cross_entropy(model.unembed(hidden).transpose(1, 2), targets, ignore_index=-1, reduction="none")
+    tokens = torch.randint(17, (3, 8))
+    hidden, _ = model(tokens)
+    nll, state = model(tokens, targets=targets, reduction="none")
+    expected = F.cross_entropy(model.logits(hidden).transpose(1, 2), targets, ignore_index=-1, reduction="none")
     torch.testing.assert_close(nll, expected)
-    assert (nll[1, 4:] == 0).all() and nll.dtype == torch.float32
-    torch.testing.assert_close(model.loss(hidden, targets), nll.sum())
+    assert (nll[1, 4:] == 0).all() and nll.dtype == torch.float32 and len(state) == 2
+    torch.testing.assert_close(model(tokens, targets=targets)[0], nll.sum() / 20)       # 24 targets, 4 of them -1
 
 
 def test_tied_weights_get_both_gradients():
     torch.manual_seed(2)
     tokens, targets = torch.randint(7, (2, 5)), torch.randint(7, (2, 5))
     model = RNNLM(RNNConfig(vocab_size=7, n_embd=4, n_hidden=6, n_layer=2))
-    hidden, _ = model(tokens)
-    model.loss(hidden, targets).backward()
-    ours = model.embed.weight.grad.clone()
+    model(tokens, targets=targets)[0].backward()
+    ours = model.embed_tokens.weight.grad.clone()
     model.zero_grad()
     hidden, _ = model(tokens)
-    F.cross_entropy(model.unembed(hidden).flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    torch.testing.assert_close(ours, model.embed.weight.grad)
-    assert model.head.weight is model.embed.weight
+    F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten()).backward()
+    torch.testing.assert_close(ours, model.embed_tokens.weight.grad)
+    assert model.lm_head.weight is model.embed_tokens.weight
 
 
 # ---- dropouts
@@ -134,7 +134,7 @@ def test_embedding_dropout_drops_whole_words_everywhere():
     torch.manual_seed(4)
     embedding = torch.nn.Embedding(1000, 3)
     tokens = torch.randint(1000, (20, 500))
-    x = embed_dropped(embedding, tokens, 0.2, training=True)
+    x = embedded_dropout(embedding, tokens, 0.2, training=True)
     ratio = (x / embedding(tokens)).detach()
     dropped = ratio[..., 0] == 0
     assert abs(dropped.float().mean() - 0.2) < 0.05

@@ -47,7 +47,7 @@ def test_sampling_frequencies_pass_a_chi_square_test(temperature, cut):
     torch.manual_seed(1)
     logits, n = torch.randn(12) * 1.5, 60_000
     generator = torch.Generator().manual_seed(2)
-    token, log_p = sample.choose(logits.expand(n, -1), temperature, cut.get("top_k"), cut.get("top_p"), generator)
+    token, log_p = sample.sample_token(logits.expand(n, -1), temperature, cut.get("top_k"), cut.get("top_p"), generator)
     expected = reference_distribution(logits.tolist(), temperature, **cut)
     counts = torch.bincount(token, minlength=12).tolist()
     assert {i for i, c in enumerate(counts) if c} <= set(expected)
@@ -62,7 +62,7 @@ def test_sampling_frequencies_pass_a_chi_square_test(temperature, cut):
 def test_a_wrong_temperature_would_fail_the_chi_square_test():
     torch.manual_seed(1)
     logits, n = torch.randn(12) * 1.5, 60_000
-    token, _ = sample.choose(logits.expand(n, -1), 0.9, None, None, torch.Generator().manual_seed(2))
+    token, _ = sample.sample_token(logits.expand(n, -1), 0.9, None, None, torch.Generator().manual_seed(2))
     expected = reference_distribution(logits.tolist(), 1.0)
     counts = torch.bincount(token, minlength=12)
     assert sum((counts[i] - n * p) ** 2 / (n * p) for i, p in expected.items()) > 100
@@ -70,10 +70,10 @@ def test_a_wrong_temperature_would_fail_the_chi_square_test():
 
 def test_truncation_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert sample.truncate(logits, top_k=2).isfinite().tolist() == [[True, True, False, False]]
-    assert sample.truncate(logits, top_p=0.6).isfinite().tolist() == [[True, True, False, False]]
-    assert sample.truncate(logits, top_p=0.01).isfinite().tolist() == [[True, False, False, False]]
-    assert sample.truncate(logits, top_k=99, top_p=1.0).isfinite().all()
+    assert sample.top_k_top_p(logits, top_k=2).isfinite().tolist() == [[True, True, False, False]]
+    assert sample.top_k_top_p(logits, top_p=0.6).isfinite().tolist() == [[True, True, False, False]]
+    assert sample.top_k_top_p(logits, top_p=0.01).isfinite().tolist() == [[True, False, False, False]]
+    assert sample.top_k_top_p(logits, top_k=99, top_p=1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +83,7 @@ def test_greedy_generation_equals_reading_everything_anew(kind):
     with torch.no_grad():
         for _ in range(30):
             hidden, _ = model(torch.tensor([text]))
-            text.append(model.unembed(hidden[0, -1]).argmax().item())
+            text.append(model.logits(hidden[0, -1]).argmax().item())
     assert sample.generate(model, [prompt], 30, temperature=0)[0] == text[5:]
 
 
@@ -99,22 +99,21 @@ def test_prompts_of_unequal_length_generate_as_they_would_alone(kind):
 def test_log_probabilities_equal_the_training_forward(kind):
     model, prompts = make(kind), [[7], [3, 1, 4, 1, 5], [8, 8, 2]]
     rows = [[] for _ in prompts]
-    for token, log_prob, _ in sample.steps(model, prompts, 15, seed=3):
+    for token, log_prob, _ in sample.generate_stream(model, prompts, 15, seed=3):
         for row, (t, lp) in enumerate(zip(token.tolist(), log_prob.tolist())):
             if t >= 0:
                 rows[row].append((t, lp))
     for prompt, row in zip(prompts, rows):
         text = torch.tensor([prompt + [t for t, _ in row]])
         with torch.no_grad():
-            hidden, _ = model(text[:, :-1])
-            nll = model.nll(hidden, text[:, 1:])[0, len(prompt) - 1:]
+            nll = model(text[:, :-1], targets=text[:, 1:], reduction="none")[0][0, len(prompt) - 1:]
         torch.testing.assert_close(-nll, torch.tensor([lp for _, lp in row]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_ends_at_its_end_token_and_the_others_go_on():
     model, eos = make("lstm", vocab_size=6), 2
     seen = [[], [], []]
-    for token, log_prob, done in sample.steps(model, [[1], [3, 4], [5]], 50, eos=eos, seed=0):
+    for token, log_prob, done in sample.generate_stream(model, [[1], [3, 4], [5]], 50, eos=eos, seed=0):
         for row, t in enumerate(token.tolist()):
             if t >= 0:
                 seen[row].append(t)
@@ -136,7 +135,7 @@ def test_the_transformer_goes_on_beyond_its_context():
     text = [1, 2, 3] + out[0]
     with torch.no_grad():                                       # after 48 tokens it goes on from the last 24
         hidden, _ = model(torch.tensor([text[24:48]]))
-    assert model.unembed(hidden[0, -1]).argmax() == text[48]
+    assert model.logits(hidden[0, -1]).argmax() == text[48]
 
 
 def test_bad_prompts_are_refused():
@@ -149,7 +148,7 @@ def test_bad_prompts_are_refused():
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
 def test_extreme_temperatures_do_not_break(temperature):
-    token, log_p = sample.choose(torch.randn(500, 7) * 50, temperature, None, None, torch.Generator().manual_seed(0))
+    token, log_p = sample.sample_token(torch.randn(500, 7) * 50, temperature, None, None, torch.Generator().manual_seed(0))
     assert log_p.isfinite().all() and 0 <= token.min() and token.max() < 7
 
 
@@ -190,10 +189,10 @@ def test_banned_tokens_are_never_drawn(kind):
     model = make(kind, vocab_size=7)
     free = sample.generate(model, [[1]] * 4, 40, seed=0)
     assert {2, 5} <= {t for row in free for t in row}
-    assert not {2, 5} & {t for row in sample.generate(model, [[1]] * 4, 40, seed=0, banned=[2, 5]) for t in row}
+    assert not {2, 5} & {t for row in sample.generate(model, [[1]] * 4, 40, seed=0, suppressed_tokens=[2, 5]) for t in row}
     logits = torch.randn(7)
     kept = torch.where(torch.isin(torch.arange(7), torch.tensor([2, 5])), float("-inf"), logits)
-    _, log_p = sample.choose(kept.expand(50, -1), 1.0, None, None, torch.Generator().manual_seed(1))
+    _, log_p = sample.sample_token(kept.expand(50, -1), 1.0, None, None, torch.Generator().manual_seed(1))
     assert log_p.isfinite().all()
 
 
@@ -202,7 +201,7 @@ def test_numbers_at_the_edges_of_the_interval_draw_no_token_of_probability_0(mon
     logits[0, 2], logits[0, 4] = 0.0, -1.0
     for u, expected in ((0.0, 2), (1 - 2.0 ** -53, 4), (0.7310, 2), (0.7311, 4)):         # 1 / (1 + 1/e) = 0.73106
         monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, u, dtype=torch.float64))
-        assert sample.choose(logits, 1.0, None, None, None)[0].item() == expected
+        assert sample.sample_token(logits, 1.0, None, None, None)[0].item() == expected
 
 
 @pytest.mark.parametrize("wrong", ["--repetition-penalty 0", "--repetition-penalty -1", "--tokens 0", "--top-p 1.5", "--temperature nan", "--n 0",

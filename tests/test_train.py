@@ -63,7 +63,7 @@ def test_recurrent_perplexity_equals_one_pass_token_by_token(kind, n):
     with torch.no_grad():
         for now, following in zip(ids, ids[1:]):
             hidden, state = model(now.view(1, 1), state)
-            total -= torch.log_softmax(model.unembed(hidden)[0, 0], -1)[following].item()
+            total -= torch.log_softmax(model.logits(hidden)[0, 0], -1)[following].item()
     got = train.perplexity(model, ids)
     assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5 and math.isclose(got["ppl"], math.exp(got["nll"]))
 
@@ -81,8 +81,7 @@ def test_side_by_side_pieces_predict_every_token_once(kind, n, rows):
             start, end = row * length, min(n, row * length + before + length)
             if end <= start:
                 continue
-            hidden, _ = model(ids[None, start:end], beginning if row else None)
-            nll = model.nll(hidden, ids[None, start + 1:end + 1])[0]
+            nll = model(ids[None, start:end], beginning if row else None, ids[None, start + 1:end + 1], "none")[0][0]
             total += nll[before if row else 0:].sum().item()
     got = train.perplexity(model, ids, rows=rows)
     assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5
@@ -98,8 +97,8 @@ def test_pieces_side_by_side_do_not_settle_where_the_text_read_through_never_is(
         layer = model.layers[0]
         layer.weight_hh.fill_(3.0)                                  # h -> tanh(3 h + x): stable near +1 and -1
         layer.weight_ih.fill_(1.0)
-        model.embed.weight.copy_(torch.tensor([[1.0], [-0.1], [-0.1]]))         # token 0 comes first, and never again
-        model.head.bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
+        model.embed_tokens.weight.copy_(torch.tensor([[1.0], [-0.1], [-0.1]]))         # token 0 comes first, and never again
+        model.lm_head.bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
     ids = torch.cat([torch.tensor([0]), torch.randint(1, 3, (4000,))])
     assert train.perplexity(model.eval(), ids, rows=16)["ppl"] == pytest.approx(train.perplexity(model, ids)["ppl"], rel=1e-4)
 
@@ -115,7 +114,7 @@ def test_window_perplexity_equals_a_loop_over_tokens(n, context, stride):
     with torch.no_grad():
         for target in range(1, n + 1):                          # the first window that reaches it judges it
             end = next(e for e in ends if e >= target)
-            logits = model.unembed(model(ids[None, end - context:end])[0])[0, target - 1 - (end - context)]
+            logits = model.logits(model(ids[None, end - context:end])[0])[0, target - 1 - (end - context)]
             total -= torch.log_softmax(logits, -1)[ids[target]].item()
     assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5
 
@@ -124,9 +123,9 @@ def test_window_perplexity_equals_a_loop_over_tokens(n, context, stride):
 def test_a_uniform_model_has_the_vocabulary_as_perplexity(kind):
     model = make(kind)
     with torch.no_grad():
-        model.head.weight.zero_()
-        if model.head.bias is not None:
-            model.head.bias.fill_(0.7)
+        model.lm_head.weight.zero_()
+        if model.lm_head.bias is not None:
+            model.lm_head.bias.fill_(0.7)
     assert abs(train.perplexity(model, torch.randint(31, (200,)))["ppl"] - 31) < 1e-3
 
 
@@ -208,10 +207,10 @@ def loss_at_repeated_names(run):
     at = torch.tensor([w in data.NAMES.split() for w in words]) & (source == 0)
     with torch.no_grad():
         if model.recurrent:
-            return model.nll(model(ids[None, :-1])[0], ids[None, 1:])[0][at].mean().item()
+            return model(ids[None, :-1], targets=ids[None, 1:], reduction="none")[0][0][at].mean().item()
         block = model.config.block_size
         windows = ids.unfold(0, block + 1, block // 2)
-        nll = model.nll(model(windows[:, :-1])[0], windows[:, 1:])[1:, block // 2:].flatten()
+        nll = model(windows[:, :-1], targets=windows[:, 1:], reduction="none")[0][1:, block // 2:].flatten()
         return nll[at[block:block + len(nll)]].mean().item()
 
 
@@ -351,7 +350,15 @@ def test_kill_9_at_random_moments_loses_nothing():
     survives_kills("train.py", tiny("lstm", "--steps", "120", "--eval-every", "4", "--dtype", "float32"), [])
 
 
-def test_minutes_can_be_interrupted_while_they_are_measured_and_after(monkeypatch):
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a terminal; a shell that runs the tests in the background has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_minutes_can_be_interrupted_while_they_are_measured_and_after(monkeypatch, ctrl_c_interrupts):
     with monkeypatch.context() as m:
         m.setattr(torch.optim.AdamW, "step", ctrl_c_in(8))
         with pytest.raises(KeyboardInterrupt):
@@ -394,7 +401,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(monkeypatch):
     def overflow(self):
         loss = original(self)
         if self.step == 10:
-            self.model.head.bias.data.fill_(math.nan)
+            self.model.lm_head.bias.data.fill_(math.nan)
         return loss
     monkeypatch.setattr(train.Trainer, "train_step", overflow)
     with pytest.raises(UserError, match="validation loss is not finite at step 10"):
@@ -403,12 +410,14 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(monkeypatch):
-    original = LSTMLM.loss
+    original, calls = LSTMLM.forward, []
 
-    def loss(self, hidden, targets):
-        self.calls = getattr(self, "calls", 0) + 1
-        return original(self, hidden, targets) * (math.nan if self.calls == 8 else 1.0)
-    monkeypatch.setattr(LSTMLM, "loss", loss)
+    def forward(self, tokens, state=None, targets=None, reduction="mean"):
+        loss, state = original(self, tokens, state, targets, reduction)
+        if self.training and targets is not None:
+            calls.append(1)
+        return loss * (math.nan if len(calls) == 8 and self.training else 1.0), state
+    monkeypatch.setattr(LSTMLM, "forward", forward)
     with pytest.raises(UserError, match="not finite at step 7.*checkpoint is kept in r.*smaller --lr"):
         train.main(tiny("lstm", "--steps", "20", "--eval-every", "5", "--run", "r"))
     checkpoint = torch.load("r/last.pt", weights_only=True)
@@ -515,7 +524,7 @@ def test_a_killed_process_ends_the_job_with_a_line_and_a_usable_checkpoint():
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and "another process of this job was gone" in errors, errors[-2000:]
-    assert "checkpoint in r is whole" in errors
+    assert "last good checkpoint is kept in r" in errors
     train.load_run("r")
     assert torch.load("r/last.pt", weights_only=True)["step"] % 20 == 0
 

@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-import rnn
+import lstm
 import transformer
-from transformer import KVCache, RMSNorm, Transformer, TransformerConfig, attention, fast_attention, rope_angles, rotate
+from qwen_load import hub_name
+from transformer import KVCache, RMSNorm, Transformer, TransformerConfig, attention, fast_attention, rotary_cos_sin, apply_rotary_emb
 
 CONFIGS = [dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48), dict(n_layer=1, n_head=3, n_kv_head=1, n_embd=18, n_hidden=20),
            dict(n_layer=3, n_head=2, n_kv_head=2, n_embd=16, n_hidden=40, tied=False, rope_theta=1e6)]
@@ -19,13 +20,6 @@ def make(seed=0, **sizes):
     return model
 
 
-def library_names(name):
-    """Our parameter name as transformers spells it."""
-    name = name.replace("blocks.", "layers.").replace("attention.", "self_attn.").replace("input_norm", "input_layernorm")
-    name = name.replace("post_norm", "post_attention_layernorm").replace("embed.", "embed_tokens.")
-    return name.replace("head.", "lm_head.") if name.startswith("head") else "model." + name
-
-
 @pytest.mark.parametrize("sizes", CONFIGS)
 def test_logits_and_gradients_match_qwen2_of_transformers(sizes):
     transformers = pytest.importorskip("transformers")
@@ -34,16 +28,16 @@ def test_logits_and_gradients_match_qwen2_of_transformers(sizes):
         vocab_size=61, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=c.tied,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.norm_eps)).eval()
-    library.load_state_dict({library_names(n): p for n, p in model.state_dict().items()}, strict=True)
+    library.load_state_dict({hub_name(n): p for n, p in model.state_dict().items()}, strict=True)
     tokens = torch.randint(61, (3, 40))
     hidden, _ = model(tokens)
     expected = library(tokens).logits
-    torch.testing.assert_close(model.unembed(hidden), expected, atol=1e-4, rtol=1e-4)
-    model.loss(hidden[:, :-1], tokens[:, 1:]).backward()
-    torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+    model(tokens[:, :-1], targets=tokens[:, 1:])[0].backward()
+    torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     theirs = dict(library.named_parameters())
     for name, p in model.named_parameters():
-        assert (p.grad - theirs[library_names(name)].grad).norm() <= 1e-4 * p.grad.norm().clamp(min=1e-3), name
+        assert (p.grad - theirs[hub_name(name)].grad).norm() <= 1e-4 * p.grad.norm().clamp(min=1e-3), name
 
 
 @pytest.mark.parametrize("sizes", CONFIGS)
@@ -94,10 +88,10 @@ def test_attention_by_brute_force():
 def test_rope_depends_on_the_distance_alone():
     torch.manual_seed(2)
     q, k = torch.randn(8), torch.randn(8)
-    cos, sin = rope_angles(torch.arange(100), 8, 10000.0)
+    cos, sin = rotary_cos_sin(torch.arange(100), 8, 10000.0)
 
     def score(t, s):
-        return rotate(q, cos[t], sin[t]) @ rotate(k, cos[s], sin[s])
+        return apply_rotary_emb(q, cos[t], sin[t]) @ apply_rotary_emb(k, cos[s], sin[s])
     for distance in (0, 1, 30):
         scores = torch.stack([score(t + distance, t) for t in range(0, 60, 7)])
         torch.testing.assert_close(scores, scores[:1].expand_as(scores), atol=1e-5, rtol=1e-5)
@@ -155,8 +149,8 @@ def test_causal_mask_counts():
 def few_rows(request, monkeypatch):
     """Both ways of multiplying few rows; a test that asks for the compiled one where there is no compiler is skipped."""
     if request.param == "torch operations":
-        monkeypatch.setattr(transformer, "compiled_few_rows", lambda: None)
-    elif transformer.compiled_few_rows() is None:
+        monkeypatch.setattr(transformer, "compiled_linear", lambda: None)
+    elif transformer.compiled_linear() is None:
         pytest.skip("no C compiler here")
 
 
@@ -165,7 +159,9 @@ def few_rows(request, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_in_bf16_is_the_exact_product_rounded_once_or_twice(few_rows, rows, n_in, n_out, bias):
     torch.manual_seed(n_in + n_out)
-    layer, x = transformer.Linear(n_in, n_out, bias).bfloat16(), torch.randn(*rows, n_in).bfloat16()
+    layer, x = torch.nn.Linear(n_in, n_out, bias).bfloat16(), torch.randn(*rows, n_in).bfloat16()
+    transformer.use_decode_kernels(layer)
+    assert type(layer) is transformer.DecodeLinear
     exact = x.double() @ layer.weight.double().t()
     with torch.no_grad():
         got = layer(x)
@@ -176,51 +172,42 @@ def test_linear_in_bf16_is_the_exact_product_rounded_once_or_twice(few_rows, row
     assert ((got.double() - exact).abs() <= (exact.abs() + product.abs()) * 2 ** -8 + 1e-6).all()
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (4, 1)])
-@pytest.mark.parametrize("n, hidden", [(2, 3), (96, 7), (160, 384), (7, 5)])
-def test_swiglu_and_rmsnorm_in_bf16(few_rows, rows, n, hidden):
-    torch.manual_seed(n)
-    config = TransformerConfig(61, n_embd=n, n_hidden=hidden)
-    mlp, norm, x = transformer.SwiGLU(config).bfloat16(), RMSNorm(n, 1e-5).bfloat16(), (3 * torch.randn(*rows, n)).bfloat16()
-    torch.nn.init.normal_(norm.weight)
-    with torch.no_grad():
-        got, normed = mlp(x), norm(x)
-        exact = norm.weight.double() * (x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt())
-        assert ((normed.double() - exact).abs() <= exact.abs() * 2.01 * 2 ** -8).all()
-        exact = mlp.double()(x.double())
-    assert (got.double() - exact).norm() <= 0.02 * exact.norm()
-
-
-def test_extreme_gates_do_not_break_anything(few_rows):
-    mlp = transformer.SwiGLU(TransformerConfig(61, n_embd=2, n_hidden=2)).bfloat16()
-    with torch.no_grad():
-        mlp.gate_proj.weight.copy_(torch.tensor([[1e4, 0], [-1e4, 0]])), mlp.up_proj.weight.fill_(1), mlp.down_proj.weight.copy_(torch.eye(2))
-        x = torch.tensor([[1.0, 0.0]]).bfloat16()
-        assert mlp(x)[0, 0].item() == pytest.approx(1e4, rel=0.01) and mlp(x)[0, 1].item() == 0
-        assert mlp(x * float("nan")).isnan().all()
-
-
 @pytest.mark.parametrize("sizes", CONFIGS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_reading_token_by_token_in_bf16_equals_float32_on_the_same_weights(few_rows, sizes, rows):
     model = make(**sizes).bfloat16()
+    transformer.use_decode_kernels(model)
     tokens, state, out = torch.randint(61, (rows, 20)), model.init_state(rows, 20), []
     with torch.no_grad():
         for piece in tokens.split(1, 1):
             hidden, state = model(piece, state)
-            out.append(model.unembed(hidden))
-        got, exact = torch.cat(out, 1).float(), (model.float(), model.unembed(model(tokens)[0]))[1]
+            out.append(model.logits(hidden))
+        got, exact = torch.cat(out, 1).float(), (model.float(), model.logits(model(tokens)[0]))[1]
     assert (got - exact).norm() <= 0.03 * exact.norm()
 
 
+def test_nan_is_not_hidden(few_rows):
+    layer = torch.nn.Linear(4, 3).bfloat16()
+    transformer.use_decode_kernels(layer)
+    with torch.no_grad():
+        assert layer(torch.full((1, 4), float("nan")).bfloat16()).isnan().all()
+
+
 def test_gradients_never_take_the_way_of_generation():
-    layer = transformer.Linear(4, 3).bfloat16()
+    layer = torch.nn.Linear(4, 3).bfloat16()
+    transformer.use_decode_kernels(layer)
     x = torch.randn(1, 4, dtype=torch.bfloat16)
     layer(x).sum().backward()
     assert torch.equal(layer.weight.grad, x.expand(3, 4))
 
 
+def test_float32_keeps_torchs_way():
+    layer = torch.nn.Linear(4, 3)
+    transformer.use_decode_kernels(layer)
+    assert type(layer) is torch.nn.Linear
+
+
 def test_without_a_compiler_there_is_no_compiled_code(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    monkeypatch.setattr(transformer, "compiled", rnn.compiled.__wrapped__)
-    assert transformer.compiled_few_rows.__wrapped__() is None
+    monkeypatch.setattr(transformer, "compile_c", lstm.compile_c.__wrapped__)
+    assert transformer.compiled_linear.__wrapped__() is None
