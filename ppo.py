@@ -57,7 +57,7 @@ Of "The N Implementation Details of RLHF with PPO" (Huang et al. 2023), in its o
   adaptive KL coefficient                                    yes (--kl-target), and fixed
   Adam's epsilon, inside or outside the bias correction      PyTorch's Adam with epsilon 1e-5, which damps the first
       updates likewise
-Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--kl-stop); the value head
+Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--max-update-kl); the value head
 learns ten times as fast, because it begins at zero; in bfloat16 the old and the reference log-probabilities come from
 the same forward pass as the new ones, so that the ratio begins at 1 (but for rounding) and the KL at 0.
 
@@ -65,7 +65,6 @@ The repairs for what a scorer drives a policy to are three: the KL coefficient a
 which takes 1 - distinct-2 of the batch from the reward, shared out among the responses by what each repeats; --sft-coef
 and --sft-every, supervised training on real text within every update, or after some iterations.
 """
-import argparse
 import copy
 import math
 import os
@@ -74,7 +73,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,15 +83,96 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import data
-from data import UserError, save_json, write_atomically
+from data import UserError, option, save_json, write_atomically
 from eval import COLOURS, Figures, distinct, read_log, table
 from finetune import C, context, is_embedded, read_before
 from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream, stop_ids, suppressed_tokens
-from train import (MODELS, NotFinite, Trainer, add_device, build_model, clip_gradients, environment, kept_arguments,
-                   learning_rate, load_run, parse, pick_device, pick_dtype, read_checkpoint, step_seed, take_arguments)
+from train import (MODELS, NotFinite, Trainer, build_model, check_resume_config, clip_gradients, environment,
+                   learning_rate, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing, step_seed)
 from transformer import Scorer, ScorerConfig
+
+
+REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
+
+# by base: Qwen2 (not searched), a run of ours
+DEFAULTS = {True: dict(lr=1e-5, steps=200), False: dict(lr=1e-4, steps=100)}
+SCORER_EPOCHS = {"reviews": 1.0, "imdb": 3.0}
+EXAMPLES = """examples:
+  python ppo.py --train-reward --data reviews
+  python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
+  python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo"""
+
+
+def by_base(name):
+    return f"(default: {DEFAULTS[True][name]:g} for Qwen2, not searched, {DEFAULTS[False][name]:g} for a run of ours)"
+
+
+@dataclass
+class Config:
+    """Reinforcement learning from a sentiment scorer: PPO on a language model.
+    (--train-reward trains a scorer instead: python ppo.py --train-reward --help.)"""
+    train_reward: bool = option(False, "train a scorer instead; it has options of its own")
+    base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run of train.py or finetune.py, or Qwen2's "
+                       "weights, a folder or their name on the hub (1 GB)")
+    scorer: str = option("lvwerra/distilbert-imdb", "the reward model: what --train-reward wrote, or a DistilBERT "
+                         "sentiment classifier, a folder or its name on the hub (0.3 GB)")
+    data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, else imdb)",
+                       choices=REVIEWS)
+    run: str = option(None, "folder of the result (default: runs/ppo-BASE)")
+    resume: bool = option(False, "resume the run in --run, as it was started")
+    steps: int = option(None, f"iterations {by_base('steps')}", above=0, group="PPO")
+    lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0, group="PPO")
+    batch_size: int = option(64, "responses of an iteration", above=0, group="PPO")
+    minibatch: int = option(16, "responses of an update", above=0, group="PPO")
+    epochs: int = option(4, "times that each response is used", above=0, group="PPO")
+    response_tokens: int = option(24, "longest response", above=0, group="PPO")
+    kl_coef: float = option(0.2, "what a nat of KL to the reference costs", at_least=0, group="PPO")
+    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is fixed",
+                              at_least=0, group="PPO")
+    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats a token",
+                                  above=0, group="PPO")
+    clip_coef: float = option(0.2, "clip the ratio, and the values, to within this", above=0, group="PPO")
+    value_coef: float = option(0.1, "weight of the value loss", at_least=0, group="PPO")
+    gamma: float = option(1.0, "discount", at_least=0, at_most=1, group="PPO")
+    gae_lambda: float = option(0.95, "GAE's lambda", at_least=0, at_most=1, group="PPO")
+    grad_clip: float = option(1.0, "largest gradient norm", above=0, group="PPO")
+    warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0, group="PPO")
+    whiten: bool = option(True, "advantages with mean 0 and variance 1", group="PPO")
+    repetition_coef: float = option(0.0, "take X times the share of bigrams that it or another response repeats from a "
+                                    "response's reward", at_least=0, group="against degenerate texts")
+    sft_coef: float = option(0.0, "add X times the loss on --data's text to every update", at_least=0,
+                             group="against degenerate texts")
+    sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0,
+                            group="against degenerate texts")
+    held_out: int = option(256, "prompts that the policy is evaluated on", above=0)
+    eval_every: int = option(None, "iterations between evaluations (default: a 10th of the run)", above=0)
+    seed: int = option(1, "of prompts and responses", at_least=0, below=2 ** 62)
+    sample: bool = option(True, "print a response at every evaluation")
+    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+                        choices=["auto", "float32", "bfloat16"])
+
+
+@dataclass
+class RewardConfig:
+    """Train a small sentiment scorer from scratch, for ppo.py to reward with."""
+    train_reward: bool = option(False, "this")
+    data: str = option("reviews", "the labelled texts", choices=REVIEWS)
+    run: str = option(None, "folder of the scorer (default: runs/scorer-DATA)")
+    resume: bool = option(False, "resume the training in --run, as it was started")
+    epochs: float = option(None, "passes over the texts (default: " + ", ".join(
+        f"{epochs:g} for {name}" for name, epochs in SCORER_EPOCHS.items()) + ")", above=0)
+    lr: float = option(1e-3, "highest learning rate", above=0)
+    batch_size: int = option(32, "texts of a batch", above=0)
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    log_every: int = option(50, "steps between rows of log.csv", above=0)
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)", above=0)
+    seed: int = option(1, "of weights, batches and dropout", at_least=0, below=2 ** 63)
+    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+                        choices=["auto", "float32", "bfloat16"])
 
 
 # ------------------------------------------------------------------------------------------- training a scorer
@@ -111,7 +191,7 @@ class Texts:
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
 
-    def first(self, step):
+    def is_epoch_start(self, step):
         return step % self.steps_per_epoch == 0
 
     def plan(self, epoch):
@@ -147,7 +227,7 @@ class ScorerTrainer(Trainer):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             loss = F.cross_entropy(self.model(tokens).float(), labels)
         loss.backward()
-        return loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
+        return loss.item(), clip_gradients(self.model.parameters(), self.args.grad_clip)
 
     def status(self, loss):
         return f"step {self.step}/{self.steps}  loss {loss:.3f}"
@@ -476,7 +556,7 @@ class PPO(Trainer):
         rewards = -self.kl_coef * kl_estimate
         last = r.mask.sum(1).long() - 1
         rewards[torch.arange(len(last)), last] += (score - args.repetition_coef * repeated).to(rewards.device)
-        advantages, returns = gae(rewards, old["value"], r.mask, args.gamma, args.lam)
+        advantages, returns = gae(rewards, old["value"], r.mask, args.gamma, args.gae_lambda)
         inside = r.mask > 0
         explained = 1 - (returns - old["value"])[inside].var() / returns[inside].var().clamp(min=1e-8)
         if args.whiten:
@@ -515,10 +595,10 @@ class PPO(Trainer):
                     dtype = compute_dtype(hidden)
                 log_prob = TokenLogProb.apply(hidden.to(dtype), self.model.lm_head.weight, self.model.lm_head.bias,
                                               r.actions[rows][inside], self.judge.suppressed)
-                loss, clipped, kl = policy_loss(log_prob, part["log_prob"], part["advantage"], args.clip_range)
-                if kl > args.kl_stop:                                       # too far from what drew these responses
+                loss, clipped, kl = policy_loss(log_prob, part["log_prob"], part["advantage"], args.clip_coef)
+                if kl > args.max_update_kl:                                       # too far from what drew these responses
                     return updates
-                v_loss = value_loss(self.value_head(hidden.float())[:, 0], part["value"], part["returns"], args.clip_range)
+                v_loss = value_loss(self.value_head(hidden.float())[:, 0], part["value"], part["returns"], args.clip_coef)
                 (loss + args.value_coef * v_loss).backward()
                 done = {"policy_loss": loss.item(), "value_loss": v_loss.item(), "clip_fraction": clipped.item()}
                 if args.sft_coef:
@@ -537,7 +617,7 @@ class PPO(Trainer):
         return loss.item()
 
     def apply_gradients(self):
-        norm = clip_gradients(self.parameters, self.args.clip)
+        norm = clip_gradients(self.parameters, self.args.grad_clip)
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient is not finite in iteration {self.step}. {self.kept()}; "
                             "train anew with a smaller --lr and another --run")
@@ -704,10 +784,9 @@ def train_policy(args, device, dtype, checkpoint=None):
     test = (named + prompts["test"])[:args.held_out]
     check_fit(args, reference, scorer, tokenizer, prompts["train"] + test)
     weights = fingerprint(reference, scorer)
-    if resumed and args.weights != weights:
+    if resumed and checkpoint.get("fingerprint") != weights:
         raise UserError(f"{args.base} or {args.scorer} no longer holds the weights that the run in {run} was started with; "
                         "restore them, or start a new run")
-    args.weights = weights
     model = (build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device) if resumed
              else copy.deepcopy(reference))
     model.requires_grad_(True)
@@ -717,7 +796,7 @@ def train_policy(args, device, dtype, checkpoint=None):
               "and the reference", file=sys.stderr)
     text = None
     if args.sft_coef or args.sft_every:
-        cut = data.Streams if model.recurrent else data.Windows
+        cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
         length = min(context(model), 8 + args.response_tokens)
         text = cut(data.load(args.data, tokenizer, splits=("train",)).ids["train"], args.minibatch, length, args.seed)
     judge = Judge(reference.requires_grad_(False), scorer, tokenizer, args, dtype)
@@ -730,6 +809,7 @@ def train_policy(args, device, dtype, checkpoint=None):
     trainer = PPO(args, kind, model, tokenizer, Prompts(prompts["train"], args.batch_size, args.seed),
                   lambda: judge.measure(model, prompts["valid"][:args.held_out], args.seed), device, dtype, judge, text)
     trainer.go_on = f"python ppo.py --resume --run {run}"
+    trainer.fingerprint = weights
     if resumed:
         trainer.resume(checkpoint)
     trainer.open_log(resumed)
@@ -744,7 +824,7 @@ def train_policy(args, device, dtype, checkpoint=None):
               "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed,
               "dtype": str(dtype).removeprefix("torch."), **environment(device),
               "rise": (after["reward"] - before["reward"]) / before["reward_sd"],
-              "before": before, "after": after, "options": kept_arguments(args)}
+              "before": before, "after": after, "options": asdict(args)}
     write_report(args, result, Figures(run))
     save_json(run / "result.json", result)                                  # last: it says that the run is finished
     print(f"{args.base} rewarded by {args.scorer}: reward {before['reward']:.2f} before, {after['reward']:.2f} after "
@@ -755,98 +835,6 @@ def train_policy(args, device, dtype, checkpoint=None):
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-# by base: Qwen2 (not searched), a run of ours
-DEFAULTS = {True: dict(lr=1e-5, steps=200), False: dict(lr=1e-4, steps=100)}
-REWARD_DEFAULTS = {"lr": 1e-3, "batch_size": 32, "epochs": {"reviews": 1.0, "imdb": 3.0}}
-
-
-def parser():
-    p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Reinforcement learning from a sentiment scorer: PPO on a language model, "
-                                "and the training of a scorer.",
-                    epilog="examples:\n  python ppo.py --train-reward --data reviews\n"
-                           "  python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews\n"
-                           "  python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo")
-    p.add_argument("--base", default="Qwen/Qwen2-0.5B",
-                   help="the policy to begin with: a run of train.py or finetune.py, or Qwen2's weights, a folder or their "
-                        "name on the hub (default: %(default)s, 1 GB)")
-    p.add_argument("--scorer", default="lvwerra/distilbert-imdb",
-                   help="the reward model: what --train-reward wrote, or a DistilBERT sentiment classifier, a folder or its "
-                        "name on the hub (default: %(default)s, 0.3 GB)")
-    p.add_argument("--data", choices=("reviews", "imdb"),
-                   help="whose beginnings are the prompts (default: reviews for an embedded language, else imdb)")
-    p.add_argument("--run", help="folder of the result (default: runs/ppo-BASE, runs/scorer-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
-    p.add_argument("--train-reward", action="store_true",
-                   help="train a small scorer on --data instead (--lr 1e-3, --batch-size 32; --epochs 1 for reviews, 3 for "
-                        "imdb); --clip, --eval-every, --seed, --device and --dtype go with it, no others")
-    g = p.add_argument_group("PPO")
-    for name, kind, default, text in (
-            ("--steps", int, None, f"iterations (default: {DEFAULTS[False]['steps']}; Qwen2 {DEFAULTS[True]['steps']})"),
-            ("--lr", float, None, f"highest learning rate (default: {DEFAULTS[False]['lr']:g}; "
-             f"Qwen2 {DEFAULTS[True]['lr']:g}, not searched)"),
-            ("--batch-size", int, 64, "responses of an iteration"), ("--minibatch", int, 16, "responses of an update"),
-            ("--epochs", float, 4, "times that each response is used"), ("--response-tokens", int, 24, "longest response"),
-            ("--kl-coef", float, 0.2, "what a nat of KL to the reference costs"),
-            ("--kl-target", float, 0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is fixed"),
-            ("--kl-stop", float, 0.1, "end an iteration's updates when the policy has moved by so many nats a token"),
-            ("--clip-range", float, 0.2, "of the ratio, and of the values"),
-            ("--value-coef", float, 0.1, "weight of the value loss"), ("--gamma", float, 1.0, "discount"),
-            ("--lam", float, 0.95, "GAE's lambda"), ("--clip", float, 1.0, "largest gradient norm"),
-            ("--warmup", int, 5, "iterations of linear warm-up")):
-        g.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X",
-                       help=text + ("" if default is None else " (default: %(default)s)"))
-    g.add_argument("--whiten", action=argparse.BooleanOptionalAction, default=True,
-                   help="advantages with mean 0 and variance 1 (default: yes)")
-    r = p.add_argument_group("against degenerate texts")
-    r.add_argument("--repetition-coef", type=float, default=0.0, metavar="X",
-                   help="take X times the share of bigrams that it or another response repeats from a response's reward "
-                        "(default: 0)")
-    r.add_argument("--sft-coef", type=float, default=0.0, metavar="X",
-                   help="add X times the loss on --data's text to every update (default: 0)")
-    r.add_argument("--sft-every", type=int, default=0, metavar="N",
-                   help="after every Nth iteration, train on --data's text (default: 0, never)")
-    p.add_argument("--held-out", type=int, default=256, metavar="N",
-                   help="prompts that the policy is measured on (default: %(default)s)")
-    p.add_argument("--eval-every", type=int, metavar="N", help="iterations between measurements (default: a 10th of the run)")
-    p.add_argument("--seed", type=int, default=1, metavar="N", help="of prompts and responses (default: 1)")
-    add_device(p)
-    return p
-
-
-def arguments(argv=None):
-    p = parser()
-    args = parse(p, argv, ("steps", "lr", "batch_size", "minibatch", "epochs", "response_tokens", "kl_stop", "clip_range",
-                           "clip", "held_out", "eval_every"))
-    for name in ("kl_coef", "kl_target", "value_coef", "repetition_coef", "sft_coef", "sft_every", "warmup", "seed"):
-        if not 0 <= getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must not be negative")
-    if "RANK" in os.environ:
-        p.error("ppo.py runs in one process; start it without torchrun")
-    if args.seed >= 2 ** 62:
-        p.error("--seed must be below 2^62")
-    if not (0 <= args.gamma <= 1 and 0 <= args.lam <= 1):
-        p.error("--gamma and --lam must be from 0 to 1")
-    if args.train_reward:
-        goes_with = {"train_reward", "data", "run", "resume", "lr", "batch_size", "epochs", "clip", "eval_every", "seed",
-                     "device", "dtype"}
-        if others := sorted(args.typed - goes_with):
-            p.error(f"--{others[0].replace('_', '-')} means nothing to --train-reward; leave it out")
-        args.data = args.data or "reviews"
-        for name, value in REWARD_DEFAULTS.items():
-            if name not in args.typed:
-                setattr(args, name, value[args.data] if isinstance(value, dict) else value)
-        args.steps, args.log_every, args.base, args.sample = None, 50, None, False
-    else:
-        args.log_every = 1
-        if args.epochs != int(args.epochs):
-            p.error("--epochs must be whole")
-        args.epochs = int(args.epochs)
-    args.run = args.run or (f"runs/scorer-{args.data}" if args.train_reward else f"runs/ppo-{Path(args.base).name}")
-    args.minutes, args.also, args.weight_decay = None, [], 0.01
-    return args
-
-
 def keep_memory():
     """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and fetch them anew,
     page by page. (PPO with 50,257 tokens: 4.0 s an iteration, 2.9 so.)"""
@@ -856,22 +844,28 @@ def keep_memory():
 
 
 def main(argv=None):
-    args, checkpoint = arguments(argv), None
+    argv = sys.argv[1:] if argv is None else argv
+    train_a_scorer = "--train-reward" in argv
+    config, given = data.parse_args(RewardConfig if train_a_scorer else Config, argv, EXAMPLES)
+    if "RANK" in os.environ:
+        raise UserError("ppo.py runs in one process; start it without torchrun")
+    script = "python ppo.py" + " --train-reward" * train_a_scorer
+    config.run = config.run or (f"runs/scorer-{config.data}" if train_a_scorer else f"runs/ppo-{Path(config.base).name}")
+    checkpoint = None
     keep_memory()
-    if args.resume:
-        checkpoint = read_checkpoint(Path(args.run) / "last.pt", f"python ppo.py{' --train-reward' * args.train_reward}")
+    if config.resume:
+        checkpoint = read_checkpoint(Path(config.run) / "last.pt", script)
         saved = checkpoint.get("options", {})
-        if "train_reward" not in saved or saved["train_reward"] != args.train_reward:
-            raise UserError(f"{args.run} is not a run of python ppo.py{' --train-reward' * args.train_reward}; "
-                            "go on with what started it")
-        take_arguments(args, saved)
-    elif any((Path(args.run) / file).exists() for file in ("last.pt", "config.json", "result.json")):
-        raise UserError(f"{args.run} already holds a run or weights. Go on with it: "
-                        f"python ppo.py{' --train-reward' * args.train_reward} --resume --run {args.run}; "
-                        "or choose another folder with --run")
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    (train_reward if args.train_reward else train_policy)(args, device, dtype, checkpoint)
+        if "train_reward" not in saved or saved["train_reward"] != train_a_scorer:
+            raise UserError(f"{config.run} is not a run of {script}; resume it with what started it")
+        config = check_resume_config(config, given, saved)
+    else:
+        refuse_existing(config.run, f"{script} --resume --run {config.run}", ("last.pt", "config.json", "result.json"))
+        if train_a_scorer and config.epochs is None:
+            config.epochs = SCORER_EPOCHS[config.data]
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    (train_reward if train_a_scorer else train_policy)(config, device, dtype, checkpoint)
 
 
 if __name__ == "__main__":

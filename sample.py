@@ -17,13 +17,36 @@ Prompts of unequal length need no padding: all rows step together from the end o
 row whose prompt goes on is given its next prompt token instead of the sampled one.
 """
 import sys
+from dataclasses import dataclass
 
 import torch
 
 import data
-from data import UserError
+from data import UserError, option
 from train import load_run, pick_device, pick_dtype
 from transformer import use_decode_kernels
+
+
+@dataclass
+class Config:
+    """Generate text from a trained run, or from Qwen2's pretrained weights."""
+    run: str = option("runs/lstm-finance", "folder of a run; or of Qwen2 weights in the hub's layout; or their name on "
+                      "the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB), into data/hub")
+    prompt: str = option("", "what the text begins with")
+    chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it")
+    temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
+    top_k: int = option(None, "draw from the N likeliest tokens only", above=0)
+    top_p: float = option(None, "draw from the likeliest tokens that make up probability X", above=0, at_most=1)
+    repetition_penalty: float = option(1.0, "above 1: tokens that the text already has become less likely; 1.1 is "
+                                       "much", above=0)
+    tokens: int = option(100, "at most so many new tokens", above=0)
+    n: int = option(1, "how many samples", above=0)
+    stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
+    seed: int = option(None, "the same seed gives the same text (default: another one every time)", at_least=0,
+                       below=2 ** 62)
+    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else float32, "
+                        "twice as large", choices=["auto", "float32", "bfloat16"])
 
 
 def top_k_top_p(logits, top_k=None, top_p=None):
@@ -173,67 +196,33 @@ class Printer:
         self.shown = max(self.shown, len(stable))
 
 
-def arguments(argv=None):
-    p = data.Parser(description="Generate text from a trained run, or from Qwen2's pretrained weights.",
-                    epilog='example: python sample.py --run runs/lstm-finance --prompt "the market" --temperature 0.7')
-    p.add_argument("--run", default="runs/lstm-finance", metavar="RUN",
-                   help="folder of a run, as train.py wrote it (default: %(default)s); or of Qwen2 weights in the hub's "
-                        "layout; or their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB), into data/hub")
-    p.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
-    p.add_argument("--chat", action="store_true",
-                   help="the prompt is a message to an instruction-tuned model, which answers it")
-    p.add_argument("--temperature", type=float, default=0.8, metavar="X",
-                   help="below 1: safer, above 1: wilder, 0: always the likeliest (default: %(default)s)")
-    p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
-    p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up probability P")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="C",
-                   help="above 1: tokens that the text already has become less likely (default: %(default)s; 1.1 is much)")
-    p.add_argument("--tokens", type=int, default=100, metavar="N", help="at most so many new tokens (default: %(default)s)")
-    p.add_argument("--n", type=int, default=1, metavar="N", help="how many samples (default: %(default)s)")
-    p.add_argument("--stop", action="store_true", help="end a sample at the end of its document or line (Qwen2 always does)")
-    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (default: another one every time)")
-    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                   help="of Qwen2's weights; auto (the default): bfloat16 where the hardware multiplies it, else float32, "
-                        "twice as large")
-    args = p.parse_args(argv)
-    for name in ("tokens", "n", "top_k", "top_p", "repetition_penalty"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if args.seed is not None and not 0 <= args.seed < 2 ** 62:
-        p.error("--seed must be at least 0 and below 2^62")
-    if not 0 <= args.temperature < float("inf") or (args.top_p or 0) > 1:
-        p.error("--temperature must be at least 0 and --top-p at most 1")
-    return args
-
-
 def main(argv=None):
-    args = arguments(argv)
-    device = pick_device(args.device)
-    model, tokenizer, _ = load_run(args.run, device, pick_dtype(args.dtype, device))
+    config, _ = data.parse_args(Config, argv, 'example: python sample.py --run runs/lstm-finance --prompt "the market"')
+    device = pick_device(config.device)
+    model, tokenizer, _ = load_run(config.run, device, pick_dtype(config.dtype, device))
     qwen2 = tokenizer.kind == "qwen2"
-    if args.chat and not (qwen2 and "<|im_start|>" in tokenizer.added):
+    if config.chat and not (qwen2 and "<|im_start|>" in tokenizer.added):
         raise UserError("--chat needs a model that was tuned for it, as Qwen/Qwen2-0.5B-Instruct; "
-                        f"{args.run} was not")
-    prompt = encode_prompt(tokenizer, CHAT.format(prompt=args.prompt) if args.chat else args.prompt)
+                        f"{config.run} was not")
+    prompt = encode_prompt(tokenizer, CHAT.format(prompt=config.prompt) if config.chat else config.prompt)
     if not model.recurrent and len(prompt) > model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is "
                         f"{model.config.block_size}; shorten it")
-    eos = tokenizer.stops if qwen2 else [tokenizer.eos] if args.stop else []
-    if args.chat:
+    eos = tokenizer.stops if qwen2 else [tokenizer.eos] if config.stop else []
+    if config.chat:
         eos = {*eos, tokenizer.added["<|im_end|>"]}
-    shown = [] if args.chat else prompt if qwen2 and args.prompt else prompt[1:]
-    seed = torch.seed() % (1 << 31) if args.seed is None else args.seed
-    for n in range(args.n):
+    shown = [] if config.chat else prompt if qwen2 and config.prompt else prompt[1:]
+    seed = torch.seed() % (1 << 31) if config.seed is None else config.seed
+    for n in range(config.n):
         printer = Printer(tokenizer, shown)
         printer.add()
-        for token, _, _ in generate_stream(model, [prompt], args.tokens, args.temperature, args.top_k,
-                                           args.top_p, eos, seed + n, suppressed_tokens(tokenizer),
-                                           args.repetition_penalty):
+        for token, _, _ in generate_stream(model, [prompt], config.tokens, config.temperature, config.top_k,
+                                           config.top_p, eos, seed + n, suppressed_tokens(tokenizer),
+                                           config.repetition_penalty):
             if not (qwen2 and token.item() in eos):
                 printer.add(token.item())
         printer.add()                                                       # a character cut off by the end
-        print("\n" if n + 1 < args.n else "")
+        print("\n" if n + 1 < config.n else "")
 
 
 if __name__ == "__main__":

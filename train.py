@@ -3,30 +3,32 @@
     python train.py --model lstm                             # the embedded finance language, about a minute
     python train.py --model lstm --data ptb --minutes 15     # the Penn Treebank in the time you have
     python train.py --model transformer --data my.txt --tokenizer gpt2 --epochs 3 --run runs/mine
-    python train.py --resume --run runs/mine                 # go on after a kill, bit for bit (float32, same machine)
-    torchrun --nproc-per-node 2 -- train.py --model lstm     # several processes: the rows of a batch are shared out
+    python train.py --resume --run runs/mine         # go on after a kill, bit for bit (float32, same machine)
+    # several processes: the rows of a batch are shared out
+    torchrun --nproc-per-node 2 -- train.py --model lstm
 
-A language model factors the probability of a text into that of each token after all before it, p(w_1..w_n) = prod_i
-p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token; perplexity is e^L, the number of tokens
-among which a guess would be equally hard.
+A language model factors the probability of a text into that of each token after all before it, p(w_1..w_n) =
+prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token; perplexity is
+e^L, the number of tokens among which a guess would be equally hard.
 
-What a step sees. A recurrent model reads batch_size places of the text side by side, step after step from where it stopped: the
-state is carried on, its history is cut (truncated back-propagation through time, Williams & Peng 1990), so gradients reach
-block_size tokens back and memory further. The Transformer has no state and reads windows of block_size tokens in random order.
+What a step sees. A recurrent model reads batch_size places of the text side by side, step after step from
+where it stopped: the state is carried on, its history is cut (truncated back-propagation through time,
+Williams & Peng 1990), so gradients reach block_size tokens back and memory further. The Transformer has no
+state and reads windows of block_size tokens in random order.
 
-What a step does, with g the gradient, scaled down to a norm of at most --clip (Pascanu et al. 2013), and AdamW (Kingma & Ba
-2015; Loshchilov & Hutter 2019) on float32 weights (matmuls in bfloat16 where the hardware has them):
+What a step does, with g the gradient, scaled down to a norm of at most --clip (Pascanu et al. 2013), and
+AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) on float32 weights (matmuls in bfloat16 where the hardware
+has them):
 
     m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2        w <- (1 - lr wd) w - lr m' / (sqrt(v') + eps)
 
-where m' = m / (1 - b1^t) and v' likewise, and wd is 0 for biases and norms. lr rises linearly to its peak, then falls along
-half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
+where m' = m / (1 - b1^t) and v' likewise, and wd is 0 for biases and norms. lr rises linearly to its peak,
+then falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
 
-A run is a folder: last.pt (all that is needed to go on), best.pt (the weights with the lowest validation loss),
-log.csv (a row for every log step and evaluation), result.json (the final figures). Every file is written under
-another name first and then renamed, so a kill at any moment leaves the previous one whole.
+A run is a folder: last.pt (all that is needed to go on), best.pt (the weights with the lowest validation
+loss), log.csv (a row for every log step and evaluation), result.json (the final figures). Every file is
+written under another name first and then renamed, so a kill at any moment leaves the previous one whole.
 """
-import argparse
 import csv
 import io
 import json
@@ -39,7 +41,7 @@ import signal
 import subprocess
 import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import qwen_load
-from data import UserError, save_json, write_atomically
+from data import UserError, option, save_json, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
 from transformer import Transformer, TransformerConfig
@@ -75,7 +77,51 @@ REAL_TEXT = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ devices and files
+BY_MODEL = "by model and corpus (the defaults are below)"
+
+
+@dataclass
+class Config:
+    """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a
+    file."""
+    model: str = option("lstm", "rnn, lstm or transformer", choices=list(MODELS))
+    data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
+    tokenizer: str = option("word", "whole words, or GPT-2's byte-pair encoding", choices=["word", "gpt2"])
+    run: str = option(None, "folder of the run (default: runs/MODEL-DATA)")
+    resume: bool = option(False, "resume the run in --run, as it was started")
+    also: list[str] = option([], "other corpora to log the perplexity of")
+    search: int = option(None, "try N random configurations and the default one within --minutes, narrowed by thirds; "
+                         "what else you type is held fixed; looks at the validation split only", above=0)
+    epochs: float = option(None, "passes over the training text", above=0)
+    steps: int = option(None, "optimizer steps, instead of --epochs", above=0)
+    minutes: float = option(None, "instead: measure the speed, then plan as many steps as fit", above=0)
+    batch_size: int = option(None, "rows of a batch", above=0, group=BY_MODEL)
+    block_size: int = option(None, "tokens of a row: back-propagation through time goes so far, or the Transformer's "
+                             "context", above=0, group=BY_MODEL)
+    lr: float = option(None, "highest learning rate", above=0, group=BY_MODEL)
+    n_layer: int = option(None, "layers", above=0, group=BY_MODEL)
+    n_head: int = option(None, "attention heads", above=0, group=BY_MODEL)
+    n_embd: int = option(None, "width", above=0, group=BY_MODEL)
+    n_hidden: int = option(None, "width inside: of all recurrent layers but the last (default: n_embd), of the "
+                           "Transformer's MLP (default: 3 n_embd)", above=0, group=BY_MODEL)
+    dropout: float = option(None, "on the output of the last recurrent layer, or of each half of a layer",
+                            at_least=0, below=1, group=BY_MODEL)
+    dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1, group=BY_MODEL)
+    dropout_input: float = option(None, "on the embedded input", at_least=0, below=1, group=BY_MODEL)
+    dropout_embed: float = option(None, "of words of the vocabulary", at_least=0, below=1, group=BY_MODEL)
+    weight_decay: float = option(None, "AdamW's, on matrices", at_least=0, group=BY_MODEL)
+    warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    log_every: int = option(50, "steps between rows of log.csv", above=0)
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)", above=0)
+    seed: int = option(1, "of weights, batches and dropout", at_least=0, below=2 ** 63)
+    sample: bool = option(True, "print a line that the model writes at every evaluation")
+    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+                        choices=["auto", "float32", "bfloat16"])
+
+
+# ------------------------------------------------------------------------------------------ devices and files
 
 def pick_device(name="auto"):
     """`auto` is cuda, then mps, then cpu."""
@@ -89,8 +135,8 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name, device):
-    """The dtype matmuls run in. `auto` is bfloat16 where the hardware multiplies it (CUDA from capability 8.0; CPUs
-    with AVX512-BF16 or AMX), float32 elsewhere. Weights are float32 always."""
+    """The dtype matmuls run in. `auto` is bfloat16 where the hardware multiplies it (CUDA from capability
+    8.0; CPUs with AVX512-BF16 or AMX), float32 elsewhere. Weights are float32 always."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
@@ -102,7 +148,8 @@ def pick_dtype(name, device):
 
 
 def join_processes(device):
-    """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1, device)."""
+    """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1,
+    device)."""
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
@@ -116,8 +163,8 @@ def join_processes(device):
 
 
 def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
-    """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. mmap: tensors are read where they
-    are used. UserError if it is not readable."""
+    """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. mmap: tensors are
+    read where they are used. UserError if it is not readable."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict) or not {"model", "kind", "config", "tokenizer"} <= checkpoint.keys():
@@ -127,7 +174,7 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
         raise UserError(f"{path} is not there; train a model first, for example: {first} --run {Path(path).parent}") from e
     except (PermissionError, IsADirectoryError, MemoryError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
-    except Exception as e:                                  # truncated zip, hostile pickle, wrong content: many types
+    except Exception as e:                          # truncated zip, hostile pickle, wrong content: many types
         raise UserError(f"{path} cannot be loaded: it is damaged or not a checkpoint of this project "
                         f"({type(e).__name__}). Delete it, and train again if there is no other") from e
 
@@ -152,7 +199,8 @@ def build_model(kind, config, weights=None):
 
 
 def command_for(folder):
-    """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA, runs/ppo-..., ..."""
+    """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
+    runs/ppo-..., ..."""
     kind, _, corpus = folder.name.partition("-")
     if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
         return f"python train.py --model {kind} --data {corpus}"
@@ -162,8 +210,9 @@ def command_for(folder):
 
 
 def load_run(folder, device="cpu", dtype=None):
-    """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or pretrained weights: a
-    folder in the hub's layout, or the name of a repository there; dtype None keeps theirs. A run is float32."""
+    """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or
+    pretrained weights: a folder in the hub's layout, or the name of a repository there; dtype None keeps
+    theirs. A run is float32."""
     if qwen_load.is_pretrained(folder):
         model, tokenizer = qwen_load.load_model(folder, device, dtype)
         return model, tokenizer, model.config
@@ -178,21 +227,23 @@ def load_run(folder, device="cpu", dtype=None):
     return model, tokenizer_from(checkpoint["tokenizer"]), model.config
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 CONTEXT = 256               # tokens
 
 
 @torch.no_grad()
 def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
-    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1]. ids[0] is context only (put <eos> first). Dropout is off.
+    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1]. ids[0] is context only (put <eos> first).
+    Dropout is off.
 
-    The model may be shared out among processes; then all call this together. A recurrent model reads the text with its state carried from start to end, cut into `rows` pieces side by side (1: exact;
-    more: faster). Each piece but the first begins with the state after the first CONTEXT tokens of the text and reads the CONTEXT
-    tokens before its own, which do not count: from a state of zero in mid-text a recurrent network may settle among states
-    that it never meets in reading on, and stay there. The Transformer reads windows of
-    `context` tokens that advance by `stride`, and only a window's last `stride` predictions count, so that (after the
-    first window) no token is judged with less than context - stride tokens before it.
+    The model may be shared out among processes; then all call this together. A recurrent model reads the text
+    with its state carried from start to end, cut into `rows` pieces side by side (1: exact; more: faster).
+    Each piece but the first begins with the state after the first CONTEXT tokens of the text and reads the
+    CONTEXT tokens before its own, which do not count: from a state of zero in mid-text a recurrent network
+    may settle among states that it never meets in reading on, and stay there. The Transformer reads windows
+    of `context` tokens that advance by `stride`, and only a window's last `stride` predictions count, so that
+    (after the first window) no token is judged with less than context - stride tokens before it.
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.long)
@@ -229,7 +280,8 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
                 nll = model(x.to(device), targets=y.to(device), reduction="none")[0].cpu()
                 for row, e in enumerate(block):
                     at = group + row
-                    losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])     # what no earlier window predicted
+                    # what no earlier window predicted
+                    losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])
                 data.live(f"evaluated {block[-1]:,} of {n:,} tokens")
             losses = torch.cat(losses)
     model.train(was_training)
@@ -250,11 +302,12 @@ def with_context(tokenizer, ids):
     return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(ids.astype("int64"))])
 
 
-# ------------------------------------------------------------------------------------------------- the training loop
+# ------------------------------------------------------------------------------------------ the training loop
 
 def step_seed(seed, step, rank=0):
-    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run draws what the run
-    that was left alone would have drawn. 32 bits, because a CPU's generator keeps no more."""
+    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run
+    draws what the run that was left alone would have drawn. 32 bits, because a CPU's generator keeps no
+    more."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
@@ -302,8 +355,8 @@ def take_rows(state, rank, world, device):
 
 
 def whole(state):
-    """A nested state in which every tensor that is shared out among the processes is gathered: on the first one's CPU (None in
-    the others). All processes must call it together."""
+    """A nested state in which every tensor that is shared out among the processes is gathered: on the first
+    one's CPU (None in the others). All processes must call it together."""
     if isinstance(state, DTensor):
         full = state.full_tensor()
         return full.cpu() if dist.get_rank() == 0 else None
@@ -314,12 +367,12 @@ def whole(state):
 
 @torch.no_grad()
 def share_of(full, like):
-    """This process's share of a whole tensor, shared out as `like` is: by rows, as torch.chunk does. Where `like` is not
-    shared out: the tensor itself."""
+    """This process's share of a whole tensor, shared out as `like` is: by rows, as torch.chunk does. Where
+    `like` is not shared out: the tensor itself."""
     if not isinstance(like, DTensor):
         return full
     out, parts = torch.empty_like(like), full.chunk(like.device_mesh.size())
-    if like.device_mesh.get_local_rank() < len(parts):              # a short tensor has nothing for the last processes
+    if like.device_mesh.get_local_rank() < len(parts):     # a short tensor has nothing for the last processes
         out.to_local().copy_(parts[like.device_mesh.get_local_rank()])
     return out
 
@@ -329,8 +382,9 @@ class NotFinite(UserError):
 
 
 def clip_gradients(parameters, limit):
-    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a training need no
-    scaling, and then this passes over them once instead of twice, as clip_grad_norm_ does."""
+    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a
+    training need no scaling, and then this passes over them once instead of twice, as clip_grad_norm_
+    does."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -364,18 +418,20 @@ class Trainer:
         self.ddp_model = model                                      # the same, or what averages its gradients
         if self.world > 1:
             self.distribute()
-        self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
-        self.warmup = args.warmup
+        self.optimizer = make_optimizer(model, args.lr, getattr(args, "weight_decay", 0.01))
+        self.warmup = getattr(args, "warmup_steps", 100)
+        self.also = getattr(args, "also", [])                       # names of other corpora to log
+        self.fingerprint = ""                                      # of what a resumed run must find unchanged
         self.state = None                                           # recurrent, carried from batch to batch
         self.step, self.best, self.best_step = 0, math.inf, -1
         self.seconds, self.step_seconds = 0.0, 0.0                  # in all; in training steps
-        self.steps = args.steps or max(1, round((args.epochs or 0) * batches.steps_per_epoch))
+        self.steps = getattr(args, "steps", None) or max(1, round((args.epochs or 0) * batches.steps_per_epoch))
         self.interval = args.eval_every or -(-self.steps // 20)     # steps between evaluations
         self.loss_sum, self.loss_steps = 0.0, 0                     # since the last row of the log
         self.interrupted = self.stopping = False                    # told to stop; every process knows it
         self.learning_rate, self.grad_norm = "", ""                 # of the last step
 
-    sharded = False                                                 # whether a process holds a part of the weights only
+    sharded = False                                       # whether a process holds a part of the weights only
 
     def distribute(self):
         """Have the gradients of all processes averaged."""
@@ -389,8 +445,8 @@ class Trainer:
                 "step": self.step}
 
     def save(self, best=False):
-        """Write last.pt, and best.pt if these weights are the best. Every process has its own rows of the recurrent state: they
-        are gathered, and only the first process writes."""
+        """Write last.pt, and best.pt if these weights are the best. Every process has its own rows of the
+        recurrent state: they are gathered, and only the first process writes."""
         states = [self.state]
         if self.world > 1:
             states *= self.world
@@ -400,7 +456,8 @@ class Trainer:
             return
         if best:
             write_atomically(self.run / "best.pt", lambda f: torch.save(model, f))
-        rest = {"optimizer": optimizer, "state": join_rows(states), "options": kept_arguments(self.args)}
+        rest = {"optimizer": optimizer, "state": join_rows(states), "options": asdict(self.args),
+                "fingerprint": self.fingerprint}
         rest |= {name: getattr(self, name) for name in self.KEPT}
         write_atomically(self.run / "last.pt", lambda f: torch.save(model | rest, f))
 
@@ -437,7 +494,8 @@ class Trainer:
         elif resumed:
             if path.exists():
                 with open(path, newline="", errors="replace") as f:
-                    rows = [row for row in csv.reader(f.read().split("\n")[1:-1])  # a last line without an end was cut off
+                    # a last line without an end was cut off
+                    rows = [row for row in csv.reader(f.read().split("\n")[1:-1])
                             if len(row) == len(self.columns) and row[0].isdigit() and int(row[0]) <= self.step]
             else:
                 self.show(f"{path} is missing; it begins again at step {self.step}", "\n")
@@ -447,7 +505,7 @@ class Trainer:
 
     def log_columns(self):
         return ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second", "val_loss",
-                "val_ppl"] + [f"ppl_{name}" for name in self.args.also]
+                "val_ppl"] + [f"ppl_{name}" for name in self.also]
 
     def write_row(self, row):
         self.log_file.write(csv_text([[f"{v:.6g}" if isinstance(v, float) else v for v in row]]))
@@ -462,7 +520,7 @@ class Trainer:
                "grad_norm": self.grad_norm, "tokens_per_second": tokens / max(self.step_seconds, 1e-9)}
         if scores:
             row |= {"val_loss": scores["val"]["nll"], "val_ppl": scores["val"]["ppl"]}
-            row |= {f"ppl_{name}": scores[name]["ppl"] for name in self.args.also}
+            row |= {f"ppl_{name}": scores[name]["ppl"] for name in self.also}
         self.write_row([row.get(c, "") for c in self.columns])
         self.loss_sum, self.loss_steps = 0.0, 0
 
@@ -473,7 +531,7 @@ class Trainer:
 
     def verdict(self, scores, better):
         """What it says of an evaluation."""
-        also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.args.also)
+        also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.also)
         return f"val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}"
 
     def sample(self, scores):
@@ -500,16 +558,17 @@ class Trainer:
             loss, state = self.ddp_model(x, self.state, targets=y)
         loss.backward()
         self.state = detach(state)
-        return loss.item(), clip_gradients(self.model.parameters(), self.args.clip)
+        return loss.item(), clip_gradients(self.model.parameters(), self.args.grad_clip)
 
     def update(self):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self):
-        """One optimizer step; -> mean loss in nats per token. UserError if the loss or the gradient is not finite."""
+        """One optimizer step; -> mean loss in nats per token. UserError if the loss or the gradient is not
+        finite."""
         torch.manual_seed(step_seed(self.args.seed, self.step, self.rank))
-        if self.batches.first(self.step) or not self.model.recurrent:
+        if self.batches.is_epoch_start(self.step) or not self.model.recurrent:
             self.state = None
         x, y = (t.chunk(self.world)[self.rank].to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
         self.learning_rate = learning_rate(self.step, self.steps, self.args.lr, self.warmup)
@@ -522,7 +581,7 @@ class Trainer:
         self.update()
         self.step += 1
         self.stopping = self.interrupted
-        if self.world > 1:                                          # the mean loss, and whether anyone was told to stop
+        if self.world > 1:                                # the mean loss, and whether anyone was told to stop
             shared = torch.tensor([loss, self.interrupted], dtype=torch.float64, device=self.device)
             dist.all_reduce(shared)
             loss, self.stopping = shared[0].item() / self.world, shared[1].item() > 0
@@ -576,7 +635,7 @@ class Trainer:
 
     def loop(self):
         clock, shown = time.perf_counter() - self.seconds, 0.0
-        if self.step == 0:                                          # a row of the log; there is nothing to save yet
+        if self.step == 0:                                    # a row of the log; there is nothing to save yet
             self.evaluate_and_log()
         started, from_step = time.perf_counter(), self.step
         while self.step < self.steps:
@@ -600,15 +659,16 @@ class Trainer:
                 self.seconds = time.perf_counter() - clock
                 self.save(best=better)
                 self.show(f"{self.status(loss)}  {self.verdict(scores, better)}  {self.seconds:.0f} s, {left:.0f} s left", "\n")
-                if self.args.sample and self.rank == 0 and not self.sharded:
+                if getattr(self.args, "sample", False) and self.rank == 0 and not self.sharded:
                     self.show("    " + " ".join(self.sample(scores).split())[:100], "\n")
-            elif self.step % self.args.log_every == 0:
+            elif self.step % getattr(self.args, "log_every", 1) == 0:
                 self.log()
 
 
-# ------------------------------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
-WHILE_TRAINING, AT_THE_END = 100_000, 300_000       # tokens of a split that are read at most (IMDB's test split has 7 million)
+# tokens of a split that are read at most (IMDB's test split has 7 million)
+WHILE_TRAINING, AT_THE_END = 100_000, 300_000
 EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one row
 
 
@@ -618,14 +678,16 @@ def eval_batch_size(ids):
 
 
 def evaluator(model, corpora, tokenizer, dtype):
-    """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side by side."""
+    """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side
+    by side."""
     texts = {name: with_context(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
     return lambda: {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype)
                     for name, ids in texts.items()}
 
 
 def environment(device):
-    """What a result was computed with: torch, the processor, the commit of this code (None where git does not know it)."""
+    """What a result was computed with: torch, the processor, the commit of this code (None where git does not
+    know it)."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
@@ -656,7 +718,7 @@ def finish(trainer, corpus, device, dtype):
               "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds, "seconds": trainer.seconds,
               "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
               "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
-              "test_tokens": scores["test"]["tokens"], **environment(device), "options": kept_arguments(args)}
+              "test_tokens": scores["test"]["tokens"], **environment(device), "options": asdict(args)}
     save_json(trainer.run / "result.json", result)
     floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
     print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
@@ -669,7 +731,7 @@ def make_trainer(args, corpora, device, dtype):
     corpus = corpora["val"]
     torch.manual_seed(args.seed)
     model = build_model(args.model, model_config(args, corpus.tokenizer.vocab_size)).to(device)
-    cut = data.Streams if model.recurrent else data.Windows
+    cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
     batches = cut(corpus.ids["train"], args.batch_size, args.block_size, args.seed)
     trainer = Trainer(args, args.model, model, corpus.tokenizer, batches, evaluator(model, corpora, corpus.tokenizer, dtype),
                       device, dtype)
@@ -677,16 +739,16 @@ def make_trainer(args, corpora, device, dtype):
     return trainer
 
 
-MEASURED = 20               # steps in which --minutes measures the speed; the first quarter is slower and not counted
+MEASURED = 20       # steps in which --minutes measures the speed; the first quarter is slower and not counted
 
 
 def plan_minutes(trainer, corpora):
-    """--minutes as a number of steps: train a copy of the model for MEASURED steps as the job will run, evaluate it once, and
-    plan as many steps as fit into the rest, with the evaluations (up to 20, and up to a tenth of the time, but at least two;
-    the final figures on the test split come on top)."""
+    """--minutes as a number of steps: train a copy of the model for MEASURED steps as the job will run,
+    evaluate it once, and plan as many steps as fit into the rest, with the evaluations (up to 20, and up to a
+    tenth of the time, but at least two; the final figures on the test split come on top)."""
     args, started = trainer.args, time.perf_counter()
     trainer.show("measuring the speed")
-    probe = make_trainer(argparse.Namespace(**vars(args) | {"steps": MEASURED}), corpora, trainer.device, trainer.dtype)
+    probe = make_trainer(replace(args, steps=MEASURED), corpora, trainer.device, trainer.dtype)
     probe.model.train()
     for step in range(MEASURED):
         if step == MEASURED // 4:
@@ -710,7 +772,7 @@ def plan_minutes(trainer, corpora):
                  f"epochs at {trainer.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
 
 
-# ---------------------------------------------------------------------------------------------------- hyperparameters
+# -------------------------------------------------------------------------------------------- hyperparameters
 
 # What --search draws from: a pair of floats is a range on a logarithmic scale, a list is a choice.
 SEARCH_SPACE = {
@@ -724,24 +786,25 @@ SEARCH_SPACE = {
 }
 
 
-def draw(args, rng):
-    """One random configuration, as a dict of arguments. What the command line says is not drawn."""
+def draw(args, given, rng):
+    """One random configuration, as a dict of options. What the command line says is not drawn."""
     config = {name: float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}") if isinstance(space, tuple) else
               rng.choice(space) for name, space in SEARCH_SPACE[args.model].items()}
-    config |= {name: getattr(args, name) for name in config if name in args.typed}
+    config |= {name: getattr(args, name) for name in config if name in given}
     wider = 3 if args.model == "transformer" else 1
     return config | {"n_hidden": wider * config["n_embd"]}
 
 
-def search(args, corpora, device, dtype):
-    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time each, the best
-    third again for three times as long, and so on, every rung for an equal share of --minutes. Trial 0 is what would be
-    trained without a search, so that the table says whether searching paid. Each training is complete, with its own cosine,
-    because a half-finished schedule says little about a finished one. Only the validation split is looked at. Finished
-    trainings are kept in trials.csv and not repeated after an interruption."""
+def search(args, given, corpora, device, dtype):
+    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
+    each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
+    Trial 0 is what would be trained without a search, so that the table says whether searching paid. Each
+    training is complete, with its own cosine, because a half-finished schedule says little about a finished
+    one. Only the validation split is looked at. Finished trainings are kept in trials.csv and not repeated
+    after an interruption."""
     folder = Path(args.run)
     rng = random.Random(args.seed)
-    configs = [draw(args, rng) for _ in range(args.search)]
+    configs = [draw(args, given, rng) for _ in range(args.search)]
     configs = [{name: getattr(args, name) for name in configs[0]}] + configs
     alive = list(range(len(configs)))
     sizes = [len(alive)]
@@ -782,7 +845,7 @@ def search(args, corpora, device, dtype):
         print("  ".join(str(row.get(c, "")).rjust(widths[c]) for c in columns))
     if not math.isfinite(float(order[0][scores[-1]])):
         raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr held fixed")
-    typed = {k: getattr(args, k) for k in sorted(args.typed - {"model", "data", "minutes", "search", "run", "also", "resume"})}
+    typed = {k: getattr(args, k) for k in sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume"})}
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in (configs[alive[0]] | typed).items())
     print(f"the best: python train.py --model {args.model} --data {args.data} --minutes {args.minutes:g} {flags}")
 
@@ -790,7 +853,7 @@ def search(args, corpora, device, dtype):
 def run_trial(args, config, minutes, folder, corpora, device, dtype, score):
     """Train one configuration for so many minutes; -> its row of trials.csv."""
     shutil.rmtree(folder, ignore_errors=True)
-    trial_args = argparse.Namespace(**vars(args) | config | {"run": str(folder), "minutes": minutes, "sample": False})
+    trial_args = replace(args, **config, run=str(folder), minutes=minutes, sample=False)
     trainer, diverged = make_trainer(trial_args, corpora, device, dtype), False
     trainer.go_on = "the same search again; finished trials are not repeated"
     try:
@@ -805,7 +868,7 @@ def run_trial(args, config, minutes, folder, corpora, device, dtype, score):
             score: "inf" if diverged else f"{math.exp(trainer.best):.3f}"}
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def defaults_text():
     """The tables at the top of this file, for --help."""
@@ -814,193 +877,130 @@ def defaults_text():
                          ("real text", {m: COMMON | DEFAULTS[m] | d for m, d in REAL_TEXT.items()})):
         lines.append(f"defaults for {title}:")
         for model, values in table.items():
-            lines += textwrap.wrap(f"{model}: " + ", ".join(f"{k} {v:g}" for k, v in values.items()), 100,
-                                   initial_indent="  ", subsequent_indent="    ")
+            text = f"{model}: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in values.items())
+            lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def parser():
-    p = data.Parser(formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a "
-                                "corpus or a file.",
-                    epilog=f"{defaults_text()}\n\n"
-                           "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2")
-    p.add_argument("--model", choices=list(MODELS), default="lstm", help="default: %(default)s")
-    p.add_argument("--data", default="finance",
-                   help=f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file (default: %(default)s)")
-    p.add_argument("--tokenizer", choices=("word", "gpt2"), default="word",
-                   help="whole words, or GPT-2's byte-pair encoding (default: %(default)s)")
-    p.add_argument("--run", help="folder of the run (default: runs/MODEL-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --run, as it was started")
-    p.add_argument("--also", nargs="*", default=[], metavar="DATA", help="other corpora to log the perplexity of")
-    p.add_argument("--search", type=int, metavar="N", help="try N random configurations and the default one within "
-                   "--minutes, narrowed by thirds; what else you type is held fixed; looks at the validation split only")
-    how_long = p.add_mutually_exclusive_group()
-    how_long.add_argument("--epochs", type=float, metavar="E", help="passes over the training text")
-    how_long.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
-    how_long.add_argument("--minutes", type=float, metavar="M", help="measure the speed, then plan as many steps as fit")
-    sizes = p.add_argument_group("by model and corpus (see below for the defaults)", argument_default=argparse.SUPPRESS)
-    for name, kind, text in (
-            ("--batch-size", int, "rows of a batch"),
-            ("--block-size", int, "tokens of a row: back-propagation through time goes so far, or the Transformer's "
-             "context"), ("--lr", float, "highest learning rate"),
-            ("--n-layer", int, "layers"), ("--n-head", int, "attention heads"), ("--n-embd", int, "width"),
-            ("--n-hidden", int, "width inside: of all recurrent layers but the last (default: n_embd), of the "
-             "Transformer's MLP (default: 3 n_embd)"),
-            ("--dropout", float, "on what the last recurrent layer, or each half-block, puts out"),
-            ("--dropout-hidden", float, "between recurrent layers"), ("--dropout-input", float, "on the embedded input"),
-            ("--dropout-embed", float, "of whole words"), ("--weight-decay", float, "AdamW's, on matrices")):
-        sizes.add_argument(name, type=kind, metavar="X" if kind is float else "N", help=text)
-    for name, kind, default, text in (
-            ("--warmup", int, 100, "steps of linear warm-up"), ("--clip", float, 1.0, "largest gradient norm"),
-            ("--log-every", int, 50, "steps between rows of log.csv"),
-            ("--seed", int, 1, "of weights, batches and dropout")):
-        p.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: a 20th of the run)")
-    add_device(p)
-    return p
+def default_run(config):
+    return f"runs/{'search-' if config.search else ''}{config.model}-{Path(config.data).stem}"
 
 
-def add_device(p):
-    """The arguments of everything that trains."""
-    p.add_argument("--sample", action=argparse.BooleanOptionalAction, default=True,
-                   help="print a line that the model writes at every evaluation (default: yes)")
-    p.add_argument("--device", default="auto", help="auto (the default: cuda, then mps, then cpu), or a torch device")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the matmuls, weights are float32 (default: bfloat16 where the hardware multiplies it)")
-
-
-def parse(p, argv, positive):
-    """The arguments, with `typed`: the names of those on the command line (a resumed run takes no others). An error unless
-    those named in `positive`, where they are given, are above 0."""
-    untyped = object()
-    asked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(p.parse_args([])), untyped)))
-    args = p.parse_args(argv)
-    args.typed = {name for name, value in vars(asked).items() if value is not untyped}
-    for name in positive:
-        if (value := getattr(args, name, None)) is not None and not 0 < value < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    return args
-
-
-def arguments(argv=None):
-    p = parser()
-    args = parse(p, argv, ("epochs", "steps", "minutes", "batch_size", "block_size", "lr", "n_layer", "n_head", "n_embd",
-                           "n_hidden", "eval_every", "log_every", "clip", "search"))
-    for name in ("dropout", "dropout_hidden", "dropout_input", "dropout_embed"):
-        if not 0 <= getattr(args, name, 0) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 0 and below 1")
-    if not 0 <= args.seed < 2 ** 63 or not 0 <= getattr(args, "weight_decay", 0) < math.inf or args.warmup < 0:
-        p.error("--seed, --weight-decay and --warmup must not be negative (nor a seed reach 2^63)")
-    if args.search and ("n_hidden" in args.typed or "RANK" in os.environ):
-        p.error("--search runs in one process, and draws --n-hidden with --n-embd")
-    if args.search and not args.minutes:
-        p.error("--search needs --minutes: the time for all trials together")
-    if "val" in args.also:
-        p.error("--also val: this name is taken; rename the file")
-    return args
-
-
-def default_run(args):
-    return f"runs/{'search-' if args.search else ''}{args.model}-{Path(args.data).stem}"
-
-
-def fill_defaults(args):
-    """Settle what depends on model and corpus."""
-    small = args.data in data.DOMAINS
-    defaults = COMMON | DEFAULTS[args.model] | ({} if small else REAL_TEXT[args.model])
-    if args.model != "transformer":
+def resolve_defaults(config):
+    """Fill in what depends on model and corpus."""
+    embedded = config.data in data.DOMAINS
+    defaults = COMMON | DEFAULTS[config.model] | ({} if embedded else REAL_TEXT[config.model])
+    if config.model != "transformer":
         defaults = dict.fromkeys(("dropout_hidden", "dropout_input", "dropout_embed"), 0.0) | defaults
-    if args.epochs or args.steps or args.minutes:
+    if config.epochs or config.steps or config.minutes:
         defaults.pop("epochs")
     for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if not hasattr(args, "n_hidden"):
-        args.n_hidden = 3 * args.n_embd if args.model == "transformer" else args.n_embd
-    args.run = args.run or default_run(args)
-    return args
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.n_hidden is None:
+        config.n_hidden = 3 * config.n_embd if config.model == "transformer" else config.n_embd
+    config.run = config.run or default_run(config)
 
 
-def model_config(args, vocab_size):
-    """The arguments that describe the model, as the dict its config is made of; UserError for one it does not have."""
-    fields = MODELS[args.model][1].__dataclass_fields__
-    config = {k: getattr(args, k) for k in fields if hasattr(args, k)} | {"vocab_size": vocab_size}
-    if args.model == "transformer":
-        config["n_kv_head"] = args.n_head
-    if args.model != "transformer" and args.n_layer == 1 and args.n_hidden != args.n_embd:
+def model_config(config, vocab_size):
+    """The options that describe the model, as the dict its own config is made of; UserError for one it
+    lacks."""
+    fields = MODELS[config.model][1].__dataclass_fields__
+    sizes = {name: getattr(config, name) for name in fields if hasattr(config, name)} | {"vocab_size": vocab_size}
+    if config.model == "transformer":
+        sizes["n_kv_head"] = config.n_head
+    if config.model != "transformer" and config.n_layer == 1 and config.n_hidden != config.n_embd:
         raise UserError("--n-hidden is the width of the layers below the last one, which shares its weights with the "
                         "embedding and is --n-embd wide; with one layer, set --n-embd alone")
     for name in ("n_head", "dropout_hidden", "dropout_input", "dropout_embed"):
-        if hasattr(args, name) and name not in fields:
-            raise UserError(f"--{name.replace('_', '-')} means nothing to --model {args.model}; leave it out")
-    return config
+        if getattr(config, name) is not None and name not in fields:
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --model {config.model}; leave it out")
+    return sizes
 
 
-def resumed_arguments(args):
-    """The checkpoint in args.run and the arguments it was started with; UserError if the command line says others."""
-    if args.run is None:
-        args.run = default_run(args)
-    checkpoint = read_checkpoint(Path(args.run) / "last.pt")
-    if "options" not in checkpoint or checkpoint["options"].get("model") != checkpoint["kind"]:
-        raise UserError(f"{args.run}/last.pt is not a run of train.py that could be resumed")
-    take_arguments(args, checkpoint["options"])
-    return args, checkpoint
+# options that say where and how a run is computed, not what
+LOCAL = "run", "resume", "sample", "shard"
 
 
-def kept_arguments(args):
-    """What a run keeps of its arguments, as a dict: all but those that say where and how it is run."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "run", "typed", "before", "go_on", "shard", "sample")}
+def check_resume_config(config, given, saved):
+    """The options that a run was started with (saved, of a checkpoint), where it is now; UserError if the
+    command line says others."""
+    for name in sorted(given.difference(LOCAL)):
+        if getattr(config, name) != saved.get(name):
+            raise UserError(f"the run in {config.run} was started with {name} {saved.get(name)}, not "
+                            f"{getattr(config, name)}. Resume it without other options, or choose another folder with "
+                            "--run")
+    here = {name: value for name, value in asdict(config).items() if name in LOCAL}
+    try:
+        return type(config)(**saved | here)
+    except TypeError as e:
+        raise UserError(f"the run in {config.run} is of another version of this script: {e}") from e
 
 
-def take_arguments(args, saved):
-    """Set args to those a run was started with; UserError if the command line says others."""
-    for name, value in saved.items():
-        if name in args.typed and getattr(args, name) != value:
-            raise UserError(f"the run in {args.run} was started with {name} {value}, not {getattr(args, name)}. Resume it "
-                            "without other arguments, or choose another folder with --run")
-        setattr(args, name, value)
+def refuse_existing(run, resume_command, files=("last.pt", "result.json")):
+    """UserError if a folder already holds a run."""
+    if os.environ.get("RANK", "0") == "0" and any((Path(run) / file).exists() for file in files):
+        raise UserError(f"{run} already holds a run{' or weights' if 'config.json' in files else ''}. Resume it: "
+                        f"{resume_command}; or choose another folder with --run")
+
+
+def check_text(corpus, fingerprint, run):
+    """UserError if a text is too short to be split, or is not the one that a run was started with."""
+    for split, ids in corpus.ids.items():
+        if len(ids) < 2 and split != "train":
+            raise UserError(f"{corpus.name} is too short: its {split} part (5 %, cut between lines) holds {len(ids)} "
+                            "tokens")
+    if fingerprint and fingerprint != corpus.fingerprint():
+        raise UserError(f"{corpus.name} is no longer the text that the run in {run} was started with; restore it, or "
+                        "start a new run with --run")
 
 
 def main(argv=None):
-    args, checkpoint = arguments(argv), None
-    if args.resume:
-        args, checkpoint = resumed_arguments(args)
+    config, given = data.parse_args(Config, argv, defaults_text() + "\n\nexample: python train.py --model lstm "
+                                    "--data ptb --minutes 15 --also wikitext2")
+    if len(given & {"epochs", "steps", "minutes"}) > 1:
+        raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
+    if config.search and ("n_hidden" in given or "RANK" in os.environ):
+        raise UserError("--search runs in one process, and draws --n-hidden with --n-embd")
+    if config.search and not config.minutes:
+        raise UserError("--search needs --minutes: the time for all trials together")
+    if "val" in config.also:
+        raise UserError("--also val: this name is taken; rename the file")
+    checkpoint = None
+    if config.resume:
+        config.run = config.run or default_run(config)
+        checkpoint = read_checkpoint(Path(config.run) / "last.pt")
+        if checkpoint.get("options", {}).get("model") != checkpoint["kind"]:
+            raise UserError(f"{config.run}/last.pt is not a run of train.py that could be resumed")
+        config = check_resume_config(config, given, checkpoint["options"])
     else:
-        args = fill_defaults(args)
-        if any((Path(args.run) / file).exists() for file in ("last.pt", "result.json")) and os.environ.get("RANK", "0") == "0":
-            raise UserError(f"{args.run} already holds a run. Go on with it: python train.py --resume --run {args.run}; "
-                            "or choose another folder with --run")
-    rank, world, device = join_processes(pick_device(args.device))
-    dtype = pick_dtype(args.dtype, device)
-    torch.manual_seed(args.seed)
-    tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else args.tokenizer
+        resolve_defaults(config)
+        refuse_existing(config.run, f"python train.py --resume --run {config.run}")
+    rank, world, device = join_processes(pick_device(config.device))
+    dtype = pick_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+    tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else config.tokenizer
     if rank:
         dist.barrier()                                              # the first process downloads and encodes
-    splits = ("train", "valid") if args.search else ("train", "valid", "test")      # a search never sees the test split
-    corpus = data.load(args.data, tokenizer, splits)
-    for split in splits[1:]:
-        if len(corpus.ids[split]) < 2:
-            raise UserError(f"{args.data} is too short: its {split} part (5 %, cut between lines) holds "
-                            f"{len(corpus.ids[split])} tokens")
-    if checkpoint and args.text != corpus.fingerprint():
-        raise UserError(f"{args.data} is no longer the text that the run in {args.run} was started with; restore it, or start "
-                        "a new run with --run")
-    args.text = corpus.fingerprint()
-    corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer, splits=("valid",)) for name in args.also}
+    # a search never sees the test split
+    splits = ("train", "valid") if config.search else ("train", "valid", "test")
+    corpus = data.load(config.data, tokenizer, splits)
+    check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
+    corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
     if world > 1 and rank == 0:
         dist.barrier()
-    if args.search:
-        return search(args, corpora, device, dtype)
-    trainer = make_trainer(args, corpora, device, dtype)
+    if config.search:
+        return search(config, given, corpora, device, dtype)
+    trainer = make_trainer(config, corpora, device, dtype)
+    trainer.fingerprint = corpus.fingerprint()
     if checkpoint:
         trainer.resume(checkpoint)
-    elif args.minutes:
+    elif config.minutes:
         plan_minutes(trainer, corpora)
     trainer.open_log(resumed=bool(checkpoint))
-    trainer.show(f"{args.model} on {args.data}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
+    trainer.show(f"{config.model} on {config.data}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
                  f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}"
-                 f"{f' x {world}' if world > 1 else ''}, {args.run}", "\n")
+                 f"{f' x {world}' if world > 1 else ''}, {config.run}", "\n")
     trainer.fit()
     if rank == 0:
         finish(trainer, corpus, device, dtype)

@@ -218,10 +218,9 @@ def tuning_step(side, folder, option, tokens=512):
     checkpointing, the library's with AdamW(fused=True)."""
     ids = torch.randint(QWEN2["vocab_size"], (10 * tokens,)).numpy()
     if side == "ours":
-        args = argparse.Namespace(run="", lr=1e-5, weight_decay=0.01, batch_size=1, block_size=tokens, epochs=1.0, steps=1000, minutes=None,
-                                  also=[], warmup=1, clip=1.0, eval_every=None, accumulate=1, checkpointing=option, seed=1, shard=False)
+        args = finetune.Config(run="", lr=1e-5, batch_size=1, block_size=tokens, steps=1000, warmup_steps=1, checkpointing=option)
         model = qwen_load.load_weights(folder, dtype=torch.float32).train()
-        return finetune.FineTuner(args, "transformer", model, None, data.Windows(ids, 1, tokens, 0), None, torch.device("cpu"), torch.bfloat16).train_step
+        return finetune.FineTuner(args, "transformer", model, None, data.WindowBatches(ids, 1, tokens, 0), None, torch.device("cpu"), torch.bfloat16).train_step
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=option or None)
@@ -274,8 +273,8 @@ def memory(device):
         for options in ([], ["--checkpointing"], ["--shard"], ["--shard", "--checkpointing"]):
             cells = []
             for world in (1, 2, 4, 8):
-                args = argparse.Namespace(batch_size=8 * world, block_size=256, accumulate=1, checkpointing="--checkpointing" in options,
-                                          shard="--shard" in options)
+                args = finetune.Config(batch_size=8 * world, block_size=256, checkpointing="--checkpointing" in options,
+                                       shard="--shard" in options)
                 needed = finetune.memory_needed(model, args, torch.bfloat16, world)
                 cells.append("–" if args.shard and world == 1 else f"{needed / 1e9:.0f}")
             n = sum(p.numel() for p in model.parameters())
@@ -326,17 +325,17 @@ class LibraryPPO:
             old = {name: torch.cat(values) for name, values in old.items()}
         rewards, inside = -args.kl_coef * (old["log_prob"] - old["ref_log_prob"]), torch.ones_like(old["value"])
         rewards[:, -1] += score
-        advantages, returns = ppo.gae(rewards, old["value"], inside, args.gamma, args.lam)
+        advantages, returns = ppo.gae(rewards, old["value"], inside, args.gamma, args.gae_lambda)
         advantages = ppo.whiten(advantages, inside)
         for _ in range(args.epochs):
             for rows in torch.randperm(len(tokens)).split(args.minibatch):
                 logits, hidden = self.logits(self.policy, tokens[rows], mask[rows], positions[rows])
                 log_prob = logits.log_softmax(-1).gather(-1, actions[rows][..., None])[..., 0]
-                loss = ppo.policy_loss(log_prob.flatten(), old["log_prob"][rows].flatten(), advantages[rows].flatten(), args.clip_range)[0]
+                loss = ppo.policy_loss(log_prob.flatten(), old["log_prob"][rows].flatten(), advantages[rows].flatten(), args.clip_coef)[0]
                 loss = loss + args.value_coef * ppo.value_loss(self.value_head(hidden)[..., 0].flatten(), old["value"][rows].flatten(),
-                                                               returns[rows].flatten(), args.clip_range)
+                                                               returns[rows].flatten(), args.clip_coef)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.parameters, args.clip)
+                torch.nn.utils.clip_grad_norm_(self.parameters, args.grad_clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
@@ -375,8 +374,7 @@ def rlhf(device):
             scorer.save_pretrained(folder / "scorer")
             (folder / "scorer/vocab.txt").write_text("\n".join(vocab) + "\n")
             for dtype_name, dtype in DTYPES.items():
-                args = ppo.arguments(["--steps", "1000", "--run", str(folder / "run"), "--data", "imdb"])
-                args.eval_every, args.lr = 1000, 1e-6
+                args = ppo.Config(steps=1000, run=str(folder / "run"), data="imdb", eval_every=1000, lr=1e-6)
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
                 model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))

@@ -59,8 +59,12 @@ COMMANDS = {
 }
 
 
+RENAMED = {"--warmup": "--warmup-steps"}            # options, in trees whose data.py has parse_args
+
+
 def launch(tree, folder, command, run, *more):
-    first, *rest = command.split()
+    names = RENAMED if "def parse_args" in (tree / "data.py").read_text(encoding="utf-8") else {}
+    first, *rest = (names.get(word, word) for word in command.split())
     python = [sys.executable]
     if first.isdigit():
         port = str(random.randrange(20_000, 60_000))

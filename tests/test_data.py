@@ -531,24 +531,24 @@ def test_files_already_there_are_taken_as_they_are(data_folder):
 @pytest.mark.parametrize("n, rows, block", [(1000, 4, 7), (129, 1, 64), (5000, 16, 35)])
 def test_streams_continue_from_step_to_step(n, rows, block):
     ids = np.arange(n)
-    batches = data.Streams(ids, rows, block, seed=3)
+    batches = data.ContiguousBatches(ids, rows, block, seed=3)
     for epoch in range(2):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
         inputs = [batches.batch(s) for s in steps]
         text = torch.cat([x for x, _ in inputs], 1)
-        assert batches.first(steps[0]) and not any(batches.first(s) for s in steps[1:])
+        assert batches.is_epoch_start(steps[0]) and not any(batches.is_epoch_start(s) for s in steps[1:])
         assert (text.diff(dim=1) == 1).all()                        # each row is contiguous text
         assert len(text.flatten().unique()) == text.numel()         # nothing twice
         assert text.numel() >= n - rows * 2 * block - block         # little is left out
         assert all(torch.equal(y, x + 1) for x, y in inputs)
     x, y = batches.batch(5)
-    assert torch.equal(x, data.Streams(ids, rows, block, seed=3).batch(5)[0]) and x.shape == (rows, block)
+    assert torch.equal(x, data.ContiguousBatches(ids, rows, block, seed=3).batch(5)[0]) and x.shape == (rows, block)
 
 
 @pytest.mark.parametrize("n, rows, block", [(1000, 4, 7), (200, 1, 64), (5000, 16, 35)])
 def test_windows_read_everything_once_an_epoch_in_another_order(n, rows, block):
     ids = np.arange(n)
-    batches = data.Windows(ids, rows, block, seed=3)
+    batches = data.WindowBatches(ids, rows, block, seed=3)
     orders = []
     for epoch in range(2):
         xs = [batches.batch(epoch * batches.steps_per_epoch + s) for s in range(batches.steps_per_epoch)]
@@ -557,11 +557,11 @@ def test_windows_read_everything_once_an_epoch_in_another_order(n, rows, block):
         assert text.numel() >= n - (rows + 2) * block and all(torch.equal(y, x + 1) for x, y in xs)
         orders.append(text[:, 0].tolist())
     assert n == 200 or orders[0] != orders[1]
-    fresh = data.Windows(ids, rows, block, seed=3)
+    fresh = data.WindowBatches(ids, rows, block, seed=3)
     assert torch.equal(fresh.batch(2)[0], batches.batch(2)[0])      # no matter what was asked before
 
 
-@pytest.mark.parametrize("kind", [data.Streams, data.Windows])
+@pytest.mark.parametrize("kind", [data.ContiguousBatches, data.WindowBatches])
 def test_a_text_shorter_than_a_batch_is_refused(kind):
     with pytest.raises(UserError, match="50 tokens.*--batch-size"):
         kind(np.arange(50), 8, 20, seed=0)

@@ -141,7 +141,7 @@ def few_documents(monkeypatch):
 def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(domain, few_documents):
     run = evaluation.Run("source", Source(domain), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": domain})
     got = evaluation.score(run, evaluation.read_domain(domain), None, ends=True)
-    assert got["corpus"] == pytest.approx(data.floor(domain, "test"), rel=1e-9)
+    assert got["corpus"] == pytest.approx(data.embedded_floor(domain, "test"), rel=1e-9)
     memory = evaluation.name_memory(run, None)
     assert sum(cell[2] for cell in memory if cell) > 10
     assert all(abs(cell[0]) < 1e-9 and abs(cell[1]) < 1e-9 for cell in memory if cell)
@@ -234,7 +234,7 @@ def trained(tmp_path_factory):
     own = folder / "own.txt"
     own.write_text("".join(f"the {'cat dog cow'.split()[i % 3]} of {i % 7} towns saw mr. hale {'twice' if i % 5 else 'and left'} .\n"
                            for i in range(400)))
-    small = ["--n-embd", "16", "--n-hidden", "16", "--batch-size", "8", "--block-size", "16", "--steps", "6", "--warmup", "2",
+    small = ["--n-embd", "16", "--n-hidden", "16", "--batch-size", "8", "--block-size", "16", "--steps", "6", "--warmup-steps", "2",
              "--log-every", "2", "--eval-every", "3"]
     for name, *options in (("rnn", "--model", "rnn"), ("lstm", "--model", "lstm"), ("lstm-2", "--model", "lstm", "--seed", "2"),
                            ("transformer", "--model", "transformer", "--n-head", "2", "--also", "climate"),
@@ -261,7 +261,7 @@ def test_one_command_makes_the_whole_report(runs, few_documents, capsys):
     assert seeds["test"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):,.2f}"
     assert set(js["stages"]["transformer"]) == {"val_ppl", "ppl_climate"}
     climate = js["domains"]["climate"]
-    assert climate["floor"] == pytest.approx(data.floor("climate", "test"), rel=0.3) and js["domains"][str(CLIMATE)]["floor"] is None
+    assert climate["floor"] == pytest.approx(data.embedded_floor("climate", "test"), rel=0.3) and js["domains"][str(CLIMATE)]["floor"] is None
     assert climate["gaps"].keys() | climate["runs"].keys() == {p.name for p in runs.iterdir()} - {"report"}
     for image in ("loss_curves", "stages", "memory_finance", "domains"):
         assert f"]({image}.png)" in md and (runs / "report" / f"{image}.png").read_bytes().startswith(b"\x89PNG")

@@ -208,7 +208,7 @@ def test_numbers_at_the_edges_of_the_interval_draw_no_token_of_probability_0(mon
                                    "--top-k -3", "--seed -1"])
 def test_bad_numbers_are_refused(wrong):
     with pytest.raises(data.UserError, match=wrong.split()[0] + " (must be|at most)"):
-        sample.arguments(wrong.split())
+        sample.main(wrong.split())
 
 
 def test_a_run_of_ours_does_not_chat(tmp_path, monkeypatch):
