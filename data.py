@@ -179,7 +179,7 @@ def parse_args(Config, argv=None, epilog=None):
             groups[group] = parser.add_argument_group(group)
         text = f.metadata["help"].replace("%", "%%")
         default = f.default if f.default_factory is MISSING else " ".join(map(str, f.default_factory()))
-        if default not in (None, False, ""):
+        if default is not None and default is not False and default != "":
             text += f" (default: {'yes' if default is True else default})"
         if f.type is bool:
             action = argparse.BooleanOptionalAction if f.default else "store_true"
@@ -944,8 +944,8 @@ def encode_split(name, split, tokenizer):
             for text in documents(name, split):
                 yield np.array(tokenizer.encode(text), dtype)
         except ValueError as e:
-            raise UserError(f"{name} cannot be read with this vocabulary: {e}. A corpus of the same kind can: an "
-                            "embedded language goes with an embedded language; or take --tokenizer gpt2") from e
+            raise UserError(f"{name} cannot be read with this vocabulary: {e}. One of the same kind can: "
+                            "embedded languages go with embedded languages, or take --tokenizer gpt2") from e
 
     generated = name in CORPORA and not CORPORA[name].file
     if generated or source_file(name, split).stat().st_size <= IN_MEMORY_BYTES:
