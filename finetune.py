@@ -50,9 +50,9 @@ from data import UserError, option, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, suppressed_tokens
-from train import (LOCAL, MODELS, Trainer, build_model, check_resume_config, check_text, clip_gradients, environment,
+from train import (LOCAL, MODELS, Trainer, build_model, check_resume_config, check_text, clip_grad_norm, environment,
                    eval_batch_size, join_processes, load_run, perplexity, pick_device, pick_dtype, read_checkpoint,
-                   refuse_existing, tokenizer_from, with_context)
+                   refuse_existing, tokenizer_from, prepend_eos)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
@@ -190,7 +190,7 @@ class FineTuner(Trainer):
                 loss = self.ddp_model(x_part, targets=y_part)[0] / self.args.accumulate
             loss.backward()
             total += loss.item()
-        return total, clip_gradients(self.model.parameters(), self.args.grad_clip)
+        return total, clip_grad_norm(self.model.parameters(), self.args.grad_clip)
 
     def update(self):
         """AdamW, a few matrices after the other: those without a gradient are passed over."""
@@ -289,7 +289,7 @@ def retained_ids(name, tokenizer, most=20_000):
             break
     if len(ids) < 2:
         raise UserError(f"--retain {name} is too short")
-    return with_context(tokenizer, np.array(ids[:most]))
+    return prepend_eos(tokenizer, np.array(ids[:most]))
 
 
 def measure(model, tokenizer, args, dtype):
@@ -397,7 +397,7 @@ def tune(args, device, dtype, checkpoint=None, before=None, resume_hint=None):
         del whole_model
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
-    valid = with_context(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
+    valid = prepend_eos(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
     evaluate = lambda: {"val": perplexity(model, valid, rows=eval_batch_size(valid), dtype=dtype)}
     trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
     trainer.go_on = resume_hint or f"python finetune.py --resume --run {run}"

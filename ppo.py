@@ -89,8 +89,10 @@ from finetune import C, context, is_embedded, read_before
 from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream, stop_ids, suppressed_tokens
-from train import (MODELS, NotFinite, Trainer, build_model, check_resume_config, clip_gradients, environment,
-                   learning_rate, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing, step_seed)
+from train import (COLUMNS, MODELS, Log, NotFinite, Progress, StopRequest, Trainer, autocast, build_model,
+                   check_finite, check_resume_config, clip_grad_norm, complete_checkpoint, configure_optimizer,
+                   environment, get_lr, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing,
+                   save_checkpoint, set_lr, step_seed, stopped)
 from transformer import Scorer, ScorerConfig
 
 
@@ -177,7 +179,7 @@ class RewardConfig:
 
 # ------------------------------------------------------------------------------------------- training a scorer
 
-class Texts:
+class TextBatches:
     """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once: whole, or (every
     other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored is short. `batch(step)` depends on
     nothing but (seed, step). texts: lists of ids; labels: 0 or 1."""
@@ -220,22 +222,6 @@ class Texts:
                 torch.tensor([self.labels[t] for t, _, _ in crops]))
 
 
-class ScorerTrainer(Trainer):
-    """train.py's loop with the cross-entropy of two classes."""
-
-    def gradients(self, tokens, labels):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss = F.cross_entropy(self.model(tokens).float(), labels)
-        loss.backward()
-        return loss.item(), clip_gradients(self.model.parameters(), self.args.grad_clip)
-
-    def status(self, loss):
-        return f"step {self.step}/{self.steps}  loss {loss:.3f}"
-
-    def verdict(self, scores, better):
-        return f"validation loss {scores['val']['nll']:.3f}{' *' if better else ''}, accuracy {scores['val']['accuracy']:.1%}"
-
-
 def accuracy(scorer, texts, labels, dtype):
     """The mean cross-entropy and the accuracy on labelled texts (lists of ids)."""
     with torch.autocast(scorer.classifier.weight.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -245,45 +231,106 @@ def accuracy(scorer, texts, labels, dtype):
     return {"nll": nll, "ppl": math.exp(nll), "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
 
 
-def train_reward(args, device, dtype, checkpoint=None):
-    """Train a scorer from scratch on labelled reviews, into args.run: a folder in the hub's layout."""
-    run = Path(args.run)
-    splits = {split: data.labelled(args.data, split) for split in ("train", "valid", "test")}
-    torch.manual_seed(args.seed)
+def new_scorer(tokenizer, device):
+    """A scorer with BERT's initial weights, but for the embeddings: wider ones learn little in a short training."""
+    scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
+    for name, p in scorer.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, 0.0, 0.02 if "embeddings" in name else p.shape[1] ** -0.5)
+    return scorer
+
+
+def train_reward(config, device, dtype, checkpoint=None):
+    """Train a scorer from scratch on labelled reviews, into config.run: a folder in the hub's layout."""
+    run, script = Path(config.run), "python ppo.py --train-reward"
+    splits = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
+    torch.manual_seed(config.seed)
     tokenizer = (WordPiece(checkpoint["tokenizer"]["vocab"]) if checkpoint
                  else build_wordpiece(text for text, _ in splits["train"]))
     ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
     labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
-    scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
-    # BERT's; a wider embedding learns little in a short training
-    for name, p in scorer.named_parameters():
-        if p.dim() == 2:
-            nn.init.normal_(p, 0.0, 0.02 if "embeddings" in name else p.shape[1] ** -0.5)
-    batches = Texts(scorer, ids["train"], labels["train"], args.batch_size, args.seed)
-    trainer = ScorerTrainer(args, "scorer", scorer, tokenizer, batches,
-                            lambda: {"val": accuracy(scorer, ids["valid"], labels["valid"], dtype)}, device, dtype)
-    trainer.go_on = f"python ppo.py --train-reward --resume --run {run}"
-    trainer.warmup = min(100, max(1, trainer.steps // 10))
+
+    # 4 model
+    scorer = new_scorer(tokenizer, device)
+    batches = TextBatches(scorer, ids["train"], labels["train"], config.batch_size, config.seed)
+    tokens_per_step = config.batch_size * batches.block_size
+
+    # 5 optimizer
+    optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
+    steps = max(1, round(config.epochs * batches.steps_per_epoch))
+    progress, warmup_steps = Progress(steps, config.eval_every or -(-steps // 20)), min(100, max(1, steps // 10))
+
+    # 6 resume
     if checkpoint:
-        trainer.resume(checkpoint)
-    trainer.open_log(resumed=bool(checkpoint))
-    trainer.show(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on {len(ids['train']):,} texts "
-                 f"of {args.data}, {trainer.steps} steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
-    trainer.fit()
+        with complete_checkpoint(run):
+            scorer.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            progress = Progress(**checkpoint["progress"])
+    start = progress.step
+
+    # 7 loop
+    log = Log(run, COLUMNS, start if checkpoint else None)
+    data.live(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on {len(ids['train']):,} texts "
+              f"of {config.data}, {steps} steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    scorer.train()
+    clock, loss, lr, grad_norm = time.perf_counter() - progress.seconds, math.nan, "", ""
+    with StopRequest() as stop:
+        for step in range(start, steps + 1):
+            # evaluate, log, save
+            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
+            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
+            if evaluating:
+                scores = accuracy(scorer, ids["valid"], labels["valid"], dtype)
+                check_finite(run, step, validation_loss=scores["nll"])
+                better = progress.is_best(scores["nll"])
+            if evaluating or step > start and step % config.log_every == 0:
+                row = progress.row(tokens_per_step, batches.steps_per_epoch) | {"lr": lr, "grad_norm": grad_norm}
+                log.write(row | ({"val_loss": scores["nll"], "val_ppl": scores["ppl"]} if evaluating else {}))
+            if step > 0 and (evaluating or stop.requested):
+                model = {"kind": "scorer", "config": asdict(scorer.config), "model": scorer.state_dict(),
+                         "tokenizer": tokenizer.state(), "step": step}
+                save_checkpoint(run, model, {"optimizer": optimizer.state_dict(), "progress": asdict(progress),
+                                             "options": asdict(config)}, better)
+            if evaluating and step > 0:
+                data.live(f"step {step}/{steps}  loss {loss:.3f}  validation loss {scores['nll']:.3f}"
+                          f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}  {progress.seconds:.0f} s", "\n")
+            if step == steps:
+                break
+            if stop.requested:
+                stopped(step, f"{script} --resume --run {run}")
+
+            # one step
+            started = time.perf_counter()
+            torch.manual_seed(step_seed(config.seed, step))             # dropout is a function of (seed, step)
+            lr = set_lr(optimizer, get_lr(step, steps, config.lr, warmup_steps))
+            tokens, label = (part.to(device) for part in batches.batch(step))       # [B, T], [B]
+            with autocast(device, dtype):
+                loss = F.cross_entropy(scorer(tokens).float(), label)
+            loss.backward()
+            grad_norm = clip_grad_norm(scorer.parameters(), config.grad_clip)
+            loss = loss.item()
+            check_finite(run, step, loss=loss, gradient_norm=grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.add_loss(loss, time.perf_counter() - started)
+            data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  {progress.left():.0f} s left")
+
+    # 8 results
     scorer.load_state_dict(read_checkpoint(run / "best.pt")["model"])
-    short = [t[:32] for t in ids["test"]]
-    whole, beginning = accuracy(scorer, ids["test"], labels["test"], dtype), accuracy(scorer, short, labels["test"], dtype)
+    short = [text[:32] for text in ids["test"]]
+    complete = accuracy(scorer, ids["test"], labels["test"], dtype)
+    beginning = accuracy(scorer, short, labels["test"], dtype)
     save_scorer(scorer, run)
-    result = {"model": "scorer", "data": args.data, "params": sum(p.numel() for p in scorer.parameters()),
-              "vocabulary": len(tokenizer.vocab), "seconds": trainer.seconds, "steps": trainer.step,
-              "best_step": trainer.best_step, "seed": args.seed, "held_out": len(short),
-              "accuracy": whole["accuracy"], "accuracy_first_32": beginning["accuracy"],
+    result = {"model": "scorer", "data": config.data, "params": sum(p.numel() for p in scorer.parameters()),
+              "vocabulary": len(tokenizer.vocab), "seconds": progress.seconds, "steps": steps,
+              "best_step": progress.best_step, "seed": config.seed, "held_out": len(short),
+              "accuracy": complete["accuracy"], "accuracy_first_32": beginning["accuracy"],
               "dtype": str(dtype).removeprefix("torch."), **environment(device)}
     save_json(run / "result.json", result)
-    for checkpoint in run.glob("*.pt"):                             # the folder is the scorer now
-        checkpoint.unlink()
-    print(f"scorer on {args.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts "
-          f"{whole['accuracy']:.1%}, on their first 32 pieces {beginning['accuracy']:.1%}, {trainer.seconds:.0f} s")
+    for path in run.glob("*.pt"):                                   # the folder is the scorer now
+        path.unlink()
+    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts "
+          f"{complete['accuracy']:.1%}, on their first 32 pieces {beginning['accuracy']:.1%}, {progress.seconds:.0f} s")
     print(f"written to {run}")
 
 
@@ -538,7 +585,7 @@ class PPO(Trainer):
         args = self.args
         torch.manual_seed(step_seed(args.seed, self.step))                  # responses and minibatches
         self.model.eval()                                                   # no dropout: the first ratio is to be 1
-        self.learning_rate = learning_rate(self.step, self.steps, args.lr, self.warmup)
+        self.learning_rate = get_lr(self.step, self.steps, args.lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["faster"] * self.learning_rate              # the value head begins at zero
         started = time.perf_counter()
@@ -617,7 +664,7 @@ class PPO(Trainer):
         return loss.item()
 
     def apply_gradients(self):
-        norm = clip_gradients(self.parameters, self.args.grad_clip)
+        norm = clip_grad_norm(self.parameters, self.args.grad_clip)
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient is not finite in iteration {self.step}. {self.kept()}; "
                             "train anew with a smaller --lr and another --run")

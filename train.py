@@ -41,6 +41,7 @@ import signal
 import subprocess
 import textwrap
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -145,21 +146,6 @@ def pick_dtype(name, device):
         flags = [getattr(torch.cpu, f, None) for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
         fast = device.type == "cpu" and any(f is not None and f() for f in flags)
     return torch.bfloat16 if fast else torch.float32
-
-
-def join_processes(device):
-    """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1,
-    device)."""
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    elif device.type == "mps":                                      # gloo knows CPUs only
-        device = torch.device("cpu")
-    # others wait while one encodes a text
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
@@ -297,43 +283,284 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
     return {"nll": nll, "ppl": math.exp(min(nll, 700)), "tokens": len(losses)}
 
 
-def with_context(tokenizer, ids):
+def prepend_eos(tokenizer, ids):
     """ids (an array) behind the end token, int64: what perplexity expects of a text that starts afresh."""
     return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(ids.astype("int64"))])
 
 
-# ------------------------------------------------------------------------------------------ the training loop
+# ------------------------------------------------------------------------------------------ the parts of a step
 
 def step_seed(seed, step, rank=0):
-    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run
-    draws what the run that was left alone would have drawn. 32 bits, because a CPU's generator keeps no
-    more."""
+    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run draws what
+    an uninterrupted one would have drawn. 32 bits, because a CPU's generator keeps no more."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
-def learning_rate(step, steps, peak, warmup):
+def get_lr(step, steps, peak, warmup_steps):
     """Linear warm-up, then half a cosine down to 1 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(model, lr, weight_decay):
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1)
+    return lr
+
+
+def configure_optimizer(model, lr, weight_decay):
     """AdamW; weight decay on matrices only, not on biases and norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                             lr=lr, betas=(0.9, 0.99), fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=fused)
 
 
-def detach(state):
+def autocast(device, dtype):
+    """Matmuls in bfloat16 where dtype says so; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def detach_state(state):
     """The recurrent state without its history: back-propagation through time is truncated here."""
-    if state is None:
-        return None
-    if isinstance(state, torch.Tensor):
-        return state.detach()
-    return [detach(s) for s in state]
+    if state is None or isinstance(state, torch.Tensor):
+        return state if state is None else state.detach()
+    return [detach_state(s) for s in state]
+
+
+def clip_grad_norm(parameters, limit):
+    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a training
+    need no scaling, and then this passes over them once instead of twice, as clip_grad_norm_ does."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # of a model split across processes
+    if not norm <= limit:                                           # also where it is not a number
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()
+
+
+class NotFinite(UserError):
+    """The loss or the gradient has left the finite numbers."""
+
+
+def kept(run):
+    """What is left of a run that ends with an error."""
+    return f"The last good checkpoint is kept in {run}" if (run / "last.pt").exists() else "Nothing was saved yet"
+
+
+def check_finite(run, step, **values):
+    """NotFinite unless all these values of a step are finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise NotFinite(f"the {name.replace('_', ' ')} is not finite at step {step} ({value}). {kept(run)}; train "
+                            "again with a smaller --lr and another --run")
+
+
+# --------------------------------------------------------------------------------------------- runs: what is kept
+
+@dataclass
+class Progress:
+    """How far a run is; its checkpoint keeps it."""
+    steps: int                      # planned
+    eval_every: int                 # steps between evaluations
+    step: int = 0
+    best: float = math.inf          # lowest validation loss so far, nats per token
+    best_step: int = -1
+    loss_sum: float = 0.0           # since the last row of the log
+    loss_steps: int = 0
+    seconds: float = 0.0            # in all
+    step_seconds: float = 0.0       # in training steps
+
+    def add_loss(self, loss, seconds):
+        self.loss_sum += loss
+        self.loss_steps += 1
+        self.step_seconds += seconds
+
+    def left(self):
+        """Seconds that the rest of the steps will take, roughly."""
+        return self.seconds / max(1, self.step) * (self.steps - self.step)
+
+    def is_best(self, loss):
+        """Whether this validation loss is the lowest so far; step 0, before any training, does not count."""
+        better = self.step > 0 and loss < self.best
+        if better:
+            self.best, self.best_step = loss, self.step
+        return better
+
+    def row(self, tokens_per_step, steps_per_epoch):
+        """The columns of log.csv that this knows; the mean training loss is that since the last row."""
+        tokens, mean = self.step * tokens_per_step, self.loss_sum / self.loss_steps if self.loss_steps else ""
+        self.loss_sum, self.loss_steps = 0.0, 0
+        return {"step": self.step, "epoch": self.step / steps_per_epoch, "tokens": tokens, "seconds": self.seconds,
+                "train_loss": mean, "tokens_per_second": tokens / max(self.step_seconds, 1e-9)}
+
+
+class Log:
+    """log.csv of a run. When a run resumes, rows after its checkpoint's step are cut off: they will be written again."""
+
+    def __init__(self, run, columns, step=None):
+        run.mkdir(parents=True, exist_ok=True)
+        path, self.columns, rows = run / "log.csv", columns, []
+        if step is not None and not path.exists():
+            data.live(f"{path} is missing; it begins again at step {step}", "\n")
+        elif step is not None:
+            with open(path, newline="", errors="replace") as f:
+                lines = f.read().split("\n")[1:-1]                  # a last line without an end was cut off
+            rows = [row for row in csv.reader(lines)
+                    if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step]
+        write_atomically(path, lambda f: f.write(csv_text([columns, *rows])))
+        self.file = open(path, "ab")
+
+    def write(self, row):
+        """row: {column: value}; columns that are missing stay empty."""
+        values = [row.get(column, "") for column in self.columns]
+        self.file.write(csv_text([[f"{v:.6g}" if isinstance(v, float) else v for v in values]]))
+        self.file.flush()
+
+
+def csv_text(rows):
+    """Rows as the bytes of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def save_checkpoint(run, model, rest, best):
+    """Write last.pt, and best.pt if these weights are the best. model: what best.pt holds, as a dict; rest: what a run
+    needs beside it to resume."""
+    if best:
+        write_atomically(run / "best.pt", lambda f: torch.save(model, f))
+    write_atomically(run / "last.pt", lambda f: torch.save(model | rest, f))
+
+
+@contextmanager
+def complete_checkpoint(run):
+    """Inside, a checkpoint's contents are put where they belong; a UserError if it lacks some, or they do not fit."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{run}/last.pt is not a complete checkpoint of this run "
+                        f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
+
+
+COLUMNS = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second", "val_loss",
+           "val_ppl"]               # of log.csv
+
+
+class StopRequest:
+    """Ctrl-C, or a polite kill, as a flag that the loop reads between two steps; a second Ctrl-C does not wait."""
+
+    def __enter__(self):
+        self.requested = False
+        self.handlers = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+
+def stopped(step, resume_hint, world=1):
+    """End a run that was told to stop and has been saved."""
+    data.live(f"stopped at step {step} and saved. Resume with: {resume_hint}", "\n")
+    leave_processes(world)
+    raise SystemExit(130)
+
+
+# ---------------------------------------------------------------------- several processes (one laptop: skip this)
+
+def join_processes(device):
+    """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1, device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    import torch.distributed as dist
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    elif device.type == "mps":                                      # gloo knows CPUs only
+        device = torch.device("cpu")
+    # the others wait while one encodes a text
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_processes(world):
+    if world > 1:
+        import torch.distributed as dist
+        dist.barrier()                                              # torchrun ends those that are left behind
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first(rank, world):
+    """What is done inside, the first process does before the others: it downloads and encodes for all."""
+    if world > 1:
+        import torch.distributed as dist
+        if rank:
+            dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+@contextmanager
+def job_errors(run, progress, world):
+    """In a job of several processes, an error of their connection in one line that says how to resume."""
+    try:
+        yield
+    except RuntimeError as e:
+        if world == 1 or isinstance(e, torch.OutOfMemoryError):
+            raise
+        again = f" with --resume --run {run}" if (run / "last.pt").exists() else ""
+        raise UserError(f"at step {progress.step} another process of this job was gone, or this one failed "
+                        f"({(str(e) or type(e).__name__).splitlines()[0]}). {kept(run)}: start the same torchrun "
+                        f"command again{again}") from e
+
+
+def average_gradients(model, device, world):
+    """The model, wrapped so that a backward pass averages the gradients of all processes."""
+    if world == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def broadcast(value, world, device):
+    """The first process's value, for all."""
+    if world == 1:
+        return value
+    import torch.distributed as dist
+    box = [value]
+    dist.broadcast_object_list(box, device=device)
+    return box[0]
+
+
+def mean_and_any(loss, flag, world, device):
+    """The mean of a number over the processes, and whether any of them has the flag."""
+    if world == 1:
+        return loss, flag
+    import torch.distributed as dist
+    both = torch.tensor([loss, flag], dtype=torch.float64, device=device)
+    dist.all_reduce(both)
+    return both[0].item() / world, both[1].item() > 0
+
+
+def gather_state(state, world):
+    """The recurrent state of all rows of a batch, on the CPU, from the processes' parts."""
+    states = [state]
+    if world > 1:
+        import torch.distributed as dist
+        states *= world
+        dist.all_gather_object(states, state)
+    return join_rows(states)
 
 
 def join_rows(states):
@@ -377,29 +604,6 @@ def share_of(full, like):
     return out
 
 
-class NotFinite(UserError):
-    """The loss or the gradient has left the finite numbers."""
-
-
-def clip_gradients(parameters, limit):
-    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a
-    training need no scaling, and then this passes over them once instead of twice, as clip_grad_norm_
-    does."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not norm <= limit:                                           # also where it is not a number
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
-
-
-def csv_text(rows):
-    """Rows as the bytes of a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
-
-
 class Trainer:
     """The loop's state and the loop. What it needs beyond the arguments: a model, its batches, and a function
     evaluate() -> {"val": {"nll", "ppl", ...}, name: {...}} for the validation split and any other corpora."""
@@ -418,7 +622,7 @@ class Trainer:
         self.ddp_model = model                                      # the same, or what averages its gradients
         if self.world > 1:
             self.distribute()
-        self.optimizer = make_optimizer(model, args.lr, getattr(args, "weight_decay", 0.01))
+        self.optimizer = configure_optimizer(model, args.lr, getattr(args, "weight_decay", 0.01))
         self.warmup = getattr(args, "warmup_steps", 100)
         self.also = getattr(args, "also", [])                       # names of other corpora to log
         self.fingerprint = ""                                      # of what a resumed run must find unchanged
@@ -557,8 +761,8 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             loss, state = self.ddp_model(x, self.state, targets=y)
         loss.backward()
-        self.state = detach(state)
-        return loss.item(), clip_gradients(self.model.parameters(), self.args.grad_clip)
+        self.state = detach_state(state)
+        return loss.item(), clip_grad_norm(self.model.parameters(), self.args.grad_clip)
 
     def update(self):
         self.optimizer.step()
@@ -571,7 +775,7 @@ class Trainer:
         if self.batches.is_epoch_start(self.step) or not self.model.recurrent:
             self.state = None
         x, y = (t.chunk(self.world)[self.rank].to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
-        self.learning_rate = learning_rate(self.step, self.steps, self.args.lr, self.warmup)
+        self.learning_rate = get_lr(self.step, self.steps, self.args.lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         loss, self.grad_norm = self.gradients(x, y)
@@ -680,7 +884,7 @@ def eval_batch_size(ids):
 def evaluator(model, corpora, tokenizer, dtype):
     """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side
     by side."""
-    texts = {name: with_context(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
+    texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
     return lambda: {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype)
                     for name, ids in texts.items()}
 
@@ -711,7 +915,7 @@ def finish(trainer, corpus, device, dtype):
     model, tokenizer, _ = load_run(trainer.run, device)
     scores = {}
     for split in ("valid", "test"):
-        ids = with_context(tokenizer, corpus.ids[split][:AT_THE_END])
+        ids = prepend_eos(tokenizer, corpus.ids[split][:AT_THE_END])
         scores[split] = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids), dtype=dtype)
     result = {"model": args.model, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
               "val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"], "floor_ppl": corpus.floor["test"],

@@ -108,8 +108,8 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
     model.to(device).train()
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
     x, y = tokens[:, :-1], tokens[:, 1:]
-    optimizer = train.make_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
-    clip = train.clip_gradients if ours else torch.nn.utils.clip_grad_norm_
+    optimizer = train.configure_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+    clip = train.clip_grad_norm if ours else torch.nn.utils.clip_grad_norm_
     state = None
 
     def step():
@@ -120,7 +120,7 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
             else:
                 logits, state = model(x, state)
                 loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        state = train.detach(state)
+        state = train.detach_state(state)
         loss.backward()
         clip(model.parameters(), 1.0)
         optimizer.step()

@@ -162,7 +162,7 @@ def small_splits(monkeypatch):
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_the_source_as_a_model_gives_exactly_the_floor(domain, split, small_splits):
     corpus = data.load(domain)
-    ids = train.with_context(corpus.tokenizer, corpus.ids[split])
+    ids = train.prepend_eos(corpus.tokenizer, corpus.ids[split])
     got = train.perplexity(SourceModel(domain, corpus.tokenizer), ids)
     assert got["tokens"] == len(corpus.ids[split]) > 500 and abs(got["ppl"] / corpus.floor[split] - 1) < 1e-6
 

@@ -76,7 +76,7 @@ def test_three_steps_equal_transformers_with_adamw(qwen, tmp_path, how):
             assert (p.grad - grad).norm() <= 1e-4 * grad.norm(), name
         trainer.optimizer.zero_grad()
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, 6, 1e-3, 2)
+            group["lr"] = train.get_lr(step, 6, 1e-3, 2)
         optimizer.step()
         optimizer.zero_grad()
         trainer.train_step()

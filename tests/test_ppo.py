@@ -224,7 +224,7 @@ def test_what_is_no_scorer_is_refused_in_a_line(tmp_path):
 def test_batches_for_a_scorer_read_every_text_once_an_epoch_whole_or_cropped():
     scorer = Scorer(ScorerConfig(100, dim=8, n_heads=1), WordPiece(VOCAB))
     texts, labels = [[10 + k] * random.Random(k).randint(1, 300) for k in range(70)], [k % 2 for k in range(70)]
-    batches = ppo.Texts(scorer, texts, labels, 8, seed=1)
+    batches = ppo.TextBatches(scorer, texts, labels, 8, seed=1)
     lengths = {0: {}, 1: {}}
     for step in range(2 * batches.steps_per_epoch):
         tokens, y = batches.batch(step)
@@ -237,8 +237,8 @@ def test_batches_for_a_scorer_read_every_text_once_an_epoch_whole_or_cropped():
     assert all(len(found) == 64 for found in lengths.values())
     both = set(lengths[0]) & set(lengths[1])
     assert all(lengths[k % 2 == 0][k] == len(texts[k]) and lengths[k % 2 == 1][k] <= 60 for k in both)     # whole in one epoch, a crop in the other
-    again = ppo.Texts(scorer, texts, labels, 8, seed=1)
-    assert torch.equal(again.batch(11)[0], batches.batch(11)[0]) and not torch.equal(ppo.Texts(scorer, texts, labels, 8, seed=2).batch(11)[0], again.batch(11)[0])
+    again = ppo.TextBatches(scorer, texts, labels, 8, seed=1)
+    assert torch.equal(again.batch(11)[0], batches.batch(11)[0]) and not torch.equal(ppo.TextBatches(scorer, texts, labels, 8, seed=2).batch(11)[0], again.batch(11)[0])
 
 
 # ------------------------------------------------------------------------------------------------ estimators and losses
@@ -685,13 +685,14 @@ def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkey
     command = ["--train-reward", "--data", "reviews", "--epochs", "0.04", "--eval-every", "4", "--dtype", "float32"]
     ppo.main([*command, "--run", "whole"])
     with monkeypatch.context() as m:
-        original = ppo.ScorerTrainer.gradients
+        original, steps = torch.optim.AdamW.step, []
 
-        def dies(self, *batch):
-            if self.step == 7:
+        def dies(self, *args):
+            steps.append(1)
+            if len(steps) == 8:
                 raise MemoryError("killed")
-            return original(self, *batch)
-        m.setattr(ppo.ScorerTrainer, "gradients", dies)
+            return original(self, *args)
+        m.setattr(torch.optim.AdamW, "step", dies)
         with pytest.raises(MemoryError):
             ppo.main([*command, "--run", "killed"])
     ppo.main(["--train-reward", "--resume", "--run", "killed"])

@@ -137,7 +137,7 @@ def test_perplexity_needs_a_token_to_predict():
 # ------------------------------------------------------------------------------------------------ schedule and dtype
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
-    rates = [train.learning_rate(s, 110, 1.0, 10) for s in range(110)]
+    rates = [train.get_lr(s, 110, 1.0, 10) for s in range(110)]
     assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
     assert rates[10] == 1.0 and rates[60] == pytest.approx(0.01 + 0.99 * 0.5) and rates[-1] < 0.012
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
@@ -161,7 +161,7 @@ def test_dtype_follows_the_hardware(monkeypatch):
 
 
 def test_weight_decay_spares_vectors():
-    groups = train.make_optimizer(make("lstm"), 1e-3, 0.5).param_groups
+    groups = train.configure_optimizer(make("lstm"), 1e-3, 0.5).param_groups
     assert all(p.dim() >= 2 for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0.5
     assert all(p.dim() < 2 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
 
@@ -185,7 +185,7 @@ def test_a_run_leaves_what_it_promises(kind, dtype):
     assert [int(r["step"]) for r in log if r["val_ppl"]] == [0, 5, 10, 12]
     assert all(r["ppl_climate"] for r in log if r["val_ppl"])
     assert float(log[-1]["val_ppl"]) < float(log[0]["val_ppl"]) <= 3 * config.vocab_size
-    ids = train.with_context(tokenizer, data.load("finance", tokenizer).ids["test"])
+    ids = train.prepend_eos(tokenizer, data.load("finance", tokenizer).ids["test"])
     dtype = getattr(torch, dtype)
     assert train.perplexity(model, ids, dtype=dtype)["ppl"] == pytest.approx(result["test_ppl"], rel=1e-6)
     assert not list(Path("r").glob("*.part"))
@@ -201,7 +201,7 @@ def test_the_lstm_learns_the_language_and_stays_above_its_floor():
 def loss_at_repeated_names(run):
     """Mean nll where the grammar leaves one choice and it is the name of somebody introduced before."""
     model, tokenizer, _ = train.load_run(run)
-    ids = train.with_context(tokenizer, data.load("finance", tokenizer, splits=("test",)).ids["test"])
+    ids = train.prepend_eos(tokenizer, data.load("finance", tokenizer, splits=("test",)).ids["test"])
     words = [tokenizer.words[i] for i in ids[1:]]
     source = torch.tensor(data.language("finance").nll(words))
     at = torch.tensor([w in data.NAMES.split() for w in words]) & (source == 0)
