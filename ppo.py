@@ -89,9 +89,9 @@ from finetune import C, context, is_embedded, read_before
 from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream, stop_ids, suppressed_tokens
-from train import (COLUMNS, MODELS, Log, NotFinite, Progress, StopRequest, Trainer, autocast, build_model,
+from train import (COLUMNS, Log, NotFinite, Progress, StopRequest, autocast,
                    check_finite, check_resume_config, clip_grad_norm, complete_checkpoint, configure_optimizer,
-                   environment, get_lr, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing,
+                   environment, get_lr, kind_of, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing,
                    save_checkpoint, set_lr, step_seed, stopped)
 from transformer import Scorer, ScorerConfig
 
@@ -281,7 +281,7 @@ def train_reward(config, device, dtype, checkpoint=None):
             evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
             if evaluating:
                 scores = accuracy(scorer, ids["valid"], labels["valid"], dtype)
-                check_finite(run, step, validation_loss=scores["nll"])
+                check_finite(run, f"step {step}", validation_loss=scores["nll"])
                 better = progress.is_best(scores["nll"])
             if evaluating or step > start and step % config.log_every == 0:
                 row = progress.row(tokens_per_step, batches.steps_per_epoch) | {"lr": lr, "grad_norm": grad_norm}
@@ -309,7 +309,7 @@ def train_reward(config, device, dtype, checkpoint=None):
             loss.backward()
             grad_norm = clip_grad_norm(scorer.parameters(), config.grad_clip)
             loss = loss.item()
-            check_finite(run, step, loss=loss, gradient_norm=grad_norm)
+            check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.add_loss(loss, time.perf_counter() - started)
@@ -361,15 +361,15 @@ class TokenLogProb(torch.autograd.Function):
         return d_logits @ w, (d_logits.t() @ hidden).to(w_dtype), b_dtype and d_logits.sum(0).to(b_dtype), None, None
 
 
-def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where there is a token, then 0 to the end of
-    the row; after the last token nothing follows. -> advantages, returns (advantages + values), 0 outside the mask."""
-    advantages, after, next_value = torch.zeros_like(values), 0.0, 0.0
-    for t in range(rewards.shape[1] - 1, -1, -1):
+def gae(rewards, values, mask, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where there is a token, then 0 to the
+    end of the row; after the last token nothing follows. -> advantages, returns (advantages + values), 0 outside."""
+    advantages, last_gae, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]           # the surprise at t
-        after = (delta + gamma * lam * after) * mask[:, t]
+        last_gae = (delta + gamma * gae_lambda * last_gae) * mask[:, t]
         next_value = values[:, t] * mask[:, t]
-        advantages[:, t] = after
+        advantages[:, t] = last_gae
     return advantages, (advantages + values) * mask
 
 
@@ -384,20 +384,21 @@ def whiten(x, mask):
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def policy_loss(log_prob, old_log_prob, advantage, clip):
+def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a mean over tokens; all arguments [N].
     -> loss, the share of tokens where the clipping holds the policy back, and an estimate of KL(old, new) a token."""
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
-    free, held = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    logratio = log_prob - old_log_prob
+    ratio = logratio.exp()
+    unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     with torch.no_grad():
-        clipped, kl = (held < free).float().mean(), (ratio - 1 - log_ratio).mean()      # r - 1 - log r: never negative
-    return -torch.minimum(free, held).mean(), clipped, kl
+        clipfrac = (clipped < unclipped).float().mean()
+        approx_kl = (ratio - 1 - logratio).mean()                           # r - 1 - log r: never negative
+    return -torch.minimum(unclipped, clipped).mean(), clipfrac, approx_kl
 
 
-def value_loss(value, old_value, returns, clip):
+def value_loss(value, old_value, returns, clip_coef):
     """Half the squared error, of the worse of the new value and the new value kept within clip of the old one. All [N]."""
-    near = old_value + (value - old_value).clamp(-clip, clip)
+    near = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2).mean()
 
 
@@ -447,277 +448,355 @@ def read_prompts(name, split, tokenizer, most=10_000):
 
 
 @dataclass
-class Responses:
+class Rollout:
     """What a model wrote after B prompts. R: the longest response; a response's end token is part of it."""
-    tokens: object      # int64 [B, T]: prompt and response, zeros on the right, where a causal model does not see them
-    at: object          # int64 [B, R]: where in the inputs each token of the response is predicted
-    actions: object     # int64 [B, R]: the tokens of the response
-    mask: object        # float32 [B, R]: 1 where there is one
-    log_probs: object   # float32 [B, R]: as the sampler had them
-    ids: list           # the responses without end tokens
-    prompts: list
+    prompts: list               # lists of ids
+    tokens: torch.Tensor        # int64 [B, T]: prompt and response, zeros on the right, where a causal model does not look
+    positions: torch.Tensor     # int64 [B, R]: where in the inputs each token of the response is predicted
+    actions: torch.Tensor       # int64 [B, R]: the tokens of the response
+    mask: torch.Tensor          # float32 [B, R]: 1 where there is one
+    log_probs: torch.Tensor     # float32 [B, R]: as the sampler had them
+    responses: list             # lists of ids, without end tokens
 
 
-def roll_out(model, prompts, n_tokens, ends, seed=None, suppressed=()):
-    """Continue each prompt by at most n_tokens, at temperature 1 and from the whole distribution. seed None: torch's own."""
-    drawn = [(token, log_prob) for token, log_prob, _ in generate_stream(model, prompts, n_tokens, eos=ends, seed=seed, suppressed_tokens=suppressed)]
-    # [B, S]: each row's prompt is forced, then it answers
-    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))
+@dataclass
+class Task:
+    """What a policy is trained against: the same during all of a run."""
+    reference: nn.Module        # the policy before
+    scorer: object              # score(texts) -> float32 [N]
+    tokenizer: object
+    config: Config
+    dtype: torch.dtype          # of the matmuls
+    stop_ids: list              # tokens that end a response
+    suppressed: torch.Tensor    # ids that have probability 0
+
+
+def make_task(reference, scorer, tokenizer, config, dtype):
+    stops = stop_ids(tokenizer.stops if tokenizer.kind == "qwen2" else tokenizer.eos)
+    device = next(reference.parameters()).device
+    suppressed = torch.tensor(suppressed_tokens(tokenizer), dtype=torch.long, device=device)
+    return Task(reference.requires_grad_(False).eval(), scorer, tokenizer, config, dtype, stops, suppressed)
+
+
+def rollout(task, model, prompts, seed=None):
+    """Continue each prompt at temperature 1, from the whole distribution. seed None: torch's own generator."""
+    stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.stop_ids, seed=seed,
+                             suppressed_tokens=task.suppressed)
+    drawn = [(token, log_prob) for token, log_prob, _ in stream]
+    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))              # [B, S]: a prompt is forced, then answered
     new, device = token >= 0, token.device
-    start = torch.tensor([len(p) for p in prompts], device=device)
-    length = new.sum(1)
-    offsets = torch.arange(int(length.max()), device=device)
-    mask = offsets < length[:, None]
-    first = new.int().argmax(1)
-    where = (first[:, None] + offsets).clamp(max=token.shape[1] - 1)
-    actions, log_probs = token.gather(1, where).masked_fill(~mask, 0), log_prob.gather(1, where).masked_fill(~mask, 0.0)
-    width = int((start + length).max())
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    lengths = new.sum(1)                                                    # [B]
+    offsets = torch.arange(int(lengths.max()), device=device)               # [R]
+    mask = offsets < lengths[:, None]                                       # [B, R]
+    column = (new.int().argmax(1)[:, None] + offsets).clamp(max=token.shape[1] - 1)
+    actions = token.gather(1, column).masked_fill(~mask, 0)
+    log_probs = log_prob.gather(1, column).masked_fill(~mask, 0.0)
+    width = int((prompt_lengths + lengths).max())
     tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
     row, k = mask.nonzero(as_tuple=True)
-    tokens[row, start[row] + k] = actions[row, k]
-    at = (start[:, None] - 1 + offsets).masked_fill(~mask, 0)
-    ids = [[t for t in row[:n] if t not in ends] for row, n in zip(actions.tolist(), length.tolist())]
-    return Responses(tokens, at, actions, mask.float(), log_probs, ids, prompts)
+    tokens[row, prompt_lengths[row] + k] = actions[row, k]
+    positions = (prompt_lengths[:, None] - 1 + offsets).masked_fill(~mask, 0)
+    responses = [[t for t in row[:n] if t not in task.stop_ids]
+                 for row, n in zip(actions.tolist(), lengths.tolist())]
+    return Rollout(prompts, tokens, positions, actions, mask.float(), log_probs, responses)
 
 
-class Judge:
-    """Everything that says how good responses are: the scorer's reward, and how far the policy has moved from the reference."""
+def without_start(tokenizer, prompt):
+    """A prompt without the end token that our texts begin with; Qwen2's begin with nothing."""
+    return prompt[tokenizer.kind != "qwen2":]
 
-    def __init__(self, reference, scorer, tokenizer, args, dtype):
-        self.reference, self.scorer, self.tokenizer, self.args, self.dtype = reference, scorer, tokenizer, args, dtype
-        self.ends = stop_ids(tokenizer.stops if tokenizer.kind == "qwen2" else tokenizer.eos)
-        self.suppressed = torch.tensor(suppressed_tokens(tokenizer), dtype=torch.long, device=next(reference.parameters()).device)
 
-    def texts(self, responses):
-        skip = self.tokenizer.kind != "qwen2"                               # the end token that our texts begin with
-        return [self.tokenizer.decode(prompt[skip:] + ids) for prompt, ids in zip(responses.prompts, responses.ids)]
+def score_responses(task, r):
+    """The reward model's logits for prompt and response together: float32 [B]; and the texts. UserError where one is not
+    a number."""
+    if not any(r.responses):
+        raise UserError("every response is empty: the policy ends its texts at once. Take another base, or a smaller --lr")
+    texts = [task.tokenizer.decode(without_start(task.tokenizer, prompt) + response)
+             for prompt, response in zip(r.prompts, r.responses)]
+    scores = task.scorer.score(texts).float().cpu()
+    if not scores.isfinite().all():
+        raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a reward that is "
+                        "not a number: its weights are damaged, or not those of a scorer. What was saved in "
+                        f"{task.config.run} is complete")
+    return scores, texts
 
-    def reward(self, responses):
-        """float32 [B]: the scorer's logit for prompt and response together. UserError where it is not a number."""
-        if not any(responses.ids):
-            raise UserError("every response is empty: the policy ends its texts at once. Take another base, or a smaller --lr")
-        scores = self.scorer.score(self.texts(responses)).float().cpu()
-        if not scores.isfinite().all():
-            raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a reward that "
-                            "is not a number: its weights are damaged, or not those of a scorer. "
-                            f"What was saved in {self.args.run} is whole")
-        return scores
 
-    def hidden(self, model, responses, rows):
-        """The model's hidden states where it predicts the tokens of these rows' responses: [N, D] for N tokens."""
-        tokens, at, mask = responses.tokens[rows], responses.at[rows], responses.mask[rows] > 0
-        hidden = model(tokens[:, :int(at[mask].max()) + 1])[0]              # no column that is padding in all rows
-        return hidden[torch.arange(len(at), device=at.device)[:, None], at][mask]
+def response_hidden(model, r, rows):
+    """The model's hidden states where it predicts the tokens of these rows' responses: [N, D] for N tokens."""
+    tokens, positions, mask = r.tokens[rows], r.positions[rows], r.mask[rows] > 0
+    hidden = model(tokens[:, :int(positions[mask].max()) + 1])[0]           # no column that is padding in all rows
+    return hidden[torch.arange(len(positions), device=positions.device)[:, None], positions][mask]
 
-    def log_softmax(self, model, hidden):
-        """float32 [N, V]"""
-        return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, self.suppressed, -1e9), -1)
 
-    def autocast(self, device):
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+def log_softmax(model, hidden, suppressed):
+    """float32 [N, V]"""
+    return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, suppressed, -1e9), -1)
 
-    @torch.no_grad()
-    def compare(self, model, responses, value_head=None):
-        """The policy beside the reference at every token of the responses: float32 [B, R] each, 0 outside the mask.
-        log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in nats; entropy; value."""
-        mask, out = responses.mask, {}
-        for rows in torch.arange(len(mask)).split(self.args.minibatch):
-            inside = mask[rows] > 0
-            with self.autocast(mask.device):
-                hidden, ref_hidden, found = (self.hidden(model, responses, rows),
-                                             self.hidden(self.reference, responses, rows), [])
-                few = max(1, (1 << 21) // model.lm_head.out_features)          # tokens whose distributions stay in a CPU's cache
-                for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few),
-                                            responses.actions[rows][inside].split(few)):
-                    log_p, log_q, action = self.log_softmax(model, h), self.log_softmax(self.reference, ref_h), action[:, None]
-                    p = log_p.exp()
-                    entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
-                    found.append([log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy, entropy])
-            found = [torch.cat(values) for values in zip(*found)] + ([value_head(hidden.float())[:, 0]] if value_head else [])
-            for name, values in zip(("log_prob", "ref_log_prob", "kl", "entropy", "value"), found):
-                out.setdefault(name, torch.zeros_like(mask))[rows] = torch.zeros_like(mask[rows]).masked_scatter(inside, values)
-        return out
 
-    def measure(self, model, prompts, seed, group=64):
-        """Responses of a policy and what they are worth: figures over all, and a list of single ones."""
-        each, ids = [], []
-        model.eval()
-        for at in range(0, len(prompts), group):
-            responses = roll_out(model, prompts[at:at + group], self.args.response_tokens, self.ends, seed + at, self.suppressed)
-            rewards, there = self.reward(responses), self.compare(model, responses)
-            kl, nll, n = there["kl"].sum(1), -there["ref_log_prob"].sum(1), responses.mask.sum(1)
-            for k, text in enumerate(self.texts(responses)):
-                prompt = self.tokenizer.decode(responses.prompts[k][self.tokenizer.kind != "qwen2":])
-                each.append({"prompt": prompt, "text": text, "reward": rewards[k].item(), "kl": kl[k].item(),
-                             "tokens": int(n[k]), "ref_ppl": math.exp(min(nll[k].item() / int(n[k]), 700)),
-                             "repetition": repetition(responses.ids[k])})
-            ids += responses.ids
-        column = lambda name: np.array([r[name] for r in each])
-        tokens = column("tokens")
-        return {"reward": column("reward").mean(), "reward_sd": column("reward").std(ddof=1), "kl": column("kl").mean(),
-                "distinct_2": distinct(ids, 2), "repetition": column("repetition").mean(), "length": tokens.mean(),
-                "ref_ppl": math.exp(min((np.log(column("ref_ppl")) * tokens).sum() / tokens.sum(), 700)), "each": each}
+@torch.no_grad()
+def evaluate_actions(task, model, r, value_head=None):
+    """The policy beside the reference at every token of the responses: float32 [B, R] each, 0 outside the mask. log_prob,
+    ref_log_prob; kl: of the full distributions, policy to reference, in nats; entropy; value."""
+    outputs, reference = {}, task.reference
+    for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
+        token_mask, parts = r.mask[rows] > 0, []
+        with autocast(r.mask.device, task.dtype):
+            hidden, ref_hidden = response_hidden(model, r, rows), response_hidden(reference, r, rows)
+            few = max(1, (1 << 21) // model.lm_head.out_features)           # distributions that stay in a CPU's cache
+            for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few),
+                                        r.actions[rows][token_mask].split(few)):
+                log_p = log_softmax(model, h, task.suppressed)              # [few, V]
+                log_q, action = log_softmax(reference, ref_h, task.suppressed), action[:, None]
+                p = log_p.exp()
+                entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
+                parts.append((log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy, entropy))
+        values = dict(zip(("log_prob", "ref_log_prob", "kl", "entropy"), (torch.cat(v) for v in zip(*parts))))
+        if value_head:
+            values["value"] = value_head(hidden.float())[:, 0]
+        for name, value in values.items():
+            filled = torch.zeros_like(r.mask[rows]).masked_scatter(token_mask, value)
+            outputs.setdefault(name, torch.zeros_like(r.mask))[rows] = filled
+    return outputs
+
+
+def evaluate_policy(task, model, prompts, seed, group=64):
+    """Responses of a policy and what they are worth: figures over all, and a list of single ones."""
+    each, responses = [], []
+    model.eval()
+    for at in range(0, len(prompts), group):
+        r = rollout(task, model, prompts[at:at + group], seed + at)
+        (rewards, texts), outputs = score_responses(task, r), evaluate_actions(task, model, r)
+        kl, nll, n = outputs["kl"].sum(1), -outputs["ref_log_prob"].sum(1), r.mask.sum(1)
+        for k, text in enumerate(texts):
+            prompt = task.tokenizer.decode(without_start(task.tokenizer, r.prompts[k]))
+            each.append({"prompt": prompt, "text": text, "reward": rewards[k].item(), "kl": kl[k].item(),
+                         "tokens": int(n[k]), "ref_ppl": math.exp(min(nll[k].item() / int(n[k]), 700)),
+                         "repetition": repetition(r.responses[k])})
+        responses += r.responses
+    columns = {name: np.array([row[name] for row in each]) for name in ("reward", "kl", "repetition", "tokens", "ref_ppl")}
+    tokens, ref_nll = columns["tokens"], np.log(columns["ref_ppl"])
+    return {"reward": columns["reward"].mean(), "reward_std": columns["reward"].std(ddof=1), "kl": columns["kl"].mean(),
+            "distinct_2": distinct(responses, 2) or 1.0, "repetition": columns["repetition"].mean(), "length": tokens.mean(),
+            "ref_ppl": math.exp(min((ref_nll * tokens).sum() / tokens.sum(), 700)), "each": each}
 
 
 # ------------------------------------------------------------------------------------------------------------- PPO
 
-class PPO(Trainer):
-    """train.py's loop, in which a step is an iteration of PPO: respond, score, compare, update."""
-    KEPT = *Trainer.KEPT, "kl_coef", "best_scores"
-    COLUMNS = ("reward", "reward_sd", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss",
-               "value_loss", "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm",
-               "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
-
-    def __init__(self, args, kind, model, tokenizer, prompts, evaluate, device, dtype, judge, text=None):
-        super().__init__(args, kind, model, tokenizer, prompts, evaluate, device, dtype)
-        self.judge, self.text, self.kl_coef, self.row, self.best_scores = judge, text, args.kl_coef, {}, None
-        self.value_head = nn.Linear(model.lm_head.in_features, 1).to(device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.parameters = [*model.parameters(), *self.value_head.parameters()]
-        groups = [{"params": list(model.parameters()), "faster": 1},
-                  {"params": list(self.value_head.parameters()), "faster": 10}]
-        self.optimizer = torch.optim.Adam(groups, args.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"))
-        self.sampler = copy.deepcopy(model).to(dtype) if dtype == torch.bfloat16 and not model.recurrent else model
-
-    def train_step(self):
-        """One iteration; -> the mean reward."""
-        args = self.args
-        torch.manual_seed(step_seed(args.seed, self.step))                  # responses and minibatches
-        self.model.eval()                                                   # no dropout: the first ratio is to be 1
-        self.learning_rate = get_lr(self.step, self.steps, args.lr, self.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["faster"] * self.learning_rate              # the value head begins at zero
-        started = time.perf_counter()
-        if self.sampler is not self.model:
-            self.sampler.load_state_dict(self.model.state_dict())
-        r = roll_out(self.sampler, self.batches.batch(self.step), args.response_tokens, self.judge.ends,
-                     suppressed=self.judge.suppressed)
-        rolled = time.perf_counter()
-        score = self.judge.reward(r)                                        # [B]
-        repeated = torch.tensor(shared_repetition(r.ids))
-        scored = time.perf_counter()
-
-        old = self.judge.compare(self.model, r, self.value_head)
-        kl_estimate = old["log_prob"] - old["ref_log_prob"]                 # [B, R], its mean is the KL
-        rewards = -self.kl_coef * kl_estimate
-        last = r.mask.sum(1).long() - 1
-        rewards[torch.arange(len(last)), last] += (score - args.repetition_coef * repeated).to(rewards.device)
-        advantages, returns = gae(rewards, old["value"], r.mask, args.gamma, args.gae_lambda)
-        inside = r.mask > 0
-        explained = 1 - (returns - old["value"])[inside].var() / returns[inside].var().clamp(min=1e-8)
-        if args.whiten:
-            advantages = whiten(advantages, r.mask)
-        updates = self.update_policy(r, old, advantages, returns)
-        if args.sft_every and (self.step + 1) % args.sft_every == 0:
-            for k in range(args.batch_size // args.minibatch):
-                updates.append({"sft_loss": self.supervised(k, 1.0), "grad_norm": self.apply_gradients()})
-
-        tokens, rows = r.mask.sum(), len(r.mask)
-        mean_of = lambda name: (lambda v: sum(v) / len(v) if v else "")([u[name] for u in updates if name in u])
-        self.row = {"reward": score.mean().item(), "reward_sd": score.std().item(), "kl": old["kl"].sum().item() / rows,
-                    "kl_estimate": kl_estimate.sum().item() / rows, "kl_coef": self.kl_coef,
-                    "entropy": (old["entropy"].sum() / tokens).item(), "explained_variance": explained.item(),
-                    "length": tokens.item() / rows, "distinct_2": distinct(r.ids, 2) or "",
-                    "repetition": sum(map(repetition, r.ids)) / rows, "updates": len(updates),
-                    "seconds_rollout": rolled - started, "seconds_scoring": scored - rolled,
-                    "seconds_update": time.perf_counter() - scored}
-        self.row |= {name: mean_of(name) for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm")}
-        # as Ziegler et al. 2019, section 2.2, but slow to fall: KL begins at 0
-        if args.kl_target:
-            self.kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (self.row["kl"] / args.kl_target - 1)))
-        self.step += 1
-        self.stopping = self.interrupted
-        return self.row["reward"]
-
-    def update_policy(self, r, old, advantages, returns):
-        """Several epochs of minibatches over one batch of responses; -> what was logged of each."""
-        args, updates = self.args, []
-        for _ in range(args.epochs):
-            for rows in torch.randperm(len(r.mask)).split(args.minibatch):
-                inside = r.mask[rows] > 0
-                part = {name: v[rows][inside] for name, v in (old | {"advantage": advantages, "returns": returns}).items()}
-                with self.judge.autocast(self.device):
-                    hidden = self.judge.hidden(self.model, r, rows)
-                    dtype = compute_dtype(hidden)
-                log_prob = TokenLogProb.apply(hidden.to(dtype), self.model.lm_head.weight, self.model.lm_head.bias,
-                                              r.actions[rows][inside], self.judge.suppressed)
-                loss, clipped, kl = policy_loss(log_prob, part["log_prob"], part["advantage"], args.clip_coef)
-                if kl > args.max_update_kl:                                       # too far from what drew these responses
-                    return updates
-                v_loss = value_loss(self.value_head(hidden.float())[:, 0], part["value"], part["returns"], args.clip_coef)
-                (loss + args.value_coef * v_loss).backward()
-                done = {"policy_loss": loss.item(), "value_loss": v_loss.item(), "clip_fraction": clipped.item()}
-                if args.sft_coef:
-                    done["sft_loss"] = self.supervised(len(updates), args.sft_coef)
-                updates.append(done | {"grad_norm": self.apply_gradients()})
-        return updates
-
-    def supervised(self, k, coef):
-        """Add the gradient of coef times the loss on the k-th batch of text of this iteration; -> the loss in nats per
-        token."""
-        per_iteration = (self.args.epochs + 1) * self.args.batch_size // self.args.minibatch
-        x, y = (t.to(self.device) for t in self.text.batch(self.step * per_iteration + k))
-        with self.judge.autocast(self.device):
-            loss, _ = self.model(x, targets=y)
-        (coef * loss).backward()
-        return loss.item()
-
-    def apply_gradients(self):
-        norm = clip_grad_norm(self.parameters, self.args.grad_clip)
-        if not math.isfinite(norm):
-            raise NotFinite(f"the gradient is not finite in iteration {self.step}. {self.kept()}; "
-                            "train anew with a smaller --lr and another --run")
-        self.update()
-        return norm
-
-    # ---- checkpoints and log
-
-    def model_checkpoint(self, weights):
-        return super().model_checkpoint(weights) | {"value_head": self.value_head.state_dict()}
-
-    def restore(self, checkpoint):
-        super().restore(checkpoint)
-        self.value_head.load_state_dict(checkpoint["value_head"])
-
-    def log_columns(self):
-        return ["step", "seconds", "lr", *self.COLUMNS, *(f"eval_{name}" for name in EVALUATED)]
-
-    def log(self, scores=None):
-        row = self.row | {"step": self.step, "seconds": self.seconds, "lr": self.learning_rate}
-        row |= {f"eval_{name}": scores[name] for name in EVALUATED} if scores else {}
-        self.write_row([row.get(c, "") for c in self.columns])
-
-    def evaluate_and_log(self):
-        """best.pt is the policy with the highest reward - coefficient * KL on the validation split's prompts; where the
-        coefficient adapts, at its value of now, for the best so far too."""
-        scores = self.evaluate()
-        worth = lambda reward, kl: reward - self.kl_coef * kl
-        better = self.step > 0 and (self.best_scores is None or worth(scores["reward"], scores["kl"]) > worth(*self.best_scores))
-        if better:
-            self.best_scores, self.best_step = (float(scores["reward"]), float(scores["kl"])), self.step
-        self.log(scores)
-        return scores, better
-
-    def status(self, reward):
-        return (f"iteration {self.step}/{self.steps}  reward {reward:.2f}  KL {self.row['kl']:.2f}  "
-                f"coefficient {self.kl_coef:.3f}")
-
-    def sample(self, scores):
-        return scores["each"][0]["text"]
-
-    def verdict(self, scores, better):
-        return (f"evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, "
-                f"distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}")
+METRICS = ("reward", "reward_std", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss", "value_loss",
+           "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm", "updates",
+           "seconds_rollout", "seconds_scoring", "seconds_update")
+EVALUATED = ("reward", "reward_std", "kl", "distinct_2", "repetition", "length", "ref_ppl")
 
 
-EVALUATED = ("reward", "reward_sd", "kl", "distinct_2", "repetition", "length", "ref_ppl")
+def supervised_loss(task, policy, batch):
+    """Nats per token of a batch of real text."""
+    device = next(policy.parameters()).device
+    x, y = (part.to(device) for part in batch)
+    with autocast(device, task.dtype):
+        return policy(x, targets=y)[0]
 
 
-# ------------------------------------------------------------------------------------------------------ whole runs
+def apply_gradients(task, policy, value_head, optimizer):
+    """Clip, check, step; -> the norm of the gradients before they were clipped."""
+    grad_norm = clip_grad_norm([*policy.parameters(), *value_head.parameters()], task.config.grad_clip)
+    check_finite(Path(task.config.run), "an update of this iteration", gradient_norm=grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+def update_policy(task, policy, value_head, optimizer, r, old, text, text_step):
+    """Several epochs of minibatches over one rollout; -> the metrics of each update. old: evaluate_actions before the
+    first, with advantages and returns; text: batches of real text from text_step on, where --sft-coef is above 0."""
+    config, updates = task.config, []
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(r.mask)).split(config.minibatch):
+            token_mask = r.mask[rows] > 0
+            part = {name: values[rows][token_mask] for name, values in old.items()}     # [N] each, N tokens
+            with autocast(r.mask.device, task.dtype):
+                hidden = response_hidden(policy, r, rows)                               # [N, D]
+                dtype = compute_dtype(hidden)
+            log_prob = TokenLogProb.apply(hidden.to(dtype), policy.lm_head.weight, policy.lm_head.bias,
+                                          r.actions[rows][token_mask], task.suppressed)
+            pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"], config.clip_coef)
+            if approx_kl > config.max_update_kl:            # too far from what sampled these responses: no more updates
+                return updates
+            value = value_head(hidden.float())[:, 0]
+            v_loss = value_loss(value, part["value"], part["returns"], config.clip_coef)
+            (pg_loss + config.value_coef * v_loss).backward()
+            metrics = {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(), "clip_fraction": clipfrac.item()}
+            if config.sft_coef:                             # real text within every update, against degenerate texts
+                sft_loss = supervised_loss(task, policy, text.batch(text_step + len(updates)))
+                (config.sft_coef * sft_loss).backward()
+                metrics["sft_loss"] = sft_loss.item()
+            metrics["grad_norm"] = apply_gradients(task, policy, value_head, optimizer)
+            updates.append(metrics)
+    return updates
+
+
+def supervised_steps(task, policy, value_head, optimizer, text, text_step):
+    """As many updates on real text as one epoch has; -> the metrics of each."""
+    updates = []
+    for k in range(task.config.batch_size // task.config.minibatch):
+        loss = supervised_loss(task, policy, text.batch(text_step + k))
+        loss.backward()
+        updates.append({"sft_loss": loss.item(), "grad_norm": apply_gradients(task, policy, value_head, optimizer)})
+    return updates
+
+
+def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, text=None, checkpoint=None,
+                 fingerprint=""):
+    """PPO as config says, into the folder config.run; -> what its result.json holds. reference: the policy to begin with;
+    prompts: {"train", "valid", "test": lists of lists of ids}; text: batches of real text, where a repair wants them."""
+    run = Path(config.run)
+    task = make_task(reference, scorer, tokenizer, config, dtype)
+    if checkpoint:
+        before = read_before(run)
+    else:
+        before = evaluate_policy(task, reference, prompts["test"], config.seed)
+        run.mkdir(parents=True, exist_ok=True)
+        save_json(run / "before.json", before)
+
+    # 4 model
+    kind = kind_of(reference)
+    policy = copy.deepcopy(reference).requires_grad_(True).eval()           # no dropout: the first ratio is to be 1
+    value_head = nn.Linear(policy.lm_head.in_features, 1).to(device)        # V(s), linear in the hidden state
+    nn.init.zeros_(value_head.weight)
+    nn.init.zeros_(value_head.bias)
+    in_bf16 = dtype == torch.bfloat16 and not policy.recurrent
+    sampler = copy.deepcopy(policy).to(dtype) if in_bf16 else policy        # generation is as fast as memory
+    batches = Prompts(prompts["train"], config.batch_size, config.seed)
+
+    # 5 optimizer: Adam's epsilon 1e-5 damps the first updates; the value head begins at zero and learns faster
+    groups = [{"params": list(policy.parameters()), "lr_scale": 1},
+              {"params": list(value_head.parameters()), "lr_scale": 10}]
+    optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"))
+    progress, kl_coef, best = Progress(config.steps, config.eval_every), config.kl_coef, None
+
+    # 6 resume
+    if checkpoint:
+        with complete_checkpoint(run):
+            policy.load_state_dict(checkpoint["model"])
+            value_head.load_state_dict(checkpoint["value_head"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            progress = Progress(**checkpoint["progress"])
+            kl_coef, best = checkpoint["kl_coef"], checkpoint["best_scores"]
+    start, steps = progress.step, progress.steps
+
+    # 7 loop
+    columns = ["step", "seconds", "lr", *METRICS, *(f"eval_{name}" for name in EVALUATED)]
+    log = Log(run, columns, start if checkpoint else None)
+    data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {steps} iterations, "
+              f"{device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    clock, lr, metrics = time.perf_counter() - progress.seconds, "", {}
+    with StopRequest() as stop:
+        for step in range(start, steps + 1):
+            # log, evaluate, save
+            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
+            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
+            row = metrics | {"step": step, "seconds": progress.seconds, "lr": lr}
+            if evaluating:
+                scores = evaluate_policy(task, policy, prompts["valid"], config.seed)
+                row |= {f"eval_{name}": scores[name] for name in EVALUATED}
+                # the best policy has the highest reward - coefficient * KL, at the coefficient of now for all
+                worth = scores["reward"] - kl_coef * scores["kl"]
+                better = step > 0 and (best is None or worth > best[0] - kl_coef * best[1])
+                if better:
+                    best, progress.best_step = (float(scores["reward"]), float(scores["kl"])), step
+            if evaluating or step > start:
+                log.write(row)
+            if step > 0 and (evaluating or stop.requested):
+                model = {"kind": kind, "config": asdict(policy.config), "model": policy.state_dict(),
+                         "tokenizer": tokenizer.state(), "step": step, "value_head": value_head.state_dict()}
+                save_checkpoint(run, model, {
+                    "optimizer": optimizer.state_dict(), "progress": asdict(progress), "kl_coef": kl_coef,
+                    "best_scores": best, "options": asdict(config), "fingerprint": fingerprint}, better)
+            if evaluating and step > 0:
+                data.live(f"iteration {step}/{steps}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}  coefficient "
+                          f"{kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, distinct-2 "
+                          f"{scores['distinct_2']:.2f}{' *' if better else ''}  {progress.seconds:.0f} s", "\n")
+                if config.sample:
+                    data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
+            if step == steps:
+                break
+            if stop.requested:
+                stopped(step, f"python ppo.py --resume --run {run}")
+
+            # 1 rollout
+            started = time.perf_counter()
+            torch.manual_seed(step_seed(config.seed, step))                 # responses and minibatches
+            lr = set_lr(optimizer, get_lr(step, steps, config.lr, config.warmup_steps))
+            if sampler is not policy:
+                sampler.load_state_dict(policy.state_dict())
+            r = rollout(task, sampler, batches.batch(step))
+            rolled = time.perf_counter()
+
+            # 2 reward model, at the end of each response
+            scores, _ = score_responses(task, r)                            # [B]
+            repeated = torch.tensor(shared_repetition(r.responses))         # [B]
+            scored = time.perf_counter()
+
+            # 3 log-probs and values of the policy that sampled, log-probs of the reference: [B, R]
+            old = evaluate_actions(task, policy, r, value_head)
+
+            # 4 reward per token: KL everywhere, the score at the last token
+            kl_estimate = old["log_prob"] - old["ref_log_prob"]             # its mean over samples is the KL
+            rewards = -kl_coef * kl_estimate
+            last = r.mask.sum(1).long() - 1
+            rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(rewards.device)
+
+            # 5 GAE, whitening over the batch
+            advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
+            token_mask = r.mask > 0
+            unexplained = (returns - old["value"])[token_mask].var() / returns[token_mask].var().clamp(min=1e-8)
+            if config.whiten:
+                advantages = whiten(advantages, r.mask)
+
+            # 6 epochs of minibatches, then supervised steps
+            old |= {"advantages": advantages, "returns": returns}
+            text_step = step * (config.epochs + 1) * config.batch_size // config.minibatch
+            updates = update_policy(task, policy, value_head, optimizer, r, old, text, text_step)
+            if config.sft_every and (step + 1) % config.sft_every == 0:
+                updates += supervised_steps(task, policy, value_head, optimizer, text, text_step)
+
+            # 7 KL coefficient, metrics
+            tokens, rows = r.mask.sum(), len(r.mask)
+            metrics = {"reward": scores.mean().item(), "reward_std": scores.std().item(),
+                       "kl": old["kl"].sum().item() / rows, "kl_estimate": kl_estimate.sum().item() / rows,
+                       "kl_coef": kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
+                       "explained_variance": (1 - unexplained).item(), "length": tokens.item() / rows,
+                       "distinct_2": distinct(r.responses, 2) or "",
+                       "repetition": sum(map(repetition, r.responses)) / rows, "updates": len(updates),
+                       "seconds_rollout": rolled - started, "seconds_scoring": scored - rolled,
+                       "seconds_update": time.perf_counter() - scored}
+            for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm"):
+                values = [update[name] for update in updates if name in update]
+                metrics[name] = sum(values) / len(values) if values else ""
+            if config.kl_target:            # Ziegler et al. 2019, section 2.2, but slow to fall: KL begins at 0
+                kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
+            data.live(f"iteration {step + 1}/{steps}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}  "
+                      f"coefficient {kl_coef:.3f}  {progress.left():.0f} s left")
+
+    # 8 results
+    policy.load_state_dict(read_checkpoint(run / "best.pt")["model"])
+    after = evaluate_policy(task, policy, prompts["test"], config.seed)
+    if tokenizer.kind == "qwen2":
+        save_model(policy, tokenizer, run)
+    result = {"model": kind, "base": config.base, "scorer": config.scorer, "data": config.data,
+              "params": sum(p.numel() for p in policy.parameters()), "steps": steps, "best_step": progress.best_step,
+              "seconds": progress.seconds, "seed": config.seed, "dtype": str(dtype).removeprefix("torch."),
+              **environment(device), "rise": (after["reward"] - before["reward"]) / before["reward_std"],
+              "before": before, "after": after, "options": asdict(config)}
+    write_report(config, result, Figures(run))
+    save_json(run / "result.json", result)                                  # last: it says that the run is complete
+    return result
+
+
+# -------------------------------------------------------------------------------------------------- the report
 
 NAMED = "Life Begins", "Now I don't", "There are no people like"       # prompts of the report, before those of the test split
-REPORTED = (("reward", "reward, mean"), ("reward_sd", "reward, standard deviation"),
+REPORTED = (("reward", "reward, mean"), ("reward_std", "reward, standard deviation"),
             ("kl", "KL to the reference, nats a response"), ("distinct_2", "distinct-2"),
             ("repetition", "repeated bigrams in a response, share"), ("ref_ppl", "perplexity under the reference"),
             ("length", "tokens of a response"))
@@ -729,7 +808,7 @@ def paint_rewards(rows):
         def draw(axes, name, **look):
             points = [(r["step"], r[name]) for r in rows if name in r]
             axes.plot(*zip(*points), **look) if points else None
-        steps, mean, sd = (np.array([r[name] for r in rows if "reward" in r]) for name in ("step", "reward", "reward_sd"))
+        steps, mean, sd = (np.array([r[name] for r in rows if "reward" in r]) for name in ("step", "reward", "reward_std"))
         draw(reward, "reward", color=COLOURS[0], label="mean")
         reward.fill_between(steps, mean - sd, mean + sd, color=COLOURS[0], alpha=0.2, linewidth=0,
                             label="± standard deviation")
@@ -746,7 +825,7 @@ def paint_rewards(rows):
     return paint
 
 
-def worst(each, badness, n=4):
+def reward_hacking_examples(each, badness, n=4):
     """The n responses that the scorer likes and badness does not: highest sum of both, each in standard deviations."""
     def standard(values):
         values = np.array(values)
@@ -781,7 +860,7 @@ def write_report(args, result, figures):
     for name, badness in shown:
         md += [f"High reward with high {name}:\n",
                table(["text", "reward", "repeated bigrams", "perplexity under the reference"],
-                     [[r["text"], r["reward"], r["repetition"], r["ref_ppl"]] for r in worst(after["each"], badness)])]
+                     [[r["text"], r["reward"], r["repetition"], r["ref_ppl"]] for r in reward_hacking_examples(after["each"], badness)])]
     write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
 
 
@@ -806,81 +885,46 @@ def check_fit(args, model, scorer, tokenizer, prompts):
                         f"the prompts. Train one on the same reviews: python ppo.py --train-reward --data {args.data}")
 
 
-def settle(args, tokenizer):
+def resolve_defaults(config, tokenizer):
     """Fill in what depends on the base."""
     for name, value in DEFAULTS[tokenizer.kind == "qwen2"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.data is None:
-        args.data = "reviews" if is_embedded(tokenizer) else "imdb"
-    if args.batch_size % args.minibatch:
-        raise UserError(f"--batch-size {args.batch_size} cannot be cut into minibatches of {args.minibatch}")
-    args.eval_every = args.eval_every or -(-args.steps // 10)
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    config.data = config.data or ("reviews" if is_embedded(tokenizer) else "imdb")
+    config.eval_every = config.eval_every or -(-config.steps // 10)
+    if config.batch_size % config.minibatch:
+        raise UserError(f"--batch-size {config.batch_size} cannot be cut into minibatches of {config.minibatch}")
 
 
-def train_policy(args, device, dtype, checkpoint=None):
-    """PPO as args say, into the folder args.run."""
-    run, resumed = Path(args.run), checkpoint is not None
-    reference, tokenizer, _ = load_run(args.base, device, torch.float32)
-    if not resumed:
-        settle(args, tokenizer)
-    scorer = load_scorer(args.scorer, device, dtype)
-    kind = next(kind for kind, (model_type, _) in MODELS.items() if type(reference) is model_type)
-    prompts = {split: read_prompts(args.data, split, tokenizer) for split in ("train", "valid", "test")}
+def open_task(config, device, dtype, checkpoint):
+    """What train_policy needs beside config, as its keyword arguments; UserError for what does not go together, and where
+    a run that resumes does not find the weights that it was started with."""
+    reference, tokenizer, _ = load_run(config.base, device, torch.float32)
+    if not checkpoint:
+        resolve_defaults(config, tokenizer)
+    scorer = load_scorer(config.scorer, device, dtype)
+    prompts = {split: read_prompts(config.data, split, tokenizer) for split in ("train", "valid", "test")}
     named = [] if is_embedded(tokenizer) else [encode_prompt(tokenizer, text) for text in NAMED]
-    test = (named + prompts["test"])[:args.held_out]
-    check_fit(args, reference, scorer, tokenizer, prompts["train"] + test)
+    prompts["test"] = (named + prompts["test"])[:config.held_out]
+    prompts["valid"] = prompts["valid"][:config.held_out]
+    check_fit(config, reference, scorer, tokenizer, prompts["train"] + prompts["test"])
     weights = fingerprint(reference, scorer)
-    if resumed and checkpoint.get("fingerprint") != weights:
-        raise UserError(f"{args.base} or {args.scorer} no longer holds the weights that the run in {run} was started with; "
-                        "restore them, or start a new run")
-    model = (build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device) if resumed
-             else copy.deepcopy(reference))
-    model.requires_grad_(True)
-    n = sum(p.numel() for p in model.parameters())
+    if checkpoint and checkpoint.get("fingerprint") != weights:
+        raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in {config.run} was "
+                        "started with; restore them, or start a new run")
+    n = sum(p.numel() for p in reference.parameters())
     if (needed := n * (26 if dtype == torch.bfloat16 else 20) / 1e9) > 1:
         print(f"{n:,} parameters: PPO needs about {needed:.0f} GB of memory for the policy, its moments and gradients, "
               "and the reference", file=sys.stderr)
     text = None
-    if args.sft_coef or args.sft_every:
-        cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
-        length = min(context(model), 8 + args.response_tokens)
-        text = cut(data.load(args.data, tokenizer, splits=("train",)).ids["train"], args.minibatch, length, args.seed)
-    judge = Judge(reference.requires_grad_(False), scorer, tokenizer, args, dtype)
-    if resumed:
-        before = read_before(run)
-    else:
-        before = judge.measure(reference, test, args.seed)
-        run.mkdir(parents=True, exist_ok=True)
-        save_json(run / "before.json", before)
-    trainer = PPO(args, kind, model, tokenizer, Prompts(prompts["train"], args.batch_size, args.seed),
-                  lambda: judge.measure(model, prompts["valid"][:args.held_out], args.seed), device, dtype, judge, text)
-    trainer.go_on = f"python ppo.py --resume --run {run}"
-    trainer.fingerprint = weights
-    if resumed:
-        trainer.resume(checkpoint)
-    trainer.open_log(resumed)
-    trainer.show(f"{args.base} rewarded by {args.scorer}: {len(prompts['train']):,} prompts, {trainer.steps} iterations, "
-                 f"{device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
-    trainer.fit()
-    model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
-    after = judge.measure(model.eval(), test, args.seed)
-    if tokenizer.kind == "qwen2":
-        save_model(model, tokenizer, run)
-    result = {"model": kind, "base": args.base, "scorer": args.scorer, "data": args.data, "params": n,
-              "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed,
-              "dtype": str(dtype).removeprefix("torch."), **environment(device),
-              "rise": (after["reward"] - before["reward"]) / before["reward_sd"],
-              "before": before, "after": after, "options": asdict(args)}
-    write_report(args, result, Figures(run))
-    save_json(run / "result.json", result)                                  # last: it says that the run is finished
-    print(f"{args.base} rewarded by {args.scorer}: reward {before['reward']:.2f} before, {after['reward']:.2f} after "
-          f"({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} nats a response, "
-          f"distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
-    print(f"written to {run}/report.md. Next: python sample.py --run {run}")
+    if config.sft_coef or config.sft_every:
+        cut = data.ContiguousBatches if reference.recurrent else data.WindowBatches
+        ids = data.load(config.data, tokenizer, splits=("train",)).ids["train"]
+        text = cut(ids, config.minibatch, min(context(reference), 8 + config.response_tokens), config.seed)
+    return dict(reference=reference, tokenizer=tokenizer, scorer=scorer, prompts=prompts, text=text, fingerprint=weights)
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------------------------- command line
 
 def keep_memory():
     """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and fetch them anew,
@@ -912,7 +956,15 @@ def main(argv=None):
             config.epochs = SCORER_EPOCHS[config.data]
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    (train_reward if train_a_scorer else train_policy)(config, device, dtype, checkpoint)
+    if train_a_scorer:
+        return train_reward(config, device, dtype, checkpoint)
+    result = train_policy(config, **open_task(config, device, dtype, checkpoint), device=device, dtype=dtype,
+                          checkpoint=checkpoint)
+    before, after = result["before"], result["after"]
+    print(f"{config.base} rewarded by {config.scorer}: reward {before['reward']:.2f} before, {after['reward']:.2f} after "
+          f"({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} nats a response, "
+          f"distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
+    print(f"written to {config.run}/report.md. Next: python sample.py --run {config.run}")
 
 
 if __name__ == "__main__":

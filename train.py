@@ -184,6 +184,11 @@ def build_model(kind, config, weights=None):
                         f"{' '.join(str(e).split())[:200]}") from e
 
 
+def kind_of(model):
+    """A model's name in MODELS."""
+    return next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
+
+
 def command_for(folder):
     """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
     runs/ppo-..., ..."""
@@ -351,11 +356,11 @@ def kept(run):
     return f"The last good checkpoint is kept in {run}" if (run / "last.pt").exists() else "Nothing was saved yet"
 
 
-def check_finite(run, step, **values):
-    """NotFinite unless all these values of a step are finite."""
+def check_finite(run, where, **values):
+    """NotFinite unless all these values are finite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise NotFinite(f"the {name.replace('_', ' ')} is not finite at step {step} ({value}). {kept(run)}; train "
+            raise NotFinite(f"the {name.replace('_', ' ')} is not finite at {where} ({value}). {kept(run)}; train "
                             "again with a smaller --lr and another --run")
 
 

@@ -102,7 +102,7 @@ def figures(folder):
             if isinstance(part, (dict, list)):
                 walk(file, f"{place}/{key}", part)
             else:
-                found[file, f"{place}/{key}"] = part
+                found[file, f"{place}/{key}".replace("reward_sd", "reward_std")] = part
     for path in sorted(folder.rglob("*")):
         file = str(path.relative_to(folder))
         if path.name == "result.json":

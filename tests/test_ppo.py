@@ -21,7 +21,7 @@ import qwen_load
 import train
 from data import UserError
 from lstm import LSTMConfig, LSTMLM
-from ppo import PPO, Judge, Prompts, gae, load_scorer, policy_loss, repetition, roll_out, value_loss, whiten
+from ppo import Prompts, gae, load_scorer, policy_loss, repetition, rollout, value_loss, whiten
 from qwen_load import WordPiece
 from rnn import RNNConfig, RNNLM
 from tests.conftest import real
@@ -376,20 +376,33 @@ def settings(folder, **changes):
 PROMPTS = [[0, *(1 + (7 * k + j) % (V - 1) for j in range(k % 7))] for k in range(40)]      # 1 to 7 tokens
 
 
-def trainer_for(folder, model, worth=None, dtype=torch.float32, prompts=PROMPTS, text=None, **changes):
-    args = settings(folder, **changes)
+def task_for(folder, model, worth=None, dtype=torch.float32, **changes):
     scorer = Table(torch.linspace(-1, 1, V) if worth is None else worth)
-    judge = Judge(copy.deepcopy(model).eval().requires_grad_(False), scorer, Words(), args, dtype)
-    return PPO(args, "transformer", model, Words(), Prompts(prompts, args.batch_size, args.seed),
-               lambda: judge.measure(model, prompts[:8], 1), torch.device("cpu"), dtype, judge, text)
+    return ppo.make_task(copy.deepcopy(model), scorer, Words(), settings(folder, **changes), dtype)
+
+
+def run_policy(folder, model, worth=None, dtype=torch.float32, prompts=PROMPTS, text=None, **changes):
+    """train_policy on these prompts, without a report; -> its last checkpoint and the rows of log.csv."""
+    scorer = Table(torch.linspace(-1, 1, V) if worth is None else worth)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ppo, "write_report", lambda *a: None)
+        ppo.train_policy(settings(folder, **changes), model, Words(), scorer, {"train": prompts, "valid": prompts[:8], "test": prompts[:8]},
+                         torch.device("cpu"), dtype, text)
+    return torch.load(folder / "last.pt", weights_only=True), list(csv.DictReader(open(folder / "log.csv")))
+
+
+def moved(model, by):
+    for p in model.parameters():
+        p.data += by * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    return model
 
 
 @pytest.mark.parametrize("model", list(policies()), ids=lambda m: type(m).__name__)
 def test_sampled_and_recomputed_log_probabilities_agree(model, tmp_path):
     """Unequal prompts, some responses that end early: the first ratio is 1."""
-    trainer = trainer_for(tmp_path, model.eval())
-    r = roll_out(model, PROMPTS, 6, [0], seed=3)
-    there = trainer.judge.compare(model, r, trainer.value_head)
+    task = task_for(tmp_path, model.eval())
+    r = rollout(task, model, PROMPTS, seed=3)
+    there = ppo.evaluate_actions(task, model, r)
     ratio = (there["log_prob"] - r.log_probs).exp()
     assert (ratio - 1).abs().max() < 1e-5
     lengths = r.mask.sum(1)
@@ -398,7 +411,7 @@ def test_sampled_and_recomputed_log_probabilities_agree(model, tmp_path):
         n = int(lengths[row])
         answer = r.actions[row, :n].tolist()
         assert r.tokens[row, :len(prompt) + n].tolist() == prompt + answer and (answer[-1] == 0 or n == 6) and 0 not in answer[:-1]
-        assert r.ids[row] == [t for t in answer if t]
+        assert r.responses[row] == [t for t in answer if t]
         with torch.no_grad():
             log_p = torch.log_softmax(model.logits(model(torch.tensor([prompt + answer]))[0]), -1)[0]
         alone = [log_p[len(prompt) - 1 + k, t].item() for k, t in enumerate(answer)]
@@ -410,51 +423,60 @@ def test_sampled_and_recomputed_log_probabilities_agree(model, tmp_path):
 def test_the_first_minibatch_has_ratio_one(tmp_path, dtype, monkeypatch):
     ratios = []
     monkeypatch.setattr(ppo, "policy_loss", lambda new, old, *rest: ratios.append((new - old).exp().detach()) or policy_loss(new, old, *rest))
-    trainer = trainer_for(tmp_path, next(policies()).train(), dtype=dtype)  # dropout 0.5, if it were on
-    trainer.open_log(resumed=False)
-    trainer.train_step()
+    run_policy(tmp_path, next(policies()).train(), dtype=dtype, steps=1, seed=2)    # dropout 0.5, if it were on
     assert len(ratios) == 8 and (ratios[0] - 1).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)
     assert (ratios[-1] - 1).abs().max() > 1e-3                              # and after updates it has not
 
 
 def test_divergence_and_entropy_equal_torchs(tmp_path):
-    model, trainer = next(policies()).eval(), None
-    trainer = trainer_for(tmp_path, model)
-    for p in model.parameters():                                            # away from the reference
-        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    r = roll_out(model, PROMPTS, 6, [0], seed=3)
-    there = trainer.judge.compare(model, r, trainer.value_head)
+    model = next(policies()).eval()
+    task = task_for(tmp_path, model)
+    moved(model, 0.05)                                                      # away from the reference
+    r = rollout(task, model, PROMPTS, seed=3)
+    there = ppo.evaluate_actions(task, model, r)
     for row, prompt in enumerate(PROMPTS):
         n = int(r.mask[row].sum())
         with torch.no_grad():
-            hidden = [m(r.tokens[row:row + 1])[0][0, len(prompt) - 1:len(prompt) - 1 + n] for m in (model, trainer.judge.reference)]
-            p, q = (torch.distributions.Categorical(logits=m.logits(h)) for m, h in zip((model, trainer.judge.reference), hidden))
+            hidden = [m(r.tokens[row:row + 1])[0][0, len(prompt) - 1:len(prompt) - 1 + n] for m in (model, task.reference)]
+            p, q = (torch.distributions.Categorical(logits=m.logits(h)) for m, h in zip((model, task.reference), hidden))
         np.testing.assert_allclose(there["kl"][row, :n], torch.distributions.kl_divergence(p, q), atol=1e-5)
         np.testing.assert_allclose(there["entropy"][row, :n], p.entropy(), atol=1e-5)
         np.testing.assert_allclose(there["ref_log_prob"][row, :n], q.log_prob(r.actions[row, :n]), atol=1e-5)
     assert there["kl"].min() > -1e-6 and there["kl"].sum(1).mean() > 0.1
 
 
+def test_values_are_linear_in_the_hidden_state(tmp_path):
+    model, head = next(policies()).eval(), torch.nn.Linear(32, 1)
+    task = task_for(tmp_path, model)
+    r = rollout(task, model, PROMPTS, seed=3)
+    values = ppo.evaluate_actions(task, model, r, head)["value"]
+    for row, prompt in enumerate(PROMPTS):
+        n = int(r.mask[row].sum())
+        with torch.no_grad():
+            expected = head(model(r.tokens[row:row + 1])[0][0, len(prompt) - 1:len(prompt) - 1 + n])[:, 0]
+        np.testing.assert_allclose(values[row, :n], expected, atol=1e-5)
+    assert (values[r.mask == 0] == 0).all()
+
+
 def test_the_sampled_estimate_of_the_divergence_is_unbiased_and_not_negative(tmp_path):
     model = next(policies()).eval()
-    trainer = trainer_for(tmp_path, model, minibatch=500)
-    for p in model.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    r = roll_out(model, PROMPTS * 50, 6, [0], seed=5)
-    there = trainer.judge.compare(model, r)
+    task = task_for(tmp_path, model, minibatch=500)
+    moved(model, 0.02)
+    r = rollout(task, model, PROMPTS * 50, seed=5)
+    there = ppo.evaluate_actions(task, model, r)
     estimate, full = (there["log_prob"] - there["ref_log_prob"]).sum(1), there["kl"].sum(1)
     error = (estimate - full).std() / len(full) ** 0.5
     assert (estimate - full).mean().abs() < 3 * error and estimate.mean() > 0 and error < 0.2 * full.mean()
 
 
 def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monkeypatch):
-    banned = [3, 9, 22]
-    monkeypatch.setattr(ppo, "suppressed_tokens", lambda tokenizer: banned)
+    suppressed = [3, 9, 22]
+    monkeypatch.setattr(ppo, "suppressed_tokens", lambda tokenizer: suppressed)
     model = next(policies()).eval()
-    trainer = trainer_for(tmp_path, model, minibatch=500)
-    r = roll_out(model, PROMPTS * 10, 6, [0], 1, trainer.judge.suppressed)
-    assert not torch.isin(r.actions, torch.tensor(banned)).any()
-    there = trainer.judge.compare(model, r)
+    task = task_for(tmp_path, model, minibatch=500)
+    r = rollout(task, model, PROMPTS * 10, seed=1)
+    assert not torch.isin(r.actions, torch.tensor(suppressed)).any()
+    there = ppo.evaluate_actions(task, model, r)
     assert ((there["log_prob"] - r.log_probs).exp() - 1).abs().max() < 1e-5 and there["kl"].abs().max() < 1e-6 and there["entropy"].max() <= math.log(V - 3) + 1e-5
 
 
@@ -482,16 +504,15 @@ def test_one_token_policies_reach_the_optimum_in_closed_form(tmp_path, coef):
     torch.manual_seed(1)
     model = Transformer(TransformerConfig(V, 16, 1, 2, 2, 16, 8))
     worth = torch.randn(V, generator=torch.Generator().manual_seed(2))
-    trainer = trainer_for(tmp_path, model, worth, prompts=[[0]] * 512, batch_size=512, minibatch=512, epochs=2, steps=150, response_tokens=1, lr=0.01,
-                          kl_coef=coef, whiten=False, eval_every=1000, value_coef=1.0)
-    with torch.no_grad():
-        log_ref = torch.log_softmax(model.logits(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
-    trainer.open_log(resumed=False)
-    while trainer.step < trainer.steps:
-        trainer.train_step()
-    with torch.no_grad():
-        log_pi = torch.log_softmax(model.logits(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
-    worth = worth.double()
+
+    def log_p():
+        with torch.no_grad():
+            return torch.log_softmax(model.logits(model(torch.tensor([[0]]))[0][0, 0]), -1).double()
+    log_ref = log_p()
+    last, _ = run_policy(tmp_path, model, worth, prompts=[[0]] * 512, batch_size=512, minibatch=512, epochs=2, steps=150, response_tokens=1, lr=0.01,
+                         kl_coef=coef, whiten=False, eval_every=1000, value_coef=1.0)
+    model.load_state_dict(last["model"])
+    log_pi, worth = log_p(), worth.double()
     worth[0] = 0                                                            # the end token is an empty text
     optimum = torch.log_softmax(log_ref + worth / coef, -1)
     (got_reward, got_kl), (best_reward, best_kl) = [((p.exp() * worth).sum().item(), (p.exp() * (p - log_ref)).sum().item()) for p in (log_pi, optimum)]
@@ -499,105 +520,104 @@ def test_one_token_policies_reach_the_optimum_in_closed_form(tmp_path, coef):
     assert best_kl > 0.1 and best_reward > 0.2
 
 
-def test_the_coefficient_adapts_towards_the_target(tmp_path):
-    for target, moved in ((1e-6, 1.2), (1e6, 0.98)):
-        trainer = trainer_for(tmp_path, next(policies()), kl_target=target, kl_coef=0.3, lr=1e-2)
-        trainer.open_log(resumed=False)
-        trainer.train_step()
-        trainer.train_step()
-        first = 0.98                                                        # before the first update KL is 0: below any target
-        assert trainer.kl_coef == pytest.approx(0.3 * first * moved)
+@pytest.mark.parametrize("target, factor", [(1e-6, 1.2), (1e6, 0.98)])
+def test_the_coefficient_adapts_towards_the_target(tmp_path, target, factor):
+    last, _ = run_policy(tmp_path, next(policies()), kl_target=target, kl_coef=0.3, lr=1e-2, steps=2)
+    assert last["kl_coef"] == pytest.approx(0.3 * 0.98 * factor)            # before the first update KL is 0: below any target
 
 
 def test_an_iteration_ends_when_the_policy_has_moved_too_far(tmp_path):
-    trainer = trainer_for(tmp_path, next(policies()), max_update_kl=1e-4, lr=0.1)
-    trainer.open_log(resumed=False)
-    trainer.train_step()
-    assert 1 <= trainer.row["updates"] < 8
+    _, log = run_policy(tmp_path, next(policies()), max_update_kl=1e-4, lr=0.1, steps=1)
+    assert 1 <= int(log[1]["updates"]) < 8
 
 
 def test_rewards_stand_on_the_last_token_and_the_penalty_on_every_one(tmp_path, monkeypatch):
+    """In the third iteration, when the policy has left the reference."""
     seen = {}
-    monkeypatch.setattr(ppo, "gae", lambda rewards, values, mask, gamma, lam: seen.update(rewards=rewards.clone(), mask=mask) or gae(rewards, values, mask, gamma, lam))
-    model = next(policies())
-    trainer = trainer_for(tmp_path, model, kl_coef=0.3, repetition_coef=2.0)
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    trainer.open_log(resumed=False)
-    before, memory = copy.deepcopy(model).eval(), ppo.roll_out
-    monkeypatch.setattr(ppo, "roll_out", lambda *a, **kw: seen.setdefault("r", memory(*a, **kw)))
-    trainer.train_step()
-    r = seen["r"]
-    there = trainer.judge.compare(before, r)
-    worth = trainer.judge.scorer.score(trainer.judge.texts(r))
-    repeated = ppo.shared_repetition(r.ids)
-    assert max(repeated) > 0
-    for row in range(len(r.ids)):
+
+    def record(name, function):
+        def recorded(*args, **kwargs):
+            seen[name, "args"] = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            seen[name] = function(*args, **kwargs)
+            return seen[name]
+        monkeypatch.setattr(ppo, name, recorded)
+    record("gae", gae)
+    original = ppo.evaluate_actions
+    monkeypatch.setattr(ppo, "evaluate_actions", lambda task, model, r, head=None: [
+        out := original(task, model, r, head), head and seen.update(old=dict(out), r=r, task=task)][0])
+    run_policy(tmp_path, next(policies()), kl_coef=0.3, repetition_coef=2.0, lr=1e-2, steps=3, eval_every=10)
+    r, old, rewards = seen["r"], seen["old"], seen["gae", "args"][0]
+    worth, _ = ppo.score_responses(seen["task"], r)
+    repeated = ppo.shared_repetition(r.responses)
+    assert max(repeated) > 0 and (old["log_prob"] - old["ref_log_prob"]).abs().max() > 0.01
+    for row in range(len(r.responses)):
         n = int(r.mask[row].sum())
-        expected = (-0.3 * (there["log_prob"] - there["ref_log_prob"]))[row, :n].tolist()
+        expected = (-0.3 * (old["log_prob"] - old["ref_log_prob"]))[row, :n].tolist()
         expected[-1] += worth[row].item() - 2.0 * repeated[row]
-        np.testing.assert_allclose(seen["rewards"][row, :n], expected, atol=1e-4)
+        np.testing.assert_allclose(rewards[row, :n], expected, atol=1e-4)
 
 
-def test_supervised_steps_add_the_gradient_of_the_text(tmp_path):
+def test_supervised_steps_have_the_gradient_of_the_text(tmp_path):
     model = next(policies()).eval()
-    ids = np.random.default_rng(0).integers(1, V, 600)
-    trainer = trainer_for(tmp_path, model, text=data.WindowBatches(ids, 4, 14, 1), sft_coef=0.5)
-    loss = trainer.supervised(3, 0.5)
-    x, y = trainer.text.batch(trainer.step * (2 + 1) * 4 + 3)
+    text = data.WindowBatches(np.random.default_rng(0).integers(1, V, 600), 4, 14, 1)
+    loss = ppo.supervised_loss(task_for(tmp_path, model), model, text.batch(3))
+    loss.backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
+    x, y = text.batch(3)
     expected = F.cross_entropy(model.logits(model(x)[0]).flatten(0, 1), y.flatten())
-    (0.5 * expected).backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for g, p in zip(got, model.parameters()):
         torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_supervised_text_within_the_updates_is_learned(tmp_path):
+    text = data.WindowBatches(np.tile(np.arange(1, V), 40), 4, 14, 1)       # one word always follows the other
+    losses = {}
+    for coef in (1e-9, 1.0):
+        (tmp_path / str(coef)).mkdir()
+        _, log = run_policy(tmp_path / str(coef), next(policies()), text=text, sft_coef=coef, lr=1e-2, steps=6)
+        losses[coef] = float(log[-1]["sft_loss"])
+    assert losses[1.0] < losses[1e-9] - 0.5
+
+
 def test_supervised_iterations_alternate(tmp_path):
-    ids = np.random.default_rng(0).integers(1, V, 600)
-    trainer = trainer_for(tmp_path, next(policies()), text=data.WindowBatches(ids, 4, 14, 1), sft_every=2)
-    trainer.open_log(resumed=False)
-    counts = []
-    for _ in range(4):
-        trainer.train_step()
-        counts.append(trainer.row["updates"])
-    assert counts == [8, 12, 8, 12]
+    text = data.WindowBatches(np.random.default_rng(0).integers(1, V, 600), 4, 14, 1)
+    _, log = run_policy(tmp_path, next(policies()), text=text, sft_every=2)
+    assert [int(row["updates"]) for row in log[1:]] == [8, 12, 8, 12]
 
 
 def test_a_reward_that_is_not_a_number_ends_the_run_in_a_line(tmp_path):
     worth = torch.linspace(-1, 1, V)
     worth[5] = math.nan
-    trainer = trainer_for(tmp_path, next(policies()), worth)
-    trainer.open_log(resumed=False)
     with pytest.raises(UserError, match="a reward that is not a number"):
-        trainer.fit()
-    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]               # at the first evaluation: nothing to save yet
+        run_policy(tmp_path, next(policies()), worth)
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_only_empty_responses_end_the_run_in_a_line_but_single_ones_do_not(tmp_path):
-    model = next(policies())
-    trainer = trainer_for(tmp_path, model)
-    assert trainer.judge.reward(ppo.Responses(None, None, None, None, None, [[], [4]], [[0, 1], [0, 2]])).shape == (2,)
+    task = task_for(tmp_path, next(policies()))
+    assert ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], None, None, None, None, None, [[], [4]]))[0].shape == (2,)
     with pytest.raises(UserError, match="every response is empty"):
-        trainer.judge.reward(ppo.Responses(None, None, None, None, None, [[], []], [[0, 1], [0, 2]]))
+        ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], None, None, None, None, None, [[], []]))
 
 
-def test_best_is_the_highest_reward_minus_the_price_of_the_divergence(tmp_path):
-    trainer = trainer_for(tmp_path, next(policies()), kl_coef=0.5)
-    trainer.open_log(resumed=False)
-    scores = iter([(5.0, 0.0), (1.0, 0.0), (2.0, 3.0), (2.0, 1.0), (9.0, 20.0)])
-    trainer.evaluate = lambda: dict.fromkeys(ppo.EVALUATED, 0.0) | dict(zip(("reward", "kl"), next(scores)))
-    assert not trainer.evaluate_and_log()[1]                                # the reference is no trained policy
-    trainer.step = 1
-    assert [trainer.evaluate_and_log()[1] for _ in range(4)] == [True, False, True, False] and trainer.best_scores == (2.0, 1.0)
-    trainer.kl_coef, trainer.evaluate = 0.1, lambda: dict.fromkeys(ppo.EVALUATED, 0.0) | {"reward": 2.3, "kl": 3.0}
-    assert trainer.evaluate_and_log()[1]                                    # at the price of now
+@pytest.mark.parametrize("settings, scores, best, best_step", [
+    (dict(kl_coef=0.5), [(1.0, 0.0), (2.0, 3.0), (2.0, 1.0), (9.0, 20.0)], (2.0, 1.0), 3),
+    # the coefficient grows from 0.441 to 0.529, and what was best is measured at the price of now
+    (dict(kl_coef=0.45, kl_target=1e-6), [(3.0, 2.0), (2.0, 0.0), (0.0, 0.0), (0.0, 0.0)], (2.0, 0.0), 2)])
+def test_best_is_the_highest_reward_minus_the_price_of_the_divergence(tmp_path, monkeypatch, settings, scores, best, best_step):
+    sequence = iter([(0.0, 0.0), (50.0, 0.0), *scores, (0.0, 0.0)])         # before; step 0, which is no trained policy; after
+    monkeypatch.setattr(ppo, "evaluate_policy", lambda *a: dict.fromkeys(ppo.EVALUATED, 1.0) | {"each": []} | dict(zip(("reward", "kl"), next(sequence))))
+    last, _ = run_policy(tmp_path, next(policies()), eval_every=1, lr=1e-2, **settings)
+    assert last["best_scores"] == best and last["progress"]["best_step"] == best_step
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == best_step
 
 
 def test_the_worst_outputs_are_liked_and_bad():
     each = [{"reward": r, "repetition": b} for r, b in ((1, 0), (5, 0), (5, 0.9), (0, 0.9), (4, 0.5), (-3, 0))]
-    assert ppo.worst(each, lambda r: r["repetition"], 2) == [each[2], each[4]]
+    assert ppo.reward_hacking_examples(each, lambda r: r["repetition"], 2) == [each[2], each[4]]
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -642,7 +662,7 @@ def test_a_whole_run_writes_its_report(there, capsys):
     before, after = result["before"], result["after"]
     assert before["kl"] == pytest.approx(0, abs=1e-5) and after["kl"] >= 0
     assert before["reward"] == pytest.approx(np.mean([r["reward"] for r in before["each"]]))
-    assert result["rise"] == pytest.approx((after["reward"] - before["reward"]) / before["reward_sd"])
+    assert result["rise"] == pytest.approx((after["reward"] - before["reward"]) / before["reward_std"])
     assert [r["prompt"] for r in before["each"]] == [r["prompt"] for r in after["each"]]
     assert all(word in report for word in ("Figure 5", "Table 7", "Table 8", "sft-every 3", "rewards.png")) and Path("out/rewards.png").exists()
     rows = list(csv.DictReader(open("out/log.csv")))
@@ -659,13 +679,14 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(there, monkeypatch):
     command = [*QUICK, "--sft-coef", "0.1", "--kl-target", "1", "--lr", "1e-3"]
     ppo.main([*command, "--run", "whole"])
     with monkeypatch.context() as m:
-        original = PPO.train_step
+        original, calls = ppo.gae, []
 
-        def dies(self):
-            if self.step == 3:
+        def dies(*args):
+            calls.append(1)
+            if len(calls) == 4:
                 raise MemoryError("killed")
-            return original(self)
-        m.setattr(PPO, "train_step", dies)
+            return original(*args)
+        m.setattr(ppo, "gae", dies)
         with pytest.raises(MemoryError):
             ppo.main([*command, "--run", "killed"])
     ppo.main(["--resume", "--run", "killed"])
