@@ -31,28 +31,30 @@ Measured before and after, always: each held-out document read afresh (its perpl
 perplexity, all as eval.py defines them), the perplexity of a text from outside (what was forgotten), and continuations
 of a prompt in the style of the data and of one that has nothing to do with it, from the same seed.
 """
+import copy
 import ctypes
 import json
 import math
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
 from data import UserError, option, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
 from qwen_load import is_pretrained, save_model
 from sample import encode_prompt, generate, suppressed_tokens
-from train import (LOCAL, MODELS, Trainer, build_model, check_resume_config, check_text, clip_grad_norm, environment,
-                   eval_batch_size, join_processes, load_run, perplexity, pick_device, pick_dtype, read_checkpoint,
-                   refuse_existing, tokenizer_from, prepend_eos)
+from train import (COLUMNS, LOCAL, Log, Progress, StopRequest, autocast, average_gradients, broadcast, build_model,
+                   check_finite, check_resume_config, check_text, clip_grad_norm, complete_checkpoint,
+                   configure_optimizer, detach_state, environment, eval_batch_size, first_process_first, gather_state,
+                   get_lr, job_errors, join_processes, kind_of, leave_processes, load_run, mean_and_any, perplexity,
+                   pick_device, pick_dtype, prepend_eos, read_checkpoint, refuse_existing, sample_line,
+                   save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
 
 STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
 OTHER_PROMPT = "Climate change is"
@@ -112,129 +114,146 @@ class Config:
 C = ctypes.CDLL(None) if os.name == "posix" else None           # the C library
 
 
-class LateEmbedding(torch.nn.Module):
-    """An embedding tied to the head. Its gradient is added to the head's when the backward pass is over, in float32 and for the
-    tokens that occur only: autograd would make a matrix of the whole vocabulary, and sum a frequent token's in bfloat16."""
+class TiedEmbedding(torch.nn.Module):
+    """An embedding tied to the head. Its gradient is added to the head's when the backward pass is over, in float32 and for
+    the tokens that occur only: autograd would make a matrix of all the vocabulary, and sum a frequent token's in bfloat16."""
 
     def __init__(self, weight):
         super().__init__()
         self.weight = weight
 
     def forward(self, tokens):
-        self.tokens, self.out = tokens, torch.nn.functional.embedding(tokens, self.weight.detach()).requires_grad_()
+        self.tokens = tokens
+        self.out = torch.nn.functional.embedding(tokens, self.weight.detach()).requires_grad_()
         return self.out
 
     def add_gradient(self):
-        rows, at = self.tokens.flatten().unique(return_inverse=True)        # summed in float32: some tokens occur often
-        grad = self.weight.grad[rows].float().index_add_(0, at, self.out.grad.flatten(0, 1).float())
+        rows, index = self.tokens.flatten().unique(return_inverse=True)     # some tokens occur often
+        grad = self.weight.grad[rows].float().index_add_(0, index, self.out.grad.flatten(0, 1).float())
         self.weight.grad[rows] = grad.to(self.weight.dtype)
         self.tokens = self.out = None
 
 
-class FineTuner(Trainer):
-    """train.py's loop with the products in a bfloat16 copy of the weights, or the weights shared out (see the top of
-    this file)."""
-    CHUNK = 20_000_000                          # parameters whose float32 gradients exist at a time
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.copy = self.pairs = None
-        if self.dtype == torch.bfloat16 and self.world == 1 and self.args.accumulate == 1 and not self.model.recurrent:
-            with torch.device("meta"):
-                self.copy = type(self.model)(self.model.config)
-            self.copy.load_state_dict({k: v.bfloat16() for k, v in self.model.state_dict().items()}, assign=True)
-            if self.model.config.tied:
-                self.copy.embed_tokens = LateEmbedding(self.copy.embed_tokens.weight)
-                self.copy.lm_head.weight = self.copy.embed_tokens.weight
-            self.copy.requires_grad_(True).train()
-            self.pairs = list(zip(self.model.parameters(), self.copy.parameters()))
-        if not self.model.recurrent:
-            (self.copy or self.model).checkpointing = self.args.checkpointing
-
-    def distribute(self):
-        self.sharded = self.args.shard
-        if not self.sharded:
-            return super().distribute()
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        # what is gathered and let go at a time; the last: all the rest
-        for module in (*self.model.layers, self.model):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        self.model.to_empty(device=self.device)                     # the model came without memory
-
-    def restore(self, checkpoint):
-        super().restore(checkpoint)
-        if self.copy:
-            self.take_over(self.pairs)
-
-    @torch.no_grad()
-    def take_over(self, pairs):
-        for weight, copy in pairs:
-            copy.copy_(weight)
-
-    def gradients(self, x, y):
-        if self.copy:
-            loss, _ = self.copy(x, targets=y)
-            loss.backward()
-            if self.model.config.tied:
-                self.copy.embed_tokens.add_gradient()
-            parts = [g for _, c in self.pairs for g in c.grad.split(4096)]          # float32 is made of a part at a time
-            norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in parts]).norm().item()
-            self.scale = 1.0 if norm <= self.args.grad_clip else self.args.grad_clip / (norm + 1e-6)
-            return loss.item(), norm
-        if self.args.accumulate == 1:
-            return super().gradients(x, y)
-        total = 0.0
-        for x_part, y_part in zip(x.chunk(self.args.accumulate), y.chunk(self.args.accumulate)):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                loss = self.ddp_model(x_part, targets=y_part)[0] / self.args.accumulate
-            loss.backward()
-            total += loss.item()
-        return total, clip_grad_norm(self.model.parameters(), self.args.grad_clip)
-
-    def update(self):
-        """AdamW, a few matrices after the other: those without a gradient are passed over."""
-        if not self.copy:
-            return super().update()
-        if hasattr(C, "malloc_trim"):               # glibc keeps what activations left behind: 0.7 GB for Qwen2-0.5B
-            C.malloc_trim(0)
-        waiting, size = [], 0
-        for k, (weight, copy) in enumerate(self.pairs):
-            weight.grad = copy.grad.float()
-            if self.scale < 1:
-                weight.grad.mul_(self.scale)
-            copy.grad, size = None, size + weight.numel()
-            waiting.append((weight, copy))
-            if size >= self.CHUNK or k + 1 == len(self.pairs):
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                self.take_over(waiting)
-                waiting, size = [], 0
+def make_bf16_model(model):
+    """The copy that the products are done in; -> (bf16_model, [(master, bf16)] for every parameter)."""
+    with torch.device("meta"):
+        bf16_model = type(model)(model.config)
+    bf16_model.load_state_dict({k: v.bfloat16() for k, v in model.state_dict().items()}, assign=True)
+    if model.config.tied:
+        bf16_model.embed_tokens = TiedEmbedding(bf16_model.embed_tokens.weight)
+        bf16_model.lm_head.weight = bf16_model.embed_tokens.weight
+    bf16_model.requires_grad_(True).train()
+    return bf16_model, list(zip(model.parameters(), bf16_model.parameters()))
 
 
-def memory_needed(model, args, dtype, world=1):
+@torch.no_grad()
+def copy_master_to_bf16(pairs):
+    for master, bf16 in pairs:
+        bf16.copy_(master)
+
+
+def bf16_grad_norm(bf16_model, pairs):
+    """The norm of all gradients after a backward pass of the copy, whose embedding's are joined first."""
+    if bf16_model.config.tied:
+        bf16_model.embed_tokens.add_gradient()
+    parts = [g for _, bf16 in pairs for g in bf16.grad.split(4096)]         # float32 is made of a part at a time
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in parts]).norm().item()
+
+
+CHUNK = 20_000_000                              # parameters whose float32 gradients exist at a time
+
+
+def step_with_bf16_gradients(optimizer, pairs, scale):
+    """AdamW on the masters with the copy's gradients times scale, a few matrices after the other: those without a gradient
+    are passed over."""
+    if hasattr(C, "malloc_trim"):               # glibc keeps what activations left behind: 0.7 GB for Qwen2-0.5B
+        C.malloc_trim(0)
+    waiting, size = [], 0
+    for k, (master, bf16) in enumerate(pairs):
+        master.grad, bf16.grad = bf16.grad.float(), None
+        if scale < 1:
+            master.grad.mul_(scale)
+        waiting.append((master, bf16))
+        size += master.numel()
+        if size >= CHUNK or k + 1 == len(pairs):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            copy_master_to_bf16(waiting)
+            waiting, size = [], 0
+
+
+# --------------------------------------------------------------- a model split across processes (--shard; skip this)
+#
+# States go through torch.distributed.checkpoint.state_dict, whole and on the first process's CPU. Model and optimizer are
+# set by two calls: one for both waits forever where the other processes pass {}.
+
+def shard_model(model, device, dtype, world):
+    """fully_shard a model that has no memory yet: by layers, and the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device.type, (world,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*model.layers, model):                           # what is gathered and released at a time
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    model.to_empty(device=device)
+
+
+def sharded_state(model, optimizer):
+    """(weights, optimizer state) as an unsharded run has them, on the first process; {} on the others."""
+    from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                         get_optimizer_state_dict)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if not state:
+        return weights, state
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    groups = [group | {"params": [names.index(name) for name in group["params"]]} for group in state["param_groups"]]
+    return weights, {"state": {k: state["state"][name] for k, name in enumerate(names)}, "param_groups": groups}
+
+
+def load_sharded_state(model, optimizer, weights, state=None):
+    """The opposite; the first process's arguments count."""
+    from torch.distributed.checkpoint.state_dict import (StateDictOptions, set_model_state_dict,
+                                                         set_optimizer_state_dict)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    if state is None:
+        return
+    if state:
+        by_id = {id(p): name for name, p in model.named_parameters()}
+        names = [by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        groups = [group | {"params": [names[k] for k in group["params"]]} for group in state["param_groups"]]
+        state = {"state": {names[k]: v for k, v in state["state"].items()}, "param_groups": groups}
+    optimizer.zero_grad(set_to_none=True)                           # torch allocates gradients for a moment
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+def memory_needed(model, config, dtype, world=1):
     """Bytes that training will hold at its fullest in one process, roughly: 16 or 18 a parameter (4 more where the gradients of
     several processes are averaged; a share of 16 with --shard, and what is gathered at a time: embedding, head and two blocks),
     what the backward pass reads of a batch, and the logits of one chunk of it."""
     c, n, bf16 = model.config, sum(p.numel() for p in model.parameters()), dtype == torch.bfloat16
-    lean = args.accumulate == 1 and not model.recurrent and world == 1
+    lean = config.accumulate == 1 and not model.recurrent and world == 1
     fixed = n * ((18 if bf16 and not lean else 16) + 4 * (world > 1))
     # gathered weights and their gradients in dtype, and these in float32 to be summed
-    if args.shard:
+    if config.shard:
         blocks = sum(p.numel() for p in model.layers.parameters())
         fixed = 16 * n / world + (8 if bf16 else 12) * (n - blocks + 2 * blocks / c.n_layer)
-    tokens, size = args.batch_size * min(args.block_size, context(model)) // args.accumulate // world, 2 if bf16 else 4
+    tokens, size = config.batch_size * min(config.block_size, context(model)) // config.accumulate // world, 2 if bf16 else 4
     per_layer = 14 * c.n_embd + 5 * c.n_hidden
-    if not model.recurrent and args.checkpointing:
+    if not model.recurrent and config.checkpointing:
         kept = tokens * size * (c.n_layer * c.n_embd + per_layer)
     else:
         kept = tokens * size * c.n_layer * per_layer
-    return fixed + kept + min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not args.shard)
+    return fixed + kept + min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not config.shard)
 
 
-def memory_text(model, args, device, dtype, world=1):
+def memory_text(model, config, device, dtype, world=1):
     """A line on the memory that training needs, with a warning if the machine has less."""
-    needed, there = memory_needed(model, args, dtype, world), None
+    needed, there = memory_needed(model, config, dtype, world), None
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
     elif hasattr(os, "sysconf"):                                            # one memory for all processes
@@ -292,18 +311,18 @@ def retained_ids(name, tokenizer, most=20_000):
     return prepend_eos(tokenizer, np.array(ids[:most]))
 
 
-def measure(model, tokenizer, args, dtype):
+def measure(model, tokenizer, config, dtype):
     """All figures of a model: held-out documents, the text from outside, continuations."""
-    documents = held_out(args.data, tokenizer, args.held_out)
+    documents = held_out(config.data, tokenizer, config.held_out)
     losses = losses_afresh(model, [ids for _, ids in documents], tokenizer.eos, dtype)
     each = [math.exp(min(v.mean(), 700)) for v in losses]
     out = {"documents": each, "mean": sum(each) / len(each), "corpus": math.exp(min(np.concatenate(losses).mean(), 700)),
            "tokens": sum(len(v) for v in losses), "retained": None, "samples": []}
-    if args.retain:
-        out["retained"] = perplexity(model, retained_ids(args.retain, tokenizer), dtype=dtype)
-    for prompt in args.prompts:
+    if config.retain:
+        out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer), dtype=dtype)
+    for prompt in config.prompts:
         ids = encode_prompt(tokenizer, prompt)
-        new = generate(model, [ids], args.sample_tokens, args.temperature, eos=tokenizer.eos, seed=args.seed,
+        new = generate(model, [ids], config.sample_tokens, config.temperature, eos=tokenizer.eos, seed=config.seed,
                        suppressed_tokens=suppressed_tokens(tokenizer))
         out["samples"].append({"prompt": prompt, "text": tokenizer.decode(new[0]).strip()})
     return out
@@ -318,21 +337,21 @@ def grammar_floor(name, n, tokenizer):
     return math.exp(math.fsum(nll) / len(nll))
 
 
-def write_report(args, result, figures):
+def write_report(config, result, figures):
     """report.md: Tables 3, 4 and 5, Figure 4, and what was kept."""
-    before, after, run = result["before"], result["after"], Path(args.run)
+    before, after, run = result["before"], result["after"], Path(config.run)
     rows = [["mean of the documents' perplexities", before["mean"], after["mean"]],
             ["corpus perplexity", before["corpus"], after["corpus"]]]
     if before["retained"]:
-        rows.append([f"{args.retain} (not trained on), perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
-    md = [f"# {args.base} fine-tuned on {args.data}\n",
+        rows.append([f"{config.retain} (not trained on), perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
+    md = [f"# {config.base} fine-tuned on {config.data}\n",
           f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
-          f"({100 * args.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, {result['seconds']:.0f} s at "
+          f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, {result['seconds']:.0f} s at "
           f"{number(result['tokens_per_second'], 0)} tokens/s, {result['dtype']}.\n",
           "## Perplexity before and after (Table 3)\n", table(["", "before", "after"], rows)]
     if result["floor"]:
         md.append(f"The grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n")
-    texts = [text for text, _ in held_out(args.data, result["tokenizer"], min(20, args.held_out))]
+    texts = [text for text, _ in held_out(config.data, result["tokenizer"], min(20, config.held_out))]
     md += [f"{len(before['documents'])} held-out documents, each read afresh, {before['tokens']:,} tokens; "
            f"the first {len(texts)}:\n",
            table(["document", "before", "after"], [[text if len(text) <= 80 else text[:80] + " …", b, a]
@@ -363,85 +382,175 @@ def read_before(run):
                         "Start anew with another --run") from e
 
 
-def tune(args, device, dtype, checkpoint=None, before=None, resume_hint=None):
-    """Fine-tune as args say, into the folder args.run; -> what result.json holds."""
-    run, resumed = Path(args.run), checkpoint is not None
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank:
-        dist.barrier()                                              # the first process downloads and encodes
-    if resumed:
-        kind, tokenizer, before = checkpoint["kind"], tokenizer_from(checkpoint["tokenizer"]), read_before(run)
-        model = None if args.shard else build_model(kind, checkpoint["config"], checkpoint["model"]).to(device)
-    else:
-        model, tokenizer, _ = load_run(args.base, *(("cpu", None) if args.shard else (device, torch.float32)))
-        kind = next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
-        settle(args, model, tokenizer, world)
-    if args.shard:
-        if kind != "transformer":
-            raise UserError("--shard needs a Transformer for a base")
-        weights, config = (checkpoint["model"], checkpoint["config"]) if resumed else (model.state_dict(), asdict(model.config))
-        with torch.device("meta"):
-            model = build_model(kind, config)                       # without memory until it is shared out
+def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, checkpoint=None, before=None,
+             resume_hint=None):
+    """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base, which is
+    trained in place; on the meta device with --shard, and only its config counts where a run resumes."""
+    run, kind = Path(config.run), kind_of(model)
+    resume_hint = resume_hint or f"python finetune.py --resume --run {run}"
+    if world > 1:
+        resume_hint = f"the same torchrun command and --resume --run {run}"
     if rank == 0:
-        print(memory_text(model, args, device, dtype, world), file=sys.stderr)
-    corpus = data.load(args.data, tokenizer, splits=("train", "valid"))
-    if world > 1 and rank == 0:
-        dist.barrier()
-    check_text(corpus, resumed and checkpoint.get("fingerprint", "unknown"), run)
-    train_ids = first_share(corpus.ids["train"], args.data_fraction, tokenizer.eos)
+        print(memory_text(model, config, device, dtype, world), file=sys.stderr)
+
+    # 3 data: windows of the first share of the text; what is measured before
+    train_ids = first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
     cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
-    batches = cut(train_ids, args.batch_size, min(args.block_size, context(model)), args.seed)
-    if not resumed and rank == 0:
-        whole_model = load_run(args.base, device, dtype)[0] if args.shard else model
-        before = before or measure(whole_model, tokenizer, args, dtype)
-        del whole_model
+    batches = cut(train_ids, config.batch_size, min(config.block_size, context(model)), config.seed)
+    tokens_per_step = batches.batch_size * batches.block_size
+    valid = prepend_eos(tokenizer, np.asarray(corpus.ids["valid"][:config.eval_tokens]))
+    prompt = encode_prompt(tokenizer, config.prompts[0])
+    if checkpoint:
+        before = read_before(run)
+    elif rank == 0:
+        unsharded = load_run(config.base, device, dtype)[0] if config.shard else model
+        before = before or measure(unsharded, tokenizer, config, dtype)
+        del unsharded
         run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
-    valid = prepend_eos(tokenizer, np.asarray(corpus.ids["valid"][:args.eval_tokens]))
-    evaluate = lambda: {"val": perplexity(model, valid, rows=eval_batch_size(valid), dtype=dtype)}
-    trainer = FineTuner(args, kind, model, tokenizer, batches, evaluate, device, dtype)
-    trainer.go_on = resume_hint or f"python finetune.py --resume --run {run}"
-    trainer.fingerprint = corpus.fingerprint()
-    trainer.warmup = min(args.warmup_steps, max(1, trainer.steps // 10))
-    trainer.prompt = encode_prompt(tokenizer, args.prompts[0])
-    if resumed:
-        trainer.resume(checkpoint)
+
+    # 4 model: the products' bfloat16 copy, or shards, or a copy in every process
+    bf16_model = None
+    if config.shard:
+        shard_model(model, device, dtype, world)
+    elif dtype == torch.bfloat16 and world == 1 and config.accumulate == 1 and not model.recurrent:
+        bf16_model, pairs = make_bf16_model(model)
+    ddp_model = model if config.shard else average_gradients(model, device, world)
+    if not model.recurrent:
+        (bf16_model or model).checkpointing = config.checkpointing
+
+    # 5 optimizer
+    optimizer = configure_optimizer(model, config.lr, config.weight_decay)
+    steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    progress, warmup_steps = Progress(steps, config.eval_every or -(-steps // 20)), min(config.warmup_steps, max(1, steps // 10))
+
+    # 6 resume
+    state = None                                                    # of a recurrent model, carried from step to step
+    if checkpoint:
+        with complete_checkpoint(run):
+            if config.shard:
+                load_sharded_state(model, optimizer, checkpoint["model"], checkpoint["optimizer"])
+            else:
+                model.load_state_dict(checkpoint["model"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+            state = take_rows(checkpoint["state"], rank, world, device)
+            progress = Progress(**checkpoint["progress"])
         checkpoint.clear()                                          # its memory is needed
-    elif args.shard:
-        trainer.load_weights(weights)
-    weights = None
-    trainer.open_log(resumed)
-    trainer.show(f"{args.base} on {args.data}: {len(train_ids):,} training tokens, {trainer.steps} steps, {device.type} "
-                 f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
-    trainer.fit()
+    elif config.shard:
+        weights = load_run(config.base, "cpu", None)[0].state_dict() if rank == 0 else {}
+        load_sharded_state(model, optimizer, weights)
+        weights = None
+    if bf16_model:
+        copy_master_to_bf16(pairs)
+    start, steps, resumed = progress.step, progress.steps, checkpoint is not None
+
+    # 7 loop
+    if rank == 0:
+        log = Log(run, COLUMNS, start if resumed else None)
+    data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, {device.type} "
+              f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
+    model.train()
+    clock, loss, lr, grad_norm, stopping = time.perf_counter() - progress.seconds, math.nan, "", "", False
+    with StopRequest() as stop, job_errors(run, progress, world):
+        for step in range(start, steps + 1):
+            # evaluate, log, save
+            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
+            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
+            if evaluating:
+                scores = None
+                if rank == 0 or config.shard:
+                    scores = perplexity(model, valid, rows=eval_batch_size(valid), dtype=dtype)
+                scores = broadcast(scores, world, device)
+                check_finite(run, f"step {step}", validation_loss=scores["nll"])
+                better = progress.is_best(scores["nll"])
+            if rank == 0 and (evaluating or step > start and step % config.log_every == 0):
+                row = progress.row(tokens_per_step, batches.steps_per_epoch) | {"lr": lr, "grad_norm": grad_norm}
+                log.write(row | ({"val_loss": scores["nll"], "val_ppl": scores["ppl"]} if evaluating else {}))
+            if step > 0 and (evaluating or stopping):
+                rows = gather_state(state, world)                   # of all processes
+                if config.shard:
+                    weights, moments = sharded_state(model, optimizer)
+                else:
+                    weights, moments = model.state_dict(), optimizer.state_dict()
+                if rank == 0:
+                    best = {"kind": kind, "config": asdict(model.config), "model": weights,
+                            "tokenizer": tokenizer.state(), "step": step}
+                    save_checkpoint(run, best, {
+                        "optimizer": moments, "state": rows, "progress": asdict(progress), "options": asdict(config),
+                        "fingerprint": corpus.fingerprint()}, better)
+                weights = moments = best = None                     # their memory
+            if evaluating and step > 0 and rank == 0:
+                data.live(f"step {step}/{steps}  loss {loss:.3f}  val ppl {scores['ppl']:.2f}{' *' if better else ''}  "
+                          f"{progress.seconds:.0f} s, {progress.left():.0f} s left", "\n")
+                if config.sample and not config.shard:
+                    data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
+            if step == steps:
+                break
+            if stopping:
+                stopped(step, resume_hint, world)
+
+            # one step
+            started = time.perf_counter()
+            torch.manual_seed(step_seed(config.seed, step, rank))   # dropout is a function of (seed, step, rank)
+            lr = set_lr(optimizer, get_lr(step, steps, config.lr, warmup_steps))
+            if not model.recurrent or batches.is_epoch_start(step):
+                state = None
+            x, y = batches.batch(step)                              # [B, T] each, y one token later
+            x, y = x.chunk(world)[rank].to(device), y.chunk(world)[rank].to(device)
+            if bf16_model:
+                loss, _ = bf16_model(x, targets=y)                  # mean nats per token
+                loss.backward()
+                loss, grad_norm = loss.item(), bf16_grad_norm(bf16_model, pairs)
+                check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
+                clip = config.grad_clip / (grad_norm + 1e-6)
+                step_with_bf16_gradients(optimizer, pairs, 1.0 if grad_norm <= config.grad_clip else clip)
+            else:
+                loss = 0.0
+                for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
+                    with autocast(device, dtype):
+                        part, state = ddp_model(x_part, state, targets=y_part)
+                    part = part / config.accumulate
+                    part.backward()
+                    loss += part.item()
+                state = detach_state(state)                         # truncated BPTT: values are kept, gradients stop
+                grad_norm = clip_grad_norm(model.parameters(), config.grad_clip)
+                check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            loss, stopping = mean_and_any(loss, stop.requested, world, device)
+            progress.add_loss(loss, time.perf_counter() - started)
+            data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
+                      f"{(step + 1) * tokens_per_step / progress.step_seconds:,.0f} tokens/s  "
+                      f"{progress.left():.0f} s left")
+
+    # 8 results
     if rank:
         return None
-    trainer.optimizer = trainer.copy = trainer.pairs = trainer.ddp_model = None        # their memory
-    if args.shard:
-        trainer.model = model = None
-        model = build_model(kind, config)
+    optimizer = bf16_model = pairs = ddp_model = None               # their memory
+    if config.shard:
+        model = build_model(kind, asdict(model.config))
     model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     if tokenizer.kind == "qwen2":
         save_model(model, tokenizer, run)
-    after = measure((model.to(device, dtype) if args.shard else model).eval(), tokenizer, args, dtype)
-    result = {"model": kind, "base": args.base, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
-              "train_tokens": len(train_ids), "epochs": trainer.step / batches.steps_per_epoch, "steps": trainer.step,
-              "best_step": trainer.best_step, "seconds": trainer.seconds, "seed": args.seed, **environment(device),
-              "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds,
-              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(trainer.best, 700)),
-              "floor": grammar_floor(args.data, args.held_out, tokenizer),
-              "before": before, "after": after, "options": asdict(args)}
-    write_report(args, result | {"tokenizer": tokenizer}, Figures(run))
-    save_json(run / "result.json", result)                          # last: it says that the run is finished
+    after = measure((model.to(device, dtype) if config.shard else model).eval(), tokenizer, config, dtype)
+    result = {"model": kind, "base": config.base, "data": config.data, "params": sum(p.numel() for p in model.parameters()),
+              "train_tokens": len(train_ids), "epochs": steps / batches.steps_per_epoch, "steps": steps,
+              "best_step": progress.best_step, "seconds": progress.seconds, "seed": config.seed, **environment(device),
+              "tokens_per_second": steps * tokens_per_step / progress.step_seconds,
+              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(progress.best, 700)),
+              "floor": grammar_floor(config.data, config.held_out, tokenizer),
+              "before": before, "after": after, "options": asdict(config)}
+    write_report(config, result | {"tokenizer": tokenizer}, Figures(run))
+    save_json(run / "result.json", result)                          # last: it says that the run is complete
     return result
 
 
-def ablate(args, device, dtype):
+def ablate(config, base, tokenizer, corpus, device, dtype):
     """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out documents.
     A finished cell keeps its result and is not run again; one that was interrupted goes on."""
-    folder, rows, before = Path(args.run), [], None
+    folder, rows, before = Path(config.run), [], None
     varied = ("epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
-    settings = {k: v for k, v in asdict(args).items() if k not in (*varied, *LOCAL)}
+    settings = {k: v for k, v in asdict(config).items() if k not in (*varied, *LOCAL)}
     if (folder / "ablation.json").exists():
         for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
             if settings.get(name) != value:
@@ -449,17 +558,17 @@ def ablate(args, device, dtype):
                                 "choose another folder with --run")
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "ablation.json", settings)
-    grid = [(e, f) for e in args.ablate_epochs for f in args.ablate_fractions]
+    grid = [(e, f) for e in config.ablate_epochs for f in config.ablate_fractions]
     for epochs, fraction in grid:
         cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
-        one = replace(args, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
+        one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
         if (cell / "result.json").exists():
             result = json.loads((cell / "result.json").read_text(encoding="utf-8"))
         else:
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
-            if checkpoint:
-                one = Config(**checkpoint["options"] | {"run": str(cell), "sample": args.sample})
-            result = tune(one, device, dtype, checkpoint, before, "the same command again; finished cells are kept")
+            check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
+            result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype, checkpoint=checkpoint,
+                              before=before, resume_hint="the same command again; finished cells are kept")
         for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
         before = result["before"]
@@ -469,90 +578,113 @@ def ablate(args, device, dtype):
               f"{result['options']['retain'] or 'another text'}, not trained on", f"continues: {result['options']['prompts'][0]}"]
     rows.append(["none", "", before["mean"], before["corpus"], before["retained"] and before["retained"]["ppl"],
                  before["samples"][0]["text"]])
-    text = f"# {args.base} fine-tuned on {args.data}: epochs and share of the data (Table 6)\n\n" + table(header, rows)
+    text = f"# {config.base} fine-tuned on {config.data}: epochs and share of the data (Table 6)\n\n" + table(header, rows)
     if result["floor"]:
         text += f"\nThe grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
     write_atomically(folder / "report.md", lambda f: f.write(text.encode()))
-    save_json(folder / "result.json", {"header": header, "rows": rows, **environment(device), "options": asdict(args)})
+    save_json(folder / "result.json", {"header": header, "rows": rows, **environment(device), "options": asdict(config)})
     print(table(header[:-1], [row[:-1] for row in rows]) + f"written to {folder}/report.md")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-def default_prompts(args, tokenizer):
+def default_prompts(config, tokenizer):
     """One in the style of the data, one that has nothing to do with it."""
     if not is_embedded(tokenizer):
         return [STYLE_PROMPT, OTHER_PROMPT]
-    own = args.data if args.data in data.DOMAINS else "stories"
+    own = config.data if config.data in data.DOMAINS else "stories"
     other = "finance" if own != "finance" else "stories"
     return [data.embedded_text(name, "test", 5) for name in (own, other)]
 
 
-def settle(args, model, tokenizer, world):
+def resolve_defaults(config, model, tokenizer, world):
     """Fill in what depends on the base; UserError for what does not go with it."""
     qwen2 = tokenizer.kind == "qwen2"
     for name, value in DEFAULTS[qwen2].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if model.recurrent and (args.accumulate > 1 or args.checkpointing):
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if model.recurrent and (config.accumulate > 1 or config.checkpointing):
         raise UserError("--accumulate and --checkpointing need a Transformer for a base")
-    if args.batch_size % (args.accumulate * world):
-        raise UserError(f"--batch-size {args.batch_size} cannot be cut into {args.accumulate * world} equal micro-batches")
-    if not args.prompts:
-        args.prompts = default_prompts(args, tokenizer)
-    for prompt in args.prompts:
+    if config.batch_size % (config.accumulate * world):
+        raise UserError(f"--batch-size {config.batch_size} cannot be cut into {config.accumulate * world} equal "
+                        "micro-batches")
+    config.prompts = config.prompts or default_prompts(config, tokenizer)
+    for prompt in config.prompts:
         if len(encode_prompt(tokenizer, prompt)) > context(model):
             raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context(model)} tokens; "
                             "give shorter --prompts")
-    if args.retain is None:
-        args.retain = "wikitext2" if is_pretrained(args.base) or qwen2 else open_run(args.base, "cpu").corpus
+    if config.retain is None:
+        config.retain = "wikitext2" if is_pretrained(config.base) or qwen2 else open_run(config.base, "cpu").corpus
         try:
-            if args.retain == args.data:
+            if config.retain == config.data:
                 raise UserError("the base was trained on the same text; name another with --retain")
-            retained_ids(args.retain, tokenizer)
+            retained_ids(config.retain, tokenizer)
         except UserError as e:
             print(f"nothing is measured from outside: {e}", file=sys.stderr)
-            args.retain = ""
+            config.retain = ""
+
+
+def open_base(config, device, checkpoint, world):
+    """The model to train and its tokenizer: the base, or that of a checkpoint; without memory with --shard."""
+    if checkpoint:
+        tokenizer = tokenizer_from(checkpoint["tokenizer"])
+        with torch.device("meta" if config.shard else device):
+            model = build_model(checkpoint["kind"], checkpoint["config"])
+    else:
+        model, tokenizer, _ = load_run(config.base, *(("cpu", None) if config.shard else (device, torch.float32)))
+        resolve_defaults(config, model, tokenizer, world)
+        if config.shard:
+            with torch.device("meta"):
+                model = build_model(kind_of(model), asdict(model.config))
+    if config.shard and model.recurrent:
+        raise UserError("--shard needs a Transformer for a base")
+    return model, tokenizer
 
 
 def main(argv=None):
-    args, given = data.parse_args(Config, argv, "examples:\n  python finetune.py --base runs/transformer-finance --data "
-                                  "stories\n  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 "
-                                  "--run runs/stories")
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    config, given = data.parse_args(Config, argv, "examples:\n  python finetune.py --base runs/transformer-finance --data "
+                                    "stories\n  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 "
+                                    "--run runs/stories")
+    if config.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise UserError("--shard splits a model across processes; start them with: "
                         "torchrun --nproc-per-node 2 -- finetune.py --shard")
-    if args.ablate and ("RANK" in os.environ or args.steps):
+    if config.ablate and ("RANK" in os.environ or config.steps):
         raise UserError("--ablate runs in one process, and its cells say how long")
-    kind = "ablate" if args.ablate else "finetune"
-    args.run = args.run or f"runs/{kind}-{Path(args.base).name}-{Path(args.data).stem}"
-    checkpoint, an_ablation = None, (Path(args.run) / "ablation.json").exists()
-    if args.resume and not args.ablate:
-        checkpoint = read_checkpoint(Path(args.run) / "last.pt", "python finetune.py", mmap=args.shard)
+    kind = "ablate" if config.ablate else "finetune"
+    config.run = config.run or f"runs/{kind}-{Path(config.base).name}-{Path(config.data).stem}"
+    checkpoint, an_ablation = None, (Path(config.run) / "ablation.json").exists()
+    if config.resume and not config.ablate:
+        checkpoint = read_checkpoint(Path(config.run) / "last.pt", "python finetune.py", mmap=config.shard)
         if "data_fraction" not in checkpoint.get("options", {}):
-            raise UserError(f"{args.run} is not a run of finetune.py; "
-                            f"python train.py --resume --run {args.run} may resume it")
-        args = check_resume_config(args, given, checkpoint["options"])
+            raise UserError(f"{config.run} is not a run of finetune.py; "
+                            f"python train.py --resume --run {config.run} may resume it")
+        config = check_resume_config(config, given, checkpoint["options"])
     elif not an_ablation:
-        refuse_existing(args.run, f"python finetune.py --resume --run {args.run}",
+        refuse_existing(config.run, f"python finetune.py --resume --run {config.run}",
                         ("last.pt", "config.json", "result.json"))
-    rank, world, device = join_processes(pick_device(args.device))
-    dtype = pick_dtype(args.dtype, device)
-    if args.ablate:
-        return ablate(args, device, dtype)
-    if an_ablation:
-        raise UserError(f"{args.run} holds an ablation; choose another folder with --run")
-    result = tune(args, device, dtype, checkpoint)
+    elif not config.ablate:
+        raise UserError(f"{config.run} holds an ablation; choose another folder with --run")
+
+    # 2 device and processes
+    rank, world, device = join_processes(pick_device(config.device))
+    dtype = pick_dtype(config.dtype, device)
+
+    # 3 data and base
+    with first_process_first(rank, world):                          # it downloads and encodes
+        model, tokenizer = open_base(config, device, checkpoint, world)
+        corpus = data.load(config.data, tokenizer, splits=("train", "valid"))
+    check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
+    if config.ablate:
+        return ablate(config, model, tokenizer, corpus, device, dtype)
+    result = finetune(config, model, tokenizer, corpus, device, dtype, rank, world, checkpoint)
     if rank == 0:
         before, after = result["before"], result["after"]
-        print(f"{args.base} on {args.data}: corpus perplexity {before['corpus']:.2f} before, {after['corpus']:.2f} after, "
-              f"mean of documents {before['mean']:.2f}, {after['mean']:.2f}"
-              + (f", {args.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"
-                 if before["retained"] else ""))
-        print(f"written to {args.run}/report.md. Next: python sample.py --run {args.run}")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        retained = (f", {config.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"
+                    if before["retained"] else "")
+        print(f"{config.base} on {config.data}: corpus perplexity {before['corpus']:.2f} before, {after['corpus']:.2f} "
+              f"after, mean of documents {before['mean']:.2f}, {after['mean']:.2f}{retained}")
+        print(f"written to {config.run}/report.md. Next: python sample.py --run {config.run}")
+    leave_processes(world)
 
 
 if __name__ == "__main__":

@@ -455,6 +455,16 @@ COLUMNS = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm"
            "val_ppl"]               # of log.csv
 
 
+def sample_line(model, tokenizer, prompt, seed):
+    """How the model continues a prompt (ids), from the same seed at every evaluation: a line of text."""
+    from sample import generate, suppressed_tokens                  # which imports this file
+    was_training = model.training
+    model.eval()
+    new = generate(model, [prompt], 20, 0.8, seed=seed, suppressed_tokens=suppressed_tokens(tokenizer))
+    model.train(was_training)
+    return " ".join(tokenizer.decode(prompt + new[0]).replace(data.SEPARATOR, " ").split())[:100]
+
+
 class StopRequest:
     """Ctrl-C, or a polite kill, as a flag that the loop reads between two steps; a second Ctrl-C does not wait."""
 

@@ -218,9 +218,20 @@ def tuning_step(side, folder, option, tokens=512):
     checkpointing, the library's with AdamW(fused=True)."""
     ids = torch.randint(QWEN2["vocab_size"], (10 * tokens,)).numpy()
     if side == "ours":
-        args = finetune.Config(run="", lr=1e-5, batch_size=1, block_size=tokens, steps=1000, warmup_steps=1, checkpointing=option)
         model = qwen_load.load_weights(folder, dtype=torch.float32).train()
-        return finetune.FineTuner(args, "transformer", model, None, data.WindowBatches(ids, 1, tokens, 0), None, torch.device("cpu"), torch.bfloat16).train_step
+        bf16_model, pairs = finetune.make_bf16_model(model)
+        bf16_model.checkpointing = option
+        optimizer, batches = train.configure_optimizer(model, 1e-5, 0.01), data.WindowBatches(ids, 1, tokens, 0)
+
+        def our_step():
+            """finetune.py's step."""
+            x, y = batches.batch(0)
+            loss, _ = bf16_model(x, targets=y)
+            loss.backward()
+            norm = finetune.bf16_grad_norm(bf16_model, pairs)
+            finetune.step_with_bf16_gradients(optimizer, pairs, 1.0 if norm <= 1.0 else 1.0 / norm)
+            return loss.item()
+        return our_step
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=option or None)
@@ -279,6 +290,34 @@ def memory(device):
                 cells.append("–" if args.shard and world == 1 else f"{needed / 1e9:.0f}")
             n = sum(p.numel() for p in model.parameters())
             print(f"| {name}, {n / 1e9:.2f} billion | {' '.join(options)} | {' | '.join(cells)} |")
+
+
+class OurPPO:
+    """One iteration of ppo.py's loop."""
+
+    def __init__(self, task, policy, batches):
+        self.task, self.policy, self.batches = task, policy, batches
+        self.value_head = nn.Linear(policy.lm_head.in_features, 1)
+        self.sampler = copy.deepcopy(policy).to(task.dtype) if task.dtype == torch.bfloat16 else policy
+        self.optimizer = torch.optim.Adam([*policy.parameters(), *self.value_head.parameters()], task.config.lr, eps=1e-5, fused=True)
+
+    def step(self):
+        task, config, clock = self.task, self.task.config, [time.perf_counter()]
+        if self.sampler is not self.policy:
+            self.sampler.load_state_dict(self.policy.state_dict())
+        r = ppo.rollout(task, self.sampler, self.batches.batch(0))
+        clock.append(time.perf_counter())
+        scores, _ = ppo.score_responses(task, r)
+        clock.append(time.perf_counter())
+        old = ppo.evaluate_actions(task, self.policy, r, self.value_head)
+        rewards = -config.kl_coef * (old["log_prob"] - old["ref_log_prob"])
+        last = r.mask.sum(1).long() - 1
+        rewards[torch.arange(len(last)), last] += scores
+        advantages, returns = ppo.gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
+        old |= {"advantages": ppo.whiten(advantages, r.mask), "returns": returns}
+        ppo.update_policy(task, self.policy, self.value_head, self.optimizer, r, old, None, 0)
+        clock.append(time.perf_counter())
+        self.seconds = {name: b - a for name, a, b in zip(("rollout", "scoring", "the rest"), clock, clock[1:])}
 
 
 class LibraryPPO:
@@ -378,12 +417,12 @@ def rlhf(device):
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
                 model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))
-                judge = ppo.Judge(reference.requires_grad_(False), ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
-                ours = ppo.PPO(args, "transformer", model, NoEnd(), ppo.Prompts(prompts, 64, 1), None, device, dtype, judge)
+                task = ppo.make_task(reference, ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
+                ours = OurPPO(task, model, ppo.Prompts(prompts, 64, 1))
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
                                     transformers.BertTokenizer(vocab=str(folder / "scorer/vocab.txt"), do_lower_case=True), prompts, args, dtype)
-                row(f"PPO iteration, {name}", dtype_name, dtype_name, ours.train_step, theirs.step)
-                print(f"    ours: rollout {ours.row['seconds_rollout']:.2f} s, scoring {ours.row['seconds_scoring']:.2f}, the rest {ours.row['seconds_update']:.2f}")
+                row(f"PPO iteration, {name}", dtype_name, dtype_name, ours.step, theirs.step)
+                print("    ours: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in ours.seconds.items()))
 
 
 def main():

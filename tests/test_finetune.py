@@ -1,4 +1,5 @@
 """Fine-tuning: the step against transformers and torch's AdamW, before and after against brute force, nothing lost."""
+import csv
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import finetune
 import sample
 import train
 from data import UserError
-from finetune import FineTuner, first_share, held_out, measure
+from finetune import first_share, held_out, measure
 from qwen_load import hub_name, load_weights
 from tests.test_qwen_load import library_model, write_tokenizer
 from tests.test_train import survives_kills, torchrun
@@ -27,7 +28,7 @@ from transformer import Transformer, TransformerConfig
 
 def settings(folder, **changes):
     base = dict(run=str(folder), lr=1e-3, weight_decay=0.1, batch_size=4, block_size=12, steps=6, warmup_steps=2, log_every=1,
-                eval_every=3, sample=False)
+                eval_every=3, sample=False, data_fraction=1.0)
     return finetune.Config(**base | changes)
 
 
@@ -39,13 +40,19 @@ class Words:
         return {"kind": "gpt2"}
 
 
-def tuner(folder, model, dtype=torch.float32, **changes):
-    args = settings(folder, **changes)
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 600)
-    batches = data.WindowBatches(ids, args.batch_size, args.block_size, args.seed)
-    trainer = FineTuner(args, "transformer", model, Words(), batches, lambda: {"val": {"nll": 1.0, "ppl": math.e}}, torch.device("cpu"), dtype)
-    trainer.model.train()
-    return trainer
+def tune(folder, model, dtype=torch.float32, ids=None, **changes):
+    """finetune() on random tokens, without evaluations; -> the log's rows, the batches."""
+    config = settings(folder, prompts=["w"], retain="", **changes)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 600) if ids is None else ids
+    corpus = data.Corpus("random", Words(), {"train": ids, "valid": ids[:100]}, {})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(finetune, "measure", lambda *a: {"each": 1})
+        m.setattr(finetune, "write_report", lambda *a: None)
+        m.setattr(finetune, "grammar_floor", lambda *a: None)
+        m.setattr(finetune, "encode_prompt", lambda *a: [0])
+        finetune.finetune(config, model, Words(), corpus, torch.device("cpu"), dtype)
+    with open(folder / "log.csv") as f:
+        return list(csv.DictReader(f)), data.WindowBatches(ids, config.batch_size, config.block_size, config.seed)
 
 
 @pytest.fixture
@@ -59,105 +66,119 @@ def qwen(tmp_path):
 @pytest.mark.parametrize("how", [{}, {"accumulate": 2}, {"checkpointing": True}, {"accumulate": 4, "checkpointing": True}, {"grad_clip": 0.05}])
 def test_three_steps_equal_transformers_with_adamw(qwen, tmp_path, how):
     library, model = qwen
-    trainer = tuner(tmp_path / "run", model, **how)
+    library.load_state_dict({hub_name(name): p for name, p in model.state_dict().items()})
+    log, batches = tune(tmp_path / "run", model, steps=3, warmup_steps=1, eval_every=3, **how)
+    model.load_state_dict(torch.load(tmp_path / "run/last.pt", weights_only=True)["model"])
     theirs = dict(library.named_parameters())
     groups = [[p for p in theirs.values() if p.dim() >= 2], [p for p in theirs.values() if p.dim() < 2]]
     optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], betas=(0.9, 0.99))
     for step in range(3):
-        x, y = trainer.batches.batch(step)
-        logits = library(x).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        x, y = batches.batch(step)
+        expected = torch.nn.functional.cross_entropy(library(x).logits.flatten(0, 1), y.flatten())
         expected.backward()
-        norm = torch.nn.utils.clip_grad_norm_(library.parameters(), trainer.args.grad_clip).item()
-        loss, got = trainer.gradients(x, y)
-        assert loss == pytest.approx(expected.item(), rel=1e-5) and got == pytest.approx(norm, rel=1e-4)
-        for name, p in model.named_parameters():
-            grad = theirs[hub_name(name)].grad
-            assert (p.grad - grad).norm() <= 1e-4 * grad.norm(), name
-        trainer.optimizer.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(library.parameters(), how.get("grad_clip", 1.0)).item()
         for group in optimizer.param_groups:
-            group["lr"] = train.get_lr(step, 6, 1e-3, 2)
+            group["lr"] = train.get_lr(step, 3, 1e-3, 1)
         optimizer.step()
         optimizer.zero_grad()
-        trainer.train_step()
-        for name, p in model.named_parameters():
-            assert (p - theirs[hub_name(name)]).norm() <= 1e-4 * p.norm(), name
+        assert float(log[step + 1]["train_loss"]) == pytest.approx(expected.item(), rel=1e-5)
+        assert float(log[step + 1]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    for name, p in model.named_parameters():
+        assert (p - theirs[hub_name(name)]).norm() <= 1e-4 * p.norm(), name
 
 
 @pytest.mark.parametrize("chunk", [1, 20_000_000])
 def test_the_bf16_copy_learns_what_float32_learns(qwen, tmp_path, chunk, monkeypatch):
-    monkeypatch.setattr(FineTuner, "CHUNK", chunk)
+    monkeypatch.setattr(finetune, "CHUNK", chunk)
     _, model = qwen
     start = {k: v.clone() for k, v in model.state_dict().items()}
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
         model.load_state_dict(start)
-        trainer = tuner(tmp_path / "run", model, dtype, lr=1e-3, grad_clip=0.5)
-        assert (trainer.copy is not None) == (dtype == torch.bfloat16)
-        for _ in range(3):
-            trainer.train_step()
-        moved[dtype] = torch.cat([(v - start[k]).flatten() for k, v in model.state_dict().items()])
-        if trainer.copy:
-            assert trainer.copy.lm_head.weight is trainer.copy.embed_tokens.weight
-            for weight, copy in trainer.pairs:
-                assert weight.grad is None and copy.grad is None and torch.equal(weight.bfloat16(), copy)
+        tune(tmp_path / str(dtype), model, dtype, steps=3, eval_every=3, lr=1e-3, grad_clip=0.5)
+        now = torch.load(tmp_path / str(dtype) / "last.pt", weights_only=True)["model"]
+        assert all(v.dtype == torch.float32 for v in now.values())
+        moved[dtype] = torch.cat([(v - start[k]).flatten() for k, v in now.items()])
     cosine = torch.nn.functional.cosine_similarity(moved[torch.float32], moved[torch.bfloat16], dim=0)
     assert cosine > 0.95 and moved[torch.bfloat16].norm() == pytest.approx(moved[torch.float32].norm().item(), rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradients_of_the_copy_are_those_of_autograd_on_the_same_weights(qwen, tmp_path, checkpointing):
+def test_the_copy_follows_its_masters_and_shares_its_embedding_with_its_head(qwen):
     _, model = qwen
-    trainer = tuner(tmp_path / "run", model, torch.bfloat16, checkpointing=checkpointing)
-    x, y = trainer.batches.batch(0)
+    bf16_model, pairs = finetune.make_bf16_model(model)
+    assert bf16_model.lm_head.weight is bf16_model.embed_tokens.weight
+    optimizer = train.configure_optimizer(model, 1e-2, 0.0)
+    x = torch.randint(97, (2, 9))
+    bf16_model(x[:, :-1], targets=x[:, 1:])[0].backward()
+    finetune.bf16_grad_norm(bf16_model, pairs)
+    before = [master.clone() for master, _ in pairs]
+    finetune.step_with_bf16_gradients(optimizer, pairs, 1.0)
+    for old, (master, bf16) in zip(before, pairs):
+        assert master.grad is None and bf16.grad is None and torch.equal(master.bfloat16(), bf16) and not torch.equal(old, master)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradients_of_the_copy_are_those_of_autograd_on_the_same_weights(qwen, checkpointing):
+    _, model = qwen
+    bf16_model, pairs = finetune.make_bf16_model(model)
+    bf16_model.checkpointing = checkpointing
+    x, y = torch.randint(97, (4, 12)), torch.randint(97, (4, 12))
     x[0] = x[0, 0]                                                  # a token that occurs often
-    loss, norm = trainer.gradients(x, y)
+    bf16_model(x, targets=y)[0].backward()
+    norm = finetune.bf16_grad_norm(bf16_model, pairs)
     exact = Transformer(model.config).double()
     exact.load_state_dict({k: v.bfloat16().double() for k, v in model.state_dict().items()})
     exact(x, targets=y)[0].backward()
-    for (name, p), (_, copy) in zip(exact.named_parameters(), trainer.pairs):
-        assert (copy.grad.double() - p.grad).norm() <= 0.03 * p.grad.norm() + 1e-4 * norm, name
+    for (name, p), (_, bf16) in zip(exact.named_parameters(), pairs):
+        assert (bf16.grad.double() - p.grad).norm() <= 0.03 * p.grad.norm() + 1e-4 * norm, name
     assert norm == pytest.approx(math.sqrt(sum(p.grad.square().sum().item() for p in exact.parameters())), rel=0.01)
 
 
 def test_updates_too_small_for_bf16_are_kept(qwen, tmp_path):
     _, model = qwen
-    trainer = tuner(tmp_path / "run", model, torch.bfloat16, lr=1e-6, steps=30, warmup_steps=0, weight_decay=0.0)
     start = model.layers[0].mlp.up_proj.weight.clone()
     frozen = start.bfloat16()
-    for _ in range(20):
-        trainer.train_step()
-    now = model.layers[0].mlp.up_proj.weight
+    tune(tmp_path / "run", model, torch.bfloat16, lr=1e-6, steps=20, eval_every=20, warmup_steps=0, weight_decay=0.0)
+    now = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]["layers.0.mlp.up_proj.weight"]
     assert (now != start).float().mean() > 0.99                    # the weights moved,
     assert (now.bfloat16() != frozen).float().mean() < 0.2          # by less than bfloat16 can show
 
 
 def test_the_copys_gradients_are_clipped(qwen, tmp_path):
+    """AdamW's first moment after one step is 0.1 of the gradient that it was given."""
     _, model = qwen
-    trainer = tuner(tmp_path / "run", model, torch.bfloat16, grad_clip=0.01)
-    _, norm = trainer.gradients(*trainer.batches.batch(0))
-    clipped = [copy.grad.float() * 0.01 / norm for _, copy in trainer.pairs]
-    trainer.update()
-    for (weight, _), grad in zip(trainer.pairs, clipped):               # AdamW's first moment: 0.1 of the gradient
-        torch.testing.assert_close(trainer.optimizer.state[weight]["exp_avg"], 0.1 * grad, rtol=1e-3, atol=1e-9)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    log, batches = tune(tmp_path / "run", model, torch.bfloat16, steps=1, eval_every=1, grad_clip=0.01)
+    moments = torch.load(tmp_path / "run/last.pt", weights_only=True)["optimizer"]["state"]
+    model.load_state_dict(start)
+    bf16_model, pairs = finetune.make_bf16_model(model)
+    x, y = batches.batch(0)
+    bf16_model(x, targets=y)[0].backward()
+    norm = finetune.bf16_grad_norm(bf16_model, pairs)
+    assert norm > 0.01 and float(log[1]["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    order = [p for group in train.configure_optimizer(model, 1.0, 0.0).param_groups for p in group["params"]]
+    for k, p in enumerate(order):
+        grad = next(bf16.grad for master, bf16 in pairs if master is p).float() * 0.01 / norm
+        torch.testing.assert_close(moments[k]["exp_avg"], 0.1 * grad, rtol=1e-3, atol=1e-9)
 
 
-def test_a_token_that_occurs_a_thousand_times_keeps_its_gradient(tmp_path):
+def test_a_token_that_occurs_a_thousand_times_keeps_its_gradient():
     model = Transformer(TransformerConfig(97, 1024, 1, 2, 2, 16, 24)).train()
-    trainer = tuner(tmp_path, model, torch.bfloat16)
+    bf16_model, pairs = finetune.make_bf16_model(model)
     x, y = torch.full((1, 1024), 5), torch.randint(97, (1, 1024))
-    trainer.gradients(x, y)
+    bf16_model(x, targets=y)[0].backward()
+    finetune.bf16_grad_norm(bf16_model, pairs)
     exact = Transformer(model.config).double()
     exact.load_state_dict({k: v.bfloat16().double() for k, v in model.state_dict().items()})
     exact(x, targets=y)[0].backward()
-    assert (trainer.copy.embed_tokens.weight.grad[5].double() - exact.embed_tokens.weight.grad[5]).norm() <= 0.02 * exact.embed_tokens.weight.grad[5].norm()
+    grad = exact.embed_tokens.weight.grad[5]
+    assert (bf16_model.embed_tokens.weight.grad[5].double() - grad).norm() <= 0.02 * grad.norm()
 
 
-def test_dropout_of_the_base_stays_on_in_the_copy(tmp_path):
-    model = Transformer(TransformerConfig(97, 32, 1, 2, 2, 16, 24, dropout=0.5)).train()
-    trainer = tuner(tmp_path, model, torch.bfloat16)
-    x, y = trainer.batches.batch(0)
-    assert trainer.gradients(x, y)[0] != trainer.gradients(x, y)[0]
+def test_dropout_of_the_base_stays_on_in_the_copy():
+    bf16_model, _ = finetune.make_bf16_model(Transformer(TransformerConfig(97, 32, 1, 2, 2, 16, 24, dropout=0.5)))
+    x = torch.randint(97, (2, 9))
+    assert bf16_model(x, targets=x)[0] != bf16_model(x, targets=x)[0]
 
 
 def test_shares_are_nested_and_end_with_a_document():
@@ -225,24 +246,25 @@ def test_a_second_run_does_not_overwrite_the_first(base):
         finetune.main(command)
 
 
-def stop_at(monkeypatch, step, where="train_step"):
-    """The process dies (as by SIGKILL: nothing more is written) when the trainer comes to this step."""
-    original = getattr(FineTuner, where)
+def dies_in(step, monkeypatch):
+    """The process dies (as by SIGKILL: nothing more is written) in the optimizer's step-th step."""
+    original, steps = torch.optim.AdamW.step, []
 
     def dies(self, *rest):
-        if self.step == step:
+        steps.append(1)
+        if len(steps) == step:
             raise MemoryError("killed")
         return original(self, *rest)
-    monkeypatch.setattr(FineTuner, where, dies)
+    monkeypatch.setattr(torch.optim.AdamW, "step", dies)
+    return steps
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("where", ["train_step", "update"])
-def test_a_killed_run_goes_on_bit_for_bit(base, monkeypatch, dtype, where):
+def test_a_killed_run_resumes_bit_for_bit(base, monkeypatch, dtype):
     command = ["--base", base, "--steps", "12", "--eval-every", "4", "--dtype", dtype, *QUICK]
     finetune.main([*command, "--run", "whole"])
     with monkeypatch.context() as m:
-        stop_at(m, 6, where)
+        dies_in(7, m)
         with pytest.raises(MemoryError):
             finetune.main([*command, "--run", "killed"])
     finetune.main(["--resume", "--run", "killed"])
@@ -280,31 +302,23 @@ def test_an_ablation_goes_on_where_it_was_killed_and_repeats_nothing(base, monke
     finetune.main([*command, "--run", "whole"])
     table = capsys.readouterr().out
     with monkeypatch.context() as m:
-        original, steps = FineTuner.train_step, []
-
-        def dies(self):
-            steps.append(self.run.name)
-            if len(set(steps)) == 3 and steps.count(steps[-1]) == 5:
-                raise MemoryError("killed")
-            return original(self)
-        m.setattr(FineTuner, "train_step", dies)
+        cells = [json.load(open(p))["steps"] for p in sorted(Path("whole").glob("*/result.json"))]
+        dies_in(cells[0] + cells[1] + 5, m)                                 # in the third cell
         with pytest.raises(MemoryError):
             finetune.main([*command, "--run", "killed"])
     with pytest.raises(UserError, match="was begun with seed 1, not 2"):
         finetune.main([*command, "--run", "killed", "--seed", "2"])
     finetune.main(["--resume", "--run", "killed/epochs-0.02-share-60"])     # the cell alone may be resumed too
     capsys.readouterr()
-    trained = []
     with monkeypatch.context() as m:
-        original = FineTuner.train_step
-        m.setattr(FineTuner, "train_step", lambda self: trained.append(self.run.name) or original(self))
+        steps = dies_in(10 ** 9, m)
         finetune.main([*command, "--run", "killed"])
-    assert set(trained) == {"epochs-0.02-share-90"}
+    assert len(steps) == cells[3]                                           # the last one only
     assert capsys.readouterr().out.replace("killed", "whole") == table and table.count("\n") == 8
     assert not list(Path("killed").rglob("*.pt")) and len(list(Path("killed").rglob("result.json"))) == 5
     epochs = [json.load(open(f"whole/epochs-{e}-share-{s}/result.json"))["train_tokens"] for e, s in (("0.01", 60), ("0.01", 90))]
     assert epochs[0] < epochs[1]
-    with pytest.raises(UserError, match="was begun with lr None, not 0.5"):
+    with pytest.raises(UserError, match="was begun with lr 0.001, not 0.5"):
         finetune.main([*command, "--run", "killed", "--lr", "0.5"])
 
 
