@@ -29,6 +29,7 @@ A run is a folder: last.pt (all that is needed to go on), best.pt (the weights w
 loss), log.csv (a row for every log step and evaluation), result.json (the final figures). Every file is
 written under another name first and then renamed, so a kill at any moment leaves the previous one whole.
 """
+import copy
 import csv
 import io
 import json
@@ -36,7 +37,6 @@ import math
 import os
 import platform
 import random
-import shutil
 import signal
 import subprocess
 import textwrap
@@ -48,9 +48,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import qwen_load
@@ -288,6 +285,11 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
     return {"nll": nll, "ppl": math.exp(min(nll, 700)), "tokens": len(losses)}
 
 
+def eval_batch_size(ids):
+    """Into how many pieces to cut a text for a recurrent model: up to 16, of at least 1000 tokens."""
+    return max(1, min(16, len(ids) // 1000))
+
+
 def prepend_eos(tokenizer, ids):
     """ids (an array) behind the end token, int64: what perplexity expects of a text that starts afresh."""
     return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(ids.astype("int64"))])
@@ -451,6 +453,26 @@ def complete_checkpoint(run):
                         f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
 
 
+def environment(device):
+    """What a result was computed with: torch, the processor, the commit of this code (None where git does not
+    know it)."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        except (OSError, StopIteration):
+            processor = platform.processor() or platform.machine()
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=data.HERE, capture_output=True,
+                             text=True)
+        commit = git.stdout.strip() or None
+    except OSError:
+        commit = None
+    return {"device": device.type, "torch": torch.__version__, "processor": processor, "commit": commit}
+
+
 COLUMNS = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second", "val_loss",
            "val_ppl"]               # of log.csv
 
@@ -596,495 +618,271 @@ def take_rows(state, rank, world, device):
     return [take_rows(s, rank, world, device) for s in state]
 
 
-def whole(state):
-    """A nested state in which every tensor that is shared out among the processes is gathered: on the first
-    one's CPU (None in the others). All processes must call it together."""
-    if isinstance(state, DTensor):
-        full = state.full_tensor()
-        return full.cpu() if dist.get_rank() == 0 else None
-    if isinstance(state, dict):
-        return {name: whole(v) for name, v in state.items()}
-    return state
+# --------------------------------------------------------------------------------------------------- training
 
-
-@torch.no_grad()
-def share_of(full, like):
-    """This process's share of a whole tensor, shared out as `like` is: by rows, as torch.chunk does. Where
-    `like` is not shared out: the tensor itself."""
-    if not isinstance(like, DTensor):
-        return full
-    out, parts = torch.empty_like(like), full.chunk(like.device_mesh.size())
-    if like.device_mesh.get_local_rank() < len(parts):     # a short tensor has nothing for the last processes
-        out.to_local().copy_(parts[like.device_mesh.get_local_rank()])
-    return out
-
-
-class Trainer:
-    """The loop's state and the loop. What it needs beyond the arguments: a model, its batches, and a function
-    evaluate() -> {"val": {"nll", "ppl", ...}, name: {...}} for the validation split and any other corpora."""
-
-    # numbers that a checkpoint keeps beside weights, optimizer, recurrent state and options
-    KEPT = "step", "steps", "interval", "seconds", "step_seconds", "best", "best_step", "loss_sum", "loss_steps"
-
-    def __init__(self, args, kind, model, tokenizer, batches, evaluate, device, dtype):
-        self.args, self.kind, self.model, self.tokenizer, self.batches = args, kind, model, tokenizer, batches
-        self.evaluate, self.device, self.dtype = evaluate, device, dtype
-        self.run = Path(args.run)
-        self.go_on = f"python train.py --resume --run {self.run}"   # after an interruption
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if args.batch_size % self.world:
-            raise UserError(f"--batch-size {args.batch_size} cannot be shared out among {self.world} processes equally")
-        self.ddp_model = model                                      # the same, or what averages its gradients
-        if self.world > 1:
-            self.distribute()
-        self.optimizer = configure_optimizer(model, args.lr, getattr(args, "weight_decay", 0.01))
-        self.warmup = getattr(args, "warmup_steps", 100)
-        self.also = getattr(args, "also", [])                       # names of other corpora to log
-        self.fingerprint = ""                                      # of what a resumed run must find unchanged
-        self.state = None                                           # recurrent, carried from batch to batch
-        self.step, self.best, self.best_step = 0, math.inf, -1
-        self.seconds, self.step_seconds = 0.0, 0.0                  # in all; in training steps
-        self.steps = getattr(args, "steps", None) or max(1, round((args.epochs or 0) * batches.steps_per_epoch))
-        self.interval = args.eval_every or -(-self.steps // 20)     # steps between evaluations
-        self.loss_sum, self.loss_steps = 0.0, 0                     # since the last row of the log
-        self.interrupted = self.stopping = False                    # told to stop; every process knows it
-        self.learning_rate, self.grad_norm = "", ""                 # of the last step
-
-    sharded = False                                       # whether a process holds a part of the weights only
-
-    def distribute(self):
-        """Have the gradients of all processes averaged."""
-        device_ids = [self.device] if self.device.type == "cuda" else None
-        self.ddp_model = DistributedDataParallel(self.model, device_ids=device_ids)
-
-    # ---- checkpoints
-
-    def model_checkpoint(self, weights):
-        return {"kind": self.kind, "config": asdict(self.model.config), "model": weights, "tokenizer": self.tokenizer.state(),
-                "step": self.step}
-
-    def save(self, best=False):
-        """Write last.pt, and best.pt if these weights are the best. Every process has its own rows of the
-        recurrent state: they are gathered, and only the first process writes."""
-        states = [self.state]
-        if self.world > 1:
-            states *= self.world
-            dist.all_gather_object(states, states[0])
-        model, optimizer = self.model_checkpoint(whole(self.model.state_dict())), whole(self.optimizer.state_dict())
-        if self.rank:
-            return
-        if best:
-            write_atomically(self.run / "best.pt", lambda f: torch.save(model, f))
-        rest = {"optimizer": optimizer, "state": join_rows(states), "options": asdict(self.args),
-                "fingerprint": self.fingerprint}
-        rest |= {name: getattr(self, name) for name in self.KEPT}
-        write_atomically(self.run / "last.pt", lambda f: torch.save(model | rest, f))
-
-    def load_weights(self, state):
-        own = self.model.state_dict()
-        self.model.load_state_dict({name: share_of(v, own.get(name)) for name, v in state.items()})
-
-    def restore(self, checkpoint):
-        self.load_weights(checkpoint["model"])
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {i: {k: share_of(v, parameters[i]) if v.dim() else v for k, v in s.items()}
-                   for i, s in checkpoint["optimizer"]["state"].items()}
-        self.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
-        self.state = take_rows(checkpoint["state"], self.rank, self.world, self.device)
-        for name in self.KEPT:
-            setattr(self, name, checkpoint[name])
-
-    def resume(self, checkpoint):
-        """restore, but a UserError if the checkpoint is not one of this run."""
-        try:
-            self.restore(checkpoint)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{self.run}/last.pt is not a whole checkpoint of this run "
-                            f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
-
-    # ---- the log
-
-    def open_log(self, resumed):
-        """Begin log.csv, or cut it back: the rows after the checkpoint's step will be written again."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        path, self.columns, rows = self.run / "log.csv", self.log_columns(), []
-        if self.rank:
-            path = Path(os.devnull)
-        elif resumed:
-            if path.exists():
-                with open(path, newline="", errors="replace") as f:
-                    # a last line without an end was cut off
-                    rows = [row for row in csv.reader(f.read().split("\n")[1:-1])
-                            if len(row) == len(self.columns) and row[0].isdigit() and int(row[0]) <= self.step]
-            else:
-                self.show(f"{path} is missing; it begins again at step {self.step}", "\n")
-        if not self.rank:
-            write_atomically(path, lambda f: f.write(csv_text([self.columns, *rows])))
-        self.log_file = open(path, "ab")
-
-    def log_columns(self):
-        return ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second", "val_loss",
-                "val_ppl"] + [f"ppl_{name}" for name in self.also]
-
-    def write_row(self, row):
-        self.log_file.write(csv_text([[f"{v:.6g}" if isinstance(v, float) else v for v in row]]))
-        self.log_file.flush()
-
-    def log(self, scores=None):
-        """One row: the mean training loss since the last row, and the evaluation if there was one."""
-        tokens = self.step * self.tokens_per_step
-        row = {"step": self.step, "epoch": self.step / self.batches.steps_per_epoch, "tokens": tokens,
-               "seconds": self.seconds, "lr": self.learning_rate,
-               "train_loss": self.loss_sum / self.loss_steps if self.loss_steps else "",
-               "grad_norm": self.grad_norm, "tokens_per_second": tokens / max(self.step_seconds, 1e-9)}
-        if scores:
-            row |= {"val_loss": scores["val"]["nll"], "val_ppl": scores["val"]["ppl"]}
-            row |= {f"ppl_{name}": scores[name]["ppl"] for name in self.also}
-        self.write_row([row.get(c, "") for c in self.columns])
-        self.loss_sum, self.loss_steps = 0.0, 0
-
-    def status(self, loss):
-        """What the live line says of a step."""
-        return (f"step {self.step}/{self.steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
-                f"{self.step * self.tokens_per_step / self.step_seconds:,.0f} tokens/s")
-
-    def verdict(self, scores, better):
-        """What it says of an evaluation."""
-        also = "".join(f"  {n} {scores[n]['ppl']:.1f}" for n in self.also)
-        return f"val ppl {scores['val']['ppl']:.2f}{' *' if better else ''}{also}"
-
-    def sample(self, scores):
-        """How the model goes on after self.prompt (ids), from the same seed at every evaluation."""
-        from sample import generate, suppressed_tokens                    # which imports this file
-        self.model.eval()
-        new = generate(self.model, [self.prompt], 20, 0.8, seed=self.args.seed, suppressed_tokens=suppressed_tokens(self.tokenizer))
-        self.model.train()
-        return self.tokenizer.decode(self.prompt + new[0]).replace(data.SEPARATOR, " ")
-
-    def show(self, text, end="\r"):
-        if self.rank == 0:
-            data.live(text, end)
-
-    # ---- the loop
-
-    @property
-    def tokens_per_step(self):
-        return self.batches.batch_size * self.batches.block_size
-
-    def gradients(self, x, y):
-        """Forward and backward; -> the mean loss, and the norm of the gradients before they were clipped."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss, state = self.ddp_model(x, self.state, targets=y)
-        loss.backward()
-        self.state = detach_state(state)
-        return loss.item(), clip_grad_norm(self.model.parameters(), self.args.grad_clip)
-
-    def update(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def train_step(self):
-        """One optimizer step; -> mean loss in nats per token. UserError if the loss or the gradient is not
-        finite."""
-        torch.manual_seed(step_seed(self.args.seed, self.step, self.rank))
-        if self.batches.is_epoch_start(self.step) or not self.model.recurrent:
-            self.state = None
-        x, y = (t.chunk(self.world)[self.rank].to(self.device, non_blocking=True) for t in self.batches.batch(self.step))
-        self.learning_rate = get_lr(self.step, self.steps, self.args.lr, self.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        loss, self.grad_norm = self.gradients(x, y)
-        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            raise NotFinite(f"the loss is not finite at step {self.step} (loss {loss}, gradient norm {self.grad_norm}). "
-                            f"{self.kept()}; train anew with a smaller --lr and another --run")
-        self.update()
-        self.step += 1
-        self.stopping = self.interrupted
-        if self.world > 1:                                # the mean loss, and whether anyone was told to stop
-            shared = torch.tensor([loss, self.interrupted], dtype=torch.float64, device=self.device)
-            dist.all_reduce(shared)
-            loss, self.stopping = shared[0].item() / self.world, shared[1].item() > 0
-        self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
-        return loss
-
-    def kept(self):
-        return f"The last good checkpoint is kept in {self.run}" if (self.run / "last.pt").exists() else "Nothing was saved yet"
-
-    def share(self, value):
-        """The first process's value, for all."""
-        if self.world > 1:
-            box = [value]
-            dist.broadcast_object_list(box, device=self.device)
-            return box[0]
-        return value
-
-    def evaluate_and_log(self):
-        scores = self.share(self.evaluate() if self.rank == 0 or self.sharded else None)
-        if not math.isfinite(scores["val"]["nll"]):
-            raise NotFinite(f"the validation loss is not finite at step {self.step}. {self.kept()}; train anew with a smaller --lr "
-                            "and another --run")
-        better = self.step > 0 and scores["val"]["nll"] < self.best
-        if better:
-            self.best, self.best_step = scores["val"]["nll"], self.step
-        self.log(scores)
-        return scores, better
-
-    def interrupt(self, *_):
-        """Ctrl-C or a polite kill: stop when the step is whole. A second Ctrl-C does not wait."""
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def fit(self):
-        """Train until the planned number of steps. Ctrl-C saves first and says how to go on."""
-        self.model.train()
-        handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            self.loop()
-        except RuntimeError as e:
-            if self.world == 1 or isinstance(e, torch.OutOfMemoryError):
-                raise
-            again = f" with --resume --run {self.run}" if (self.run / "last.pt").exists() else ""
-            raise UserError(f"at step {self.step} another process of this job was gone, or this one failed "
-                            f"({(str(e) or type(e).__name__).splitlines()[0]}). {self.kept()}: start the same torchrun command "
-                            f"again{again}") from e
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-
-    def loop(self):
-        clock, shown = time.perf_counter() - self.seconds, 0.0
-        if self.step == 0:                                    # a row of the log; there is nothing to save yet
-            self.evaluate_and_log()
-        started, from_step = time.perf_counter(), self.step
-        while self.step < self.steps:
-            if self.stopping:
-                self.save()
-                go_on = self.go_on if self.world == 1 else f"the same torchrun command and --resume --run {self.run}"
-                self.show(f"stopped at step {self.step} and saved. Go on with: {go_on}", "\n")
-                if self.world > 1:
-                    dist.barrier()                                  # torchrun ends those that are left behind
-                raise SystemExit(130)
-            step_started = time.perf_counter()
-            loss = self.train_step()
-            self.step_seconds += time.perf_counter() - step_started
-            self.seconds = time.perf_counter() - clock
-            left = (time.perf_counter() - started) / (self.step - from_step) * (self.steps - self.step)
-            if self.seconds - shown > 0.2:
-                shown = self.seconds
-                self.show(f"{self.status(loss)}  {left:.0f} s left")
-            if self.step % self.interval == 0 or self.step == self.steps:
-                scores, better = self.evaluate_and_log()
-                self.seconds = time.perf_counter() - clock
-                self.save(best=better)
-                self.show(f"{self.status(loss)}  {self.verdict(scores, better)}  {self.seconds:.0f} s, {left:.0f} s left", "\n")
-                if getattr(self.args, "sample", False) and self.rank == 0 and not self.sharded:
-                    self.show("    " + " ".join(self.sample(scores).split())[:100], "\n")
-            elif self.step % getattr(self.args, "log_every", 1) == 0:
-                self.log()
-
-
-# ------------------------------------------------------------------------------------------------- whole runs
-
-# tokens of a split that are read at most (IMDB's test split has 7 million)
-WHILE_TRAINING, AT_THE_END = 100_000, 300_000
+WHILE_TRAINING, AT_THE_END = 100_000, 300_000   # tokens of a split that are read at most (IMDB's has 7 million)
 EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one row
+MEASURED = 20               # steps in which --minutes measures the speed; the first quarter is not counted
 
 
-def eval_batch_size(ids):
-    """Into how many pieces to cut a text for a recurrent model: up to 16, of at least 1000 tokens."""
-    return max(1, min(16, len(ids) // 1000))
+def evaluate(model, texts, dtype):
+    """{name: perplexity} of texts {name: ids}, quickly: recurrent models read 16 pieces side by side."""
+    return {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype) for name, ids in texts.items()}
 
 
-def evaluator(model, corpora, tokenizer, dtype):
-    """-> evaluate(): the validation perplexity of every corpus, quickly: recurrent models read 16 pieces side
-    by side."""
-    texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
-    return lambda: {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype)
-                    for name, ids in texts.items()}
-
-
-def environment(device):
-    """What a result was computed with: torch, the processor, the commit of this code (None where git does not
-    know it)."""
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        except (OSError, StopIteration):
-            processor = platform.processor() or platform.machine()
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=data.HERE, capture_output=True,
-                             text=True)
-        commit = git.stdout.strip() or None
-    except OSError:
-        commit = None
-    return {"device": device.type, "torch": torch.__version__, "processor": processor, "commit": commit}
-
-
-def finish(trainer, corpus, device, dtype):
-    """The final figures from the best weights into result.json."""
-    args = trainer.args
-    model, tokenizer, _ = load_run(trainer.run, device)
-    scores = {}
-    for split in ("valid", "test"):
-        ids = prepend_eos(tokenizer, corpus.ids[split][:AT_THE_END])
-        scores[split] = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids), dtype=dtype)
-    result = {"model": args.model, "data": args.data, "params": sum(p.numel() for p in model.parameters()),
-              "val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"], "floor_ppl": corpus.floor["test"],
-              "tokens_per_second": trainer.step * trainer.tokens_per_step / trainer.step_seconds, "seconds": trainer.seconds,
-              "epochs": trainer.step / trainer.batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
-              "seed": args.seed, "steps": trainer.step, "best_step": trainer.best_step,
-              "test_tokens": scores["test"]["tokens"], **environment(device), "options": asdict(args)}
-    save_json(trainer.run / "result.json", result)
-    floor = f", floor {corpus.floor['test']:.2f}" if corpus.floor["test"] else ""
-    print(f"{args.model} on {args.data}: {result['params']:,} parameters, validation perplexity {result['val_ppl']:.2f}, "
-          f"test {result['test_ppl']:.2f}{floor}, {result['seconds']:.0f} s at {result['tokens_per_second']:,.0f} tokens/s")
-    print(f"written to {trainer.run}. Next: python sample.py --run {trainer.run}")
-
-
-def make_trainer(args, corpora, device, dtype):
-    """The model and its trainer for these arguments; corpora["val"] is the corpus, the others are --also."""
-    corpus = corpora["val"]
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, model_config(args, corpus.tokenizer.vocab_size)).to(device)
-    cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
-    batches = cut(corpus.ids["train"], args.batch_size, args.block_size, args.seed)
-    trainer = Trainer(args, args.model, model, corpus.tokenizer, batches, evaluator(model, corpora, corpus.tokenizer, dtype),
-                      device, dtype)
-    trainer.prompt = [corpus.tokenizer.eos, *corpus.ids["valid"][:8].tolist()]
-    return trainer
-
-
-MEASURED = 20       # steps in which --minutes measures the speed; the first quarter is slower and not counted
-
-
-def plan_minutes(trainer, corpora):
-    """--minutes as a number of steps: train a copy of the model for MEASURED steps as the job will run,
-    evaluate it once, and plan as many steps as fit into the rest, with the evaluations (up to 20, and up to a
-    tenth of the time, but at least two; the final figures on the test split come on top)."""
-    args, started = trainer.args, time.perf_counter()
-    trainer.show("measuring the speed")
-    probe = make_trainer(replace(args, steps=MEASURED), corpora, trainer.device, trainer.dtype)
-    probe.model.train()
+def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, world):
+    """--minutes as a number of steps: train a copy of the model for MEASURED steps as the job will run, evaluate it
+    once, and plan as many steps as fit into the rest, with the evaluations (up to 20, and up to a tenth of the
+    time, but at least two; the final figures on the test split come on top)."""
+    started = time.perf_counter()
+    data.live("measuring the speed")
+    model = copy.deepcopy(model).train()
+    optimizer = configure_optimizer(model, config.lr / 100, config.weight_decay)
+    ddp_model, state = average_gradients(model, device, world), None
     for step in range(MEASURED):
         if step == MEASURED // 4:
             clock = time.perf_counter()
-        probe.train_step()
+        x, y = (part.chunk(world)[rank].to(device) for part in batches.batch(step % batches.steps_per_epoch))
+        with autocast(device, dtype):
+            loss, state = ddp_model(x, state, targets=y)
+        loss.backward()
+        state = detach_state(state)
+        clip_grad_norm(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     step_seconds = (time.perf_counter() - clock) / (MEASURED - MEASURED // 4)
     clock = time.perf_counter()
-    if trainer.rank == 0:
-        probe.evaluate()
+    if rank == 0:
+        evaluate(model, texts, dtype)
     now = time.perf_counter()
-    step_seconds, eval_seconds, trainer.seconds = trainer.share((step_seconds, now - clock, now - started))
-    left = 0.98 * args.minutes * 60 - trainer.seconds
-    if args.eval_every:
-        step_seconds += eval_seconds / args.eval_every
-        evaluations = 0
-    else:
-        evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
-    trainer.steps = max(1, int((left - evaluations * eval_seconds) / step_seconds))
-    trainer.interval = args.eval_every or -(-trainer.steps // evaluations)
-    trainer.show(f"{args.minutes:g} minutes are {trainer.steps} steps, {trainer.steps / trainer.batches.steps_per_epoch:.1f} "
-                 f"epochs at {trainer.tokens_per_step / step_seconds:,.0f} tokens/s", "\n")
+    times = broadcast((step_seconds, now - clock, now - started), world, device)
+    step_seconds, eval_seconds, progress.seconds = times
+    left = 0.98 * config.minutes * 60 - progress.seconds
+    evaluations = 0 if config.eval_every else max(2, min(20, int(0.1 * left / eval_seconds)))
+    if config.eval_every:
+        step_seconds += eval_seconds / config.eval_every
+    progress.steps = max(1, int((left - evaluations * eval_seconds) / step_seconds))
+    progress.eval_every = config.eval_every or -(-progress.steps // evaluations)
+    data.live(f"{config.minutes:g} minutes are {progress.steps} steps, "
+              f"{progress.steps / batches.steps_per_epoch:.1f} epochs", "\n")
 
 
-# -------------------------------------------------------------------------------------------- hyperparameters
+def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resume_hint=None):
+    """Train a model as config says, into the folder config.run; -> what its result.json holds. corpora["val"] is
+    the corpus (without a test split in a trial of a search), the others are --also."""
+    corpus, tokenizer, run = corpora["val"], corpora["val"].tokenizer, Path(config.run)
+    resume_hint = resume_hint or f"python train.py --resume --run {run}"
+    if world > 1:
+        resume_hint = f"the same torchrun command and --resume --run {run}"
+
+    # 4 model
+    if config.batch_size % world:
+        raise UserError(f"--batch-size {config.batch_size} cannot be split across {world} processes equally")
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, model_config(config, tokenizer.vocab_size)).to(device)
+    cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
+    batches = cut(corpus.ids["train"], config.batch_size, config.block_size, config.seed)
+    tokens_per_step = config.batch_size * config.block_size
+    texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
+    prompt = texts["val"][:9].tolist()                              # the end token and eight more
+
+    # 5 optimizer
+    optimizer = configure_optimizer(model, config.lr, config.weight_decay)
+    steps = config.steps or max(1, round((config.epochs or 0) * batches.steps_per_epoch))
+    progress = Progress(steps, config.eval_every or -(-steps // 20))
+
+    # 6 resume
+    state = None                                                    # of a recurrent model, carried from step to step
+    if checkpoint:
+        with complete_checkpoint(run):
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            state = take_rows(checkpoint["state"], rank, world, device)
+            progress = Progress(**checkpoint["progress"])
+    elif config.minutes:
+        plan_minutes(config, progress, model, batches, texts, device, dtype, rank, world)
+    start, steps, ddp_model = progress.step, progress.steps, average_gradients(model, device, world)
+
+    # 7 loop
+    if rank == 0:
+        log = Log(run, COLUMNS + [f"ppl_{name}" for name in config.also], start if checkpoint else None)
+    data.live(f"{config.model} on {config.data}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}"
+              f"{f' x {world}' if world > 1 else ''}, {run}", "\n")
+    model.train()
+    clock, loss, lr, grad_norm, stopping = time.perf_counter() - progress.seconds, math.nan, "", "", False
+    with StopRequest() as stop, job_errors(run, progress, world):
+        for step in range(start, steps + 1):
+            # evaluate, log, save
+            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
+            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
+            if evaluating:
+                scores = broadcast(evaluate(model, texts, dtype) if rank == 0 else None, world, device)
+                check_finite(run, f"step {step}", validation_loss=scores["val"]["nll"])
+                better = progress.is_best(scores["val"]["nll"])
+            if rank == 0 and (evaluating or step > start and step % config.log_every == 0):
+                row = progress.row(tokens_per_step, batches.steps_per_epoch) | {"lr": lr, "grad_norm": grad_norm}
+                if evaluating:
+                    row |= {"val_loss": scores["val"]["nll"], "val_ppl": scores["val"]["ppl"]}
+                    row |= {f"ppl_{name}": scores[name]["ppl"] for name in config.also}
+                log.write(row)
+            if step > 0 and (evaluating or stopping):
+                rows = gather_state(state, world)                   # of all processes
+                if rank == 0:
+                    best = {"kind": config.model, "config": asdict(model.config), "model": model.state_dict(),
+                            "tokenizer": tokenizer.state(), "step": step}
+                    save_checkpoint(run, best, {
+                        "optimizer": optimizer.state_dict(), "state": rows, "progress": asdict(progress),
+                        "options": asdict(config), "fingerprint": corpus.fingerprint()}, better)
+            if evaluating and step > 0 and rank == 0:
+                also = "".join(f"  {name} {scores[name]['ppl']:.1f}" for name in config.also)
+                data.live(f"step {step}/{steps}  loss {loss:.3f}  val ppl {scores['val']['ppl']:.2f}"
+                          f"{' *' if better else ''}{also}  {progress.seconds:.0f} s, {progress.left():.0f} s left",
+                          "\n")
+                if config.sample:
+                    data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
+            if step == steps:
+                break
+            if stopping:
+                stopped(step, resume_hint, world)
+
+            # one step
+            started = time.perf_counter()
+            torch.manual_seed(step_seed(config.seed, step, rank))   # dropout is a function of (seed, step, rank)
+            lr = set_lr(optimizer, get_lr(step, steps, config.lr, config.warmup_steps))
+            if not model.recurrent or batches.is_epoch_start(step):
+                state = None                                        # a recurrent state is carried within an epoch
+            x, y = batches.batch(step)                              # [B, T] each, y one token later
+            x, y = x.chunk(world)[rank].to(device), y.chunk(world)[rank].to(device)     # rows, as the state's
+            with autocast(device, dtype):
+                loss, state = ddp_model(x, state, targets=y)        # mean nats per token
+            loss.backward()
+            state = detach_state(state)                             # truncated BPTT: values stay, gradients stop
+            grad_norm = clip_grad_norm(model.parameters(), config.grad_clip)
+            loss = loss.item()
+            check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss, stopping = mean_and_any(loss, stop.requested, world, device)
+            progress.add_loss(loss, time.perf_counter() - started)
+            data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
+                      f"{(step + 1) * tokens_per_step / progress.step_seconds:,.0f} tokens/s  "
+                      f"{progress.left():.0f} s left")
+
+    # 8 results
+    if rank:
+        return None
+    result = {"model": config.model, "data": config.data, "params": sum(p.numel() for p in model.parameters()),
+              "val_ppl": math.exp(progress.best), "seconds": progress.seconds,
+              "tokens_per_second": steps * tokens_per_step / progress.step_seconds,
+              "epochs": steps / batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
+              "seed": config.seed, "steps": steps, "best_step": progress.best_step, **environment(device),
+              "options": asdict(config)}
+    if "test" in corpus.ids:
+        model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
+        result |= final_figures(model, corpus, dtype)
+    save_json(run / "result.json", result)                          # last: it says that the run is complete
+    return result
+
+
+def final_figures(model, corpus, dtype):
+    """Perplexity on the validation and test splits, the state carried from end to end of each; floor."""
+    scores = {}
+    for split in ("valid", "test"):
+        ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
+        scores[split] = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids), dtype=dtype)
+    return {"val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"], "floor_ppl": corpus.floor["test"],
+            "test_tokens": scores["test"]["tokens"]}
+
+
+# --------------------------------------------------------------------------------------------- hyperparameters
 
 # What --search draws from: a pair of floats is a range on a logarithmic scale, a list is a choice.
 SEARCH_SPACE = {
-    "rnn": dict(lr=(1e-3, 1e-2), n_embd=[256, 384, 512], n_layer=[1, 2], batch_size=[16, 32, 64], block_size=[20, 35, 70],
-                dropout=[0.1, 0.2, 0.3, 0.4], dropout_input=[0.0, 0.1, 0.2, 0.3], weight_decay=(3e-3, 0.3)),
-    "lstm": dict(lr=(2e-3, 2e-2), n_embd=[256, 384, 512], n_layer=[1, 2], batch_size=[16, 32, 64], block_size=[35, 70],
-                 dropout=[0.1, 0.2, 0.3, 0.4], dropout_hidden=[0.1, 0.2, 0.3], dropout_input=[0.0, 0.1, 0.2, 0.3],
-                 weight_decay=(3e-3, 0.3)),
+    "rnn": dict(lr=(1e-3, 1e-2), n_embd=[256, 384, 512], n_layer=[1, 2], batch_size=[16, 32, 64],
+                block_size=[20, 35, 70], dropout=[0.1, 0.2, 0.3, 0.4], dropout_input=[0.0, 0.1, 0.2, 0.3],
+                weight_decay=(3e-3, 0.3)),
+    "lstm": dict(lr=(2e-3, 2e-2), n_embd=[256, 384, 512], n_layer=[1, 2], batch_size=[16, 32, 64],
+                 block_size=[35, 70], dropout=[0.1, 0.2, 0.3, 0.4], dropout_hidden=[0.1, 0.2, 0.3],
+                 dropout_input=[0.0, 0.1, 0.2, 0.3], weight_decay=(3e-3, 0.3)),
     "transformer": dict(lr=(1e-3, 8e-3), n_embd=[128, 256, 384], n_layer=[2, 3, 4, 6], batch_size=[8, 16, 32],
                         block_size=[64, 128], dropout=[0.0, 0.1, 0.2, 0.3], weight_decay=(1e-2, 1.0)),
 }
 
 
-def draw(args, given, rng):
+def draw(config, given, rng):
     """One random configuration, as a dict of options. What the command line says is not drawn."""
-    config = {name: float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}") if isinstance(space, tuple) else
-              rng.choice(space) for name, space in SEARCH_SPACE[args.model].items()}
-    config |= {name: getattr(args, name) for name in config if name in given}
-    wider = 3 if args.model == "transformer" else 1
-    return config | {"n_hidden": wider * config["n_embd"]}
+    drawn = {}
+    for name, space in SEARCH_SPACE[config.model].items():
+        if isinstance(space, tuple):
+            drawn[name] = float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}")
+        else:
+            drawn[name] = rng.choice(space)
+    drawn |= {name: getattr(config, name) for name in drawn if name in given}
+    return drawn | {"n_hidden": (3 if config.model == "transformer" else 1) * drawn["n_embd"]}
 
 
-def search(args, given, corpora, device, dtype):
-    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
-    each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
-    Trial 0 is what would be trained without a search, so that the table says whether searching paid. Each
-    training is complete, with its own cosine, because a half-finished schedule says little about a finished
-    one. Only the validation split is looked at. Finished trainings are kept in trials.csv and not repeated
-    after an interruption."""
-    folder = Path(args.run)
-    rng = random.Random(args.seed)
-    configs = [draw(args, given, rng) for _ in range(args.search)]
-    configs = [{name: getattr(args, name) for name in configs[0]}] + configs
-    alive = list(range(len(configs)))
-    sizes = [len(alive)]
+def run_trial(config, corpora, device, dtype):
+    """One training of a search, in a folder of its own: complete if its result is there, resumed if it was begun;
+    its weights are not kept. -> its result; "val_ppl" is infinite where it diverged."""
+    run = Path(config.run)
+    if not (run / "result.json").exists():
+        checkpoint = read_checkpoint(run / "last.pt") if (run / "last.pt").exists() else None
+        try:
+            train(config, corpora, device, dtype, checkpoint=checkpoint,
+                  resume_hint="the same search again; finished trials are not repeated")
+        except NotFinite:
+            save_json(run / "result.json", {"val_ppl": math.inf})
+        for file in run.glob("*.pt"):
+            file.unlink()
+    return json.loads((run / "result.json").read_text(encoding="utf-8"))
+
+
+def search(config, given, corpora, device, dtype):
+    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time each, the
+    best third again for three times as long, and so on, every rung for an equal share of --minutes. Trial 0 is what
+    would be trained without a search, so that the table says whether searching paid. Each training is complete, with
+    its own cosine, because a half-finished schedule says little about a finished one. Only the validation split is
+    looked at. Finished trainings are not repeated after an interruption."""
+    folder, rng = Path(config.run), random.Random(config.seed)
+    identity = json.dumps({k: v for k, v in asdict(config).items() if k not in LOCAL}, sort_keys=True)
+    if (folder / "search.json").exists() and (folder / "search.json").read_text() != identity:
+        raise UserError(f"{folder} is of another search; choose another folder with --run")
+    configs = [draw(config, given, rng) for _ in range(config.search)]
+    configs = [{name: getattr(config, name) for name in configs[0]}] + configs
+    alive, sizes = list(range(len(configs))), [len(configs)]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 3))
     scores = [f"val_ppl_{rung + 1}" for rung in range(len(sizes))]
     columns = ["trial", "params", "tokens", "seconds", "diverged", *configs[0], *scores]
-    trials = {i: {"trial": i, **c} for i, c in enumerate(configs)}
-    path, identity = folder / "trials.csv", folder / "search.json"
-    this = json.dumps({k: getattr(args, k) for k in ("model", "data", "tokenizer", "search", "minutes", "seed")})
-    if path.exists() and not (identity.exists() and identity.read_text() == this):
-        raise UserError(f"{path} is of another search; choose another folder with --run")
-    if path.exists():
-        with open(path, newline="") as f:
-            kept = {int(row["trial"]): row for row in csv.DictReader(f)}
-        for i, row in kept.items():
-            if i not in trials or any(str(trials[i][k]) != row.get(k) for k in configs[0]):
-                raise UserError(f"{path} is of another search; choose another folder with --run")
-            trials[i] |= {k: v for k, v in row.items() if v and k not in configs[0] and k != "trial"}
+    trials = {i: {"trial": i, **drawn} for i, drawn in enumerate(configs)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "search.json", lambda f: f.write(identity.encode()))
     for rung, (size, score) in enumerate(zip(sizes, scores)):
-        minutes = args.minutes / len(sizes) / size
+        minutes = config.minutes / len(sizes) / size
         for i in alive:
-            if score not in trials[i]:
-                trials[i] |= run_trial(args, configs[i], minutes, folder / "current", corpora, device, dtype, score)
-                text = io.StringIO()
-                table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-                table.writeheader()
-                table.writerows(trials.values())
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(identity, lambda f: f.write(this.encode()))
-                write_atomically(path, lambda f: f.write(text.getvalue().encode()))
-            print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity {float(trials[i][score]):.1f}",
-                  flush=True)
+            one = replace(config, **configs[i], minutes=minutes, sample=False, run=str(folder / f"trial-{i}-rung-{rung + 1}"))
+            result = run_trial(one, corpora, device, dtype)
+            trials[i] |= {"params": result.get("params", ""),
+                          "tokens": result.get("steps", 0) * one.batch_size * one.block_size,
+                          "seconds": round(result.get("seconds", 0.0), 1),
+                          "diverged": int(math.isinf(result["val_ppl"])), score: f"{result['val_ppl']:.3f}"}
+            rows = [[trial.get(column, "") for column in columns] for trial in trials.values()]
+            write_atomically(folder / "trials.csv", lambda f: f.write(csv_text([columns, *rows])))
+            data.live("")
+            print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity {result['val_ppl']:.1f}", flush=True)
         alive = sorted(alive, key=lambda i: float(trials[i][score]))[:-(-size // 3)]
     order = sorted(trials.values(), key=lambda t: [float(t.get(score) or "inf") for score in reversed(scores)])
     widths = {c: max(len(c), *(len(str(t.get(c, ""))) for t in order)) for c in columns}
     for row in [dict(zip(columns, columns)), *order]:
         print("  ".join(str(row.get(c, "")).rjust(widths[c]) for c in columns))
     if not math.isfinite(float(order[0][scores[-1]])):
-        raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr held fixed")
-    typed = {k: getattr(args, k) for k in sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume"})}
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in (configs[alive[0]] | typed).items())
-    print(f"the best: python train.py --model {args.model} --data {args.data} --minutes {args.minutes:g} {flags}")
-
-
-def run_trial(args, config, minutes, folder, corpora, device, dtype, score):
-    """Train one configuration for so many minutes; -> its row of trials.csv."""
-    shutil.rmtree(folder, ignore_errors=True)
-    trial_args = replace(args, **config, run=str(folder), minutes=minutes, sample=False)
-    trainer, diverged = make_trainer(trial_args, corpora, device, dtype), False
-    trainer.go_on = "the same search again; finished trials are not repeated"
-    try:
-        plan_minutes(trainer, corpora)
-        trainer.open_log(resumed=False)
-        trainer.fit()
-    except NotFinite:
-        diverged = True
-    shutil.rmtree(folder, ignore_errors=True)
-    return {"params": sum(p.numel() for p in trainer.model.parameters()), "tokens": trainer.step * trainer.tokens_per_step,
-            "seconds": round(trainer.seconds, 1), "diverged": int(diverged),
-            score: "inf" if diverged else f"{math.exp(trainer.best):.3f}"}
+        raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr "
+                        "held fixed")
+    fixed = sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume"})
+    chosen = configs[alive[0]] | {name: getattr(config, name) for name in fixed}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+    print(f"the best: python train.py --model {config.model} --data {config.data} --minutes {config.minutes:g} {flags}")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1197,35 +995,22 @@ def main(argv=None):
         refuse_existing(config.run, f"python train.py --resume --run {config.run}")
     rank, world, device = join_processes(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
-    torch.manual_seed(config.seed)
     tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else config.tokenizer
-    if rank:
-        dist.barrier()                                              # the first process downloads and encodes
-    # a search never sees the test split
     splits = ("train", "valid") if config.search else ("train", "valid", "test")
-    corpus = data.load(config.data, tokenizer, splits)
-    check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
-    corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
-    if world > 1 and rank == 0:
-        dist.barrier()
+    with first_process_first(rank, world):                          # it downloads and encodes
+        corpus = data.load(config.data, tokenizer, splits)
+        check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
+        corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
     if config.search:
         return search(config, given, corpora, device, dtype)
-    trainer = make_trainer(config, corpora, device, dtype)
-    trainer.fingerprint = corpus.fingerprint()
-    if checkpoint:
-        trainer.resume(checkpoint)
-    elif config.minutes:
-        plan_minutes(trainer, corpora)
-    trainer.open_log(resumed=bool(checkpoint))
-    trainer.show(f"{config.model} on {config.data}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
-                 f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}"
-                 f"{f' x {world}' if world > 1 else ''}, {config.run}", "\n")
-    trainer.fit()
+    result = train(config, corpora, device, dtype, rank, world, checkpoint)
     if rank == 0:
-        finish(trainer, corpus, device, dtype)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        floor = f", floor {result['floor_ppl']:.2f}" if result["floor_ppl"] else ""
+        print(f"{config.model} on {config.data}: {result['params']:,} parameters, validation perplexity "
+              f"{result['val_ppl']:.2f}, test {result['test_ppl']:.2f}{floor}, {result['seconds']:.0f} s at "
+              f"{result['tokens_per_second']:,.0f} tokens/s")
+        print(f"written to {config.run}. Next: python sample.py --run {config.run}")
+    leave_processes(world)
 
 
 if __name__ == "__main__":

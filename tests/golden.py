@@ -105,6 +105,8 @@ def figures(folder):
                 found[file, f"{place}/{key}".replace("reward_sd", "reward_std")] = part
     for path in sorted(folder.rglob("*")):
         file = str(path.relative_to(folder))
+        if "trial-" in file:                                    # trials.csv has what matters
+            continue
         if path.name == "result.json":
             walk(file, "", json.loads(path.read_text(encoding="utf-8")))
         elif path.name in ("log.csv", "trials.csv"):

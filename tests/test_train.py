@@ -265,7 +265,7 @@ def test_ctrl_c_saves_and_resume_is_bitwise(kind, monkeypatch, capsys):
             with pytest.raises(SystemExit) as stopped:
                 train.main(["--resume", "--run", "cut"] if start else [*options, "--run", "cut"])
             assert stopped.value.code == 130
-        assert f"stopped at step {step} and saved. Go on with: python train.py --resume --run cut" in capsys.readouterr().err
+        assert f"stopped at step {step} and saved. Resume with: python train.py --resume --run cut" in capsys.readouterr().err
     train.main(["--resume", "--run", "cut"])
     assert rows("cut") == rows("whole")
     a, b = (torch.load(f"{run}/last.pt", weights_only=True)["model"] for run in ("cut", "whole"))
@@ -396,14 +396,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
 
 
 def test_a_validation_loss_that_is_not_finite_is_not_saved(monkeypatch):
-    original = train.Trainer.train_step
+    original, steps = torch.optim.AdamW.step, []
 
-    def overflow(self):
-        loss = original(self)
-        if self.step == 10:
-            self.model.lm_head.bias.data.fill_(math.nan)
-        return loss
-    monkeypatch.setattr(train.Trainer, "train_step", overflow)
+    def overflow(self, *args):
+        original(self, *args)
+        steps.append(1)
+        if len(steps) == 10:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(UserError, match="validation loss is not finite at step 10"):
         train.main(tiny("lstm", "--steps", "20", "--eval-every", "5", "--run", "r"))
     assert torch.load("r/last.pt", weights_only=True)["step"] == 5
@@ -431,15 +431,16 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
                  weight_decay=(0.01, 0.1))
     monkeypatch.setitem(train.SEARCH_SPACE, "lstm", space)
     monkeypatch.setattr(train, "perplexity", lambda model, ids, **kw: {"nll": 3.0 + model.config.n_embd / 100, "ppl": 9.0})
-    trials, tried, original = "s/trials.csv", [], train.run_trial
+    trials, tried, original = "s/trials.csv", [], train.train
 
-    def run_trial(args, config, minutes, *more):
+    def counted(config, *more, **kwargs):
         if len(tried) == 5:
             tried.append(None)
             raise KeyboardInterrupt
         tried.append(config)
-        return original(args, config, minutes, *more)
-    monkeypatch.setattr(train, "run_trial", run_trial)
+        assert "test" not in more[0]["val"].ids                     # a search never sees it
+        return original(config, *more, **kwargs)
+    monkeypatch.setattr(train, "train", counted)
     options = ["--search", "6", "--minutes", "0.06", "--run", "s", "--data", "small.txt", "--weight-decay", "0.2",
                "--log-every", "3"]
     with pytest.raises(KeyboardInterrupt):
@@ -460,7 +461,7 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
     out = capsys.readouterr().out
     assert "the best: python train.py --model lstm --data small.txt --minutes 0.06 --lr" in out and "--n-embd 8" in out
     assert "--log-every 3" in out                                               # typed, so it belongs to the command
-    assert not Path("s/current").exists()
+    assert not list(Path("s").rglob("*.pt")) and len(list(Path("s").glob("trial-*/result.json"))) == 11
 
 
 def test_a_search_of_other_configurations_is_not_mixed_in(capsys):
@@ -586,7 +587,7 @@ def test_the_default_model_typed_out_does_not_resume_another(capsys):
     assert "started with model rnn, not lstm" in fails(capsys, "--resume", "--run", "r", "--model", "lstm")
 
 
-@pytest.mark.parametrize("lost", ["options", "state", "seconds", "optimizer"])
+@pytest.mark.parametrize("lost", ["options", "state", "progress", "optimizer"])
 def test_a_checkpoint_that_lacks_something_is_not_resumed(capsys, lost):
     train.main(tiny("lstm", "--steps", "2", "--run", "r"))
     checkpoint = torch.load("r/last.pt", weights_only=True)
