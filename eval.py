@@ -111,7 +111,7 @@ def open_run(folder, device):
     args, steps = result.get("options"), result.get("steps", 0)
     if args is None and (Path(folder) / "last.pt").exists():                # not finished
         checkpoint = read_checkpoint(Path(folder) / "last.pt")
-        args, steps = checkpoint.get("options"), checkpoint.get("steps") or 0
+        args, steps = checkpoint.get("options"), checkpoint.get("progress", {}).get("steps", 0)
     return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), result, args or {}, steps)
 
 
