@@ -1013,12 +1013,6 @@ def check_length(batches, ids):
                         "smaller --batch-size and --block-size")
 
 
-def cut_rows(ids, starts, length):
-    """-> inputs, targets: int64 [B, length], the pieces of ids from these places; targets one token ahead."""
-    rows = torch.from_numpy(np.stack([ids[start:start + length + 1] for start in starts]).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
-
-
 class ContiguousBatches:
     """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is
     read on, so the state at the end of one batch is the state at the start of the next. `batch(step)` depends
@@ -1038,7 +1032,10 @@ class ContiguousBatches:
         """-> inputs, targets: int64 [B, T], targets one token ahead."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = np.random.default_rng((self.seed, epoch)).integers(self.block_size) + k * self.block_size
-        return cut_rows(self.ids, range(start, start + self.row * self.batch_size, self.row), self.block_size)
+        starts = range(start, start + self.row * self.batch_size, self.row)
+        rows = np.stack([self.ids[at:at + self.block_size + 1] for at in starts])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
 
 
 class WindowBatches:
@@ -1063,4 +1060,6 @@ class WindowBatches:
             offset = rng.integers(self.block_size)
             self.shuffled = epoch, rng.permutation(self.n_windows) * self.block_size + offset
         starts = self.shuffled[1][k * self.batch_size:(k + 1) * self.batch_size]
-        return cut_rows(self.ids, starts, self.block_size)
+        rows = np.stack([self.ids[at:at + self.block_size + 1] for at in starts])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]

@@ -1,35 +1,39 @@
 """Fine-tune all parameters of a trained language model on other text, and show what changed.
 
-    python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --run runs/stories     # 1 GB of weights, downloaded once
+    python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --run runs/stories     # downloads 1 GB once
     python finetune.py --base runs/transformer-finance --data stories                    # offline, a minute
-    python finetune.py --base runs/transformer-finance --data stories --ablate           # epochs x share of the data
+    python finetune.py --base runs/transformer-finance --data stories --ablate    # epochs x share of the data
     python finetune.py --resume --run runs/stories                                       # after a kill
-    torchrun --nproc-per-node 8 -- finetune.py --shard --base Qwen/Qwen2-7B --data tinystories      # no card holds it all
+    torchrun --nproc-per-node 8 -- finetune.py --shard --base Qwen/Qwen2-7B --data tinystories
 
-The base is a run of train.py, or Qwen2's weights (a folder in the hub's layout, or a name on the hub). The loop is
-train.py's: AdamW, warm-up and half a cosine, gradients clipped; documents stand one behind the other with their separator
-between them, as in nanoGPT, and a batch is windows of that text.
+The base is a run of train.py, or Qwen2's weights (a folder in the hub's layout, or a name on the hub). The
+loop is train.py's: AdamW, warm-up and half a cosine, gradients clipped; documents stand one behind the other
+with their separator between them, as in nanoGPT, and a batch is windows of that text.
 
-Precision. Weights and AdamW's two moments are float32. bfloat16 has eight significant bits: an update of less than 1/256
-of a weight would vanish if the weight were bfloat16, and with learning rates of 1e-5 nearly all are. What is multiplied is
-a bfloat16 copy of the weights, which costs a quarter of their memory; its gradients are bfloat16 too (that is what the
-products give), and are made float32 a few at a time when AdamW reads them. In bytes per parameter:
+Precision. Weights and AdamW's two moments are float32. bfloat16 has eight significant bits: an update of less
+than 1/256 of a weight would vanish if the weight were bfloat16, and with learning rates of 1e-5 nearly all
+are. What is multiplied is a bfloat16 copy of the weights, which costs a quarter of their memory; its
+gradients are bfloat16 too (that is what the products give), and are made float32 a few at a time when AdamW
+reads them. In bytes per parameter:
 
-    weights 4 + moments 8 + copy 2 + its gradients 2 = 16;      in float32: weights 4 + moments 8 + gradients 4 = 16
+    weights 4 + moments 8 + copy 2 + its gradients 2 = 16
+    in float32: weights 4 + moments 8 + gradients 4 = 16
 
-Gradients of several micro-batches (--accumulate) would be summed in bfloat16 and lose their low bits; then, and under
-torchrun, autocast does the products and gradients are float32: 18 bytes. Under torchrun 4 more hold the gradients that
-are being averaged.
+Gradients of several micro-batches (--accumulate) would be summed in bfloat16 and lose their low bits; then,
+and under torchrun, autocast does the products and gradients are float32: 18 bytes. Under torchrun 4 more hold
+the gradients that are being averaged.
 
-Several processes. Under torchrun every process has all weights and some rows of each batch, and the gradients are averaged
-(DistributedDataParallel). With --shard it also has only its share of weights, moments and gradients, 16 bytes a parameter
-divided by the processes (FSDP2's fully_shard; Rajbhandari et al. 2020, "ZeRO", stage 3): the weights of one block after the
-other are gathered in bfloat16, used and let go, forward and backward; gradients are summed in float32. Checkpoints are the
-same in all three cases, so that a run goes on with any number of processes.
+Several processes. Under torchrun every process has all weights and some rows of each batch, and the gradients
+are averaged (DistributedDataParallel). With --shard it also has only its share of weights, moments and
+gradients, 16 bytes a parameter divided by the processes (FSDP2's fully_shard; Rajbhandari et al. 2020,
+"ZeRO", stage 3): the weights of one block after the other are gathered in bfloat16, used and let go, forward
+and backward; gradients are summed in float32. Checkpoints are the same in all three cases, so that a run goes
+on with any number of processes.
 
-Measured before and after, always: each held-out document read afresh (its perplexity, the mean of these, and the corpus
-perplexity, all as eval.py defines them), the perplexity of a text from outside (what was forgotten), and continuations
-of a prompt in the style of the data and of one that has nothing to do with it, from the same seed.
+Measured before and after, always: each held-out document read afresh (its perplexity, the mean of these, and
+the corpus perplexity, all as eval.py defines them), the perplexity of a text from outside (what was
+forgotten), and continuations of a prompt in the style of the data and of one that has nothing to do with it,
+from the same seed.
 """
 import copy
 import ctypes
@@ -47,20 +51,24 @@ import torch
 import data
 from data import UserError, option, save_json, write_atomically
 from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
-from qwen_load import is_pretrained, save_model
+from qwen_load import save_model
 from sample import encode_prompt, generate, suppressed_tokens
-from train import (COLUMNS, LOCAL, Log, Progress, StopRequest, autocast, average_gradients, broadcast, build_model,
+from train import (COLUMNS, LOCAL, Log, Progress, StopRequest, average_gradients, broadcast, build_model,
                    check_finite, check_resume_config, check_text, clip_grad_norm, complete_checkpoint,
-                   configure_optimizer, detach_state, environment, eval_batch_size, first_process_first, gather_state,
-                   get_lr, job_errors, join_processes, kind_of, leave_processes, load_run, mean_and_any, perplexity,
+                   configure_optimizer, detach_state, environment, eval_batch_size, first_process_first,
+                   gather_state,
+                   get_lr, job_errors, join_processes, kind_of, leave_processes, load_run, mean_and_any,
+                   perplexity,
                    pick_device, pick_dtype, prepend_eos, read_checkpoint, refuse_existing, sample_line,
-                   save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
+                   save_checkpoint, step_seed, stopped, take_rows, tokenizer_from)
 
-STYLE_PROMPT = "A brave knight sets out on a journey to rescue a princess. Write the next sentence in TinyStories style."
+STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
+                "TinyStories style.")
 OTHER_PROMPT = "Climate change is"
 
 # by base: Qwen2 (not searched), a run of ours
-DEFAULTS = {True: dict(lr=2e-5, batch_size=8, block_size=256), False: dict(lr=1e-3, batch_size=16, block_size=128)}
+DEFAULTS = {True: dict(lr=2e-5, batch_size=8, block_size=256),
+            False: dict(lr=1e-3, batch_size=16, block_size=128)}
 
 
 def by_base(name):
@@ -70,8 +78,8 @@ def by_base(name):
 @dataclass
 class Config:
     """Fine-tune all parameters of a trained model on other text, and show what changed."""
-    base: str = option("Qwen/Qwen2-0.5B", "a run of train.py; or Qwen2's weights: a folder, or their name on the hub, "
-                       "downloaded once (1 GB)")
+    base: str = option("Qwen/Qwen2-0.5B", "a run of train.py; or Qwen2's weights: a folder, or their name on "
+                                          "the hub, downloaded once (1 GB)")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     run: str = option(None, "folder of the result (default: runs/finetune-BASE-DATA)")
     resume: bool = option(False, "resume the run in --run, as it was started")
@@ -83,40 +91,49 @@ class Config:
     ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data of the table", above=0, at_most=1)
     lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0, group="the step")
     batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}", above=0, group="the step")
-    block_size: int = option(None, f"tokens of a window, at most the base's context {by_base('block_size')}", above=0,
+    block_size: int = option(None, "tokens of a window, at most the base's context "
+                                   f"{by_base('block_size')}", above=0,
                              group="the step")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory", above=0, group="the step")
-    checkpointing: bool = option(False, "keep the inputs of layers only and compute the rest twice: less memory",
+    checkpointing: bool = option(False, "keep the inputs of layers only and compute the rest twice: less "
+                                        "memory",
                                  group="the step")
-    shard: bool = option(False, "under torchrun: weights and moments are split across the processes", group="the step")
+    shard: bool = option(False, "under torchrun: weights and moments are split across the "
+                                "processes", group="the step")
     weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0, group="the step")
-    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0, group="the step")
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of "
+                                    "all", at_least=0, group="the step")
     grad_clip: float = option(1.0, "largest gradient norm", above=0, group="the step")
     seed: int = option(1, "of batches, dropout and samples", at_least=0, below=2 ** 63, group="the step")
     log_every: int = option(10, "steps between rows of log.csv", above=0, group="the step")
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)", above=0, group="the step")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the "
+                                   "run)", above=0, group="the step")
     sample: bool = option(True, "print a line that the model writes at every evaluation", group="the step")
     held_out: int = option(200, "documents of the test split", above=0, group="before and after")
-    retain: str = option(None, "a text that is not trained on (default: what the base was trained on; wikitext2 for "
-                         "Qwen2)", group="before and after")
-    prompts: list[str] = option([], "to continue (default: a knight's journey and the climate; for an embedded language "
-                                "the beginnings of a document of --data and of another one)", group="before and after")
+    retain: str = option(None, "a text that is not trained on (default: what the base was trained on; "
+                               "wikitext2 for Qwen2)", group="before and after")
+    prompts: list[str] = option([], "to continue (default: a knight's journey and the climate; for an "
+                                    "embedded language the beginnings of a document of --data and of another "
+                                    "one)", group="before and after")
     sample_tokens: int = option(60, "of a continuation", above=0, group="before and after")
     temperature: float = option(0.7, "of the continuations", at_least=0, group="before and after")
-    eval_tokens: int = option(8192, "of the validation split, for the loss curve", above=0, group="before and after")
+    eval_tokens: int = option(8192, "of the validation split, for the loss "
+                                    "curve", above=0, group="before and after")
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
+                                "multiplies it",
                         choices=["auto", "float32", "bfloat16"])
 
 
-# ----------------------------------------------------------------------------------------------------------- the step
+# --------------------------------------------------------------------------------------------------- the step
 
 C = ctypes.CDLL(None) if os.name == "posix" else None           # the C library
 
 
 class TiedEmbedding(torch.nn.Module):
-    """An embedding tied to the head. Its gradient is added to the head's when the backward pass is over, in float32 and for
-    the tokens that occur only: autograd would make a matrix of all the vocabulary, and sum a frequent token's in bfloat16."""
+    """An embedding tied to the head. Its gradient is added to the head's when the backward pass is over, in
+    float32 and for the tokens that occur only: autograd would make a matrix of all the vocabulary, and sum a
+    frequent token's in bfloat16."""
 
     def __init__(self, weight):
         super().__init__()
@@ -156,7 +173,7 @@ def bf16_grad_norm(bf16_model, pairs):
     """The norm of all gradients after a backward pass of the copy, whose embedding's are joined first."""
     if bf16_model.config.tied:
         bf16_model.embed_tokens.add_gradient()
-    parts = [g for _, bf16 in pairs for g in bf16.grad.split(4096)]         # float32 is made of a part at a time
+    parts = [g for _, bf16 in pairs for g in bf16.grad.split(4096)]      # float32 is made of a part at a time
     return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in parts]).norm().item()
 
 
@@ -164,9 +181,9 @@ CHUNK = 20_000_000                              # parameters whose float32 gradi
 
 
 def step_with_bf16_gradients(optimizer, pairs, scale):
-    """AdamW on the masters with the copy's gradients times scale, a few matrices after the other: those without a gradient
-    are passed over."""
-    if hasattr(C, "malloc_trim"):               # glibc keeps what activations left behind: 0.7 GB for Qwen2-0.5B
+    """AdamW on the masters with the copy's gradients times scale, a few matrices after the other: those
+    without a gradient are passed over."""
+    if hasattr(C, "malloc_trim"):            # glibc keeps what activations left behind: 0.7 GB for Qwen2-0.5B
         C.malloc_trim(0)
     waiting, size = [], 0
     for k, (master, bf16) in enumerate(pairs):
@@ -182,10 +199,10 @@ def step_with_bf16_gradients(optimizer, pairs, scale):
             waiting, size = [], 0
 
 
-# --------------------------------------------------------------- a model split across processes (--shard; skip this)
+# -------------------------------------------------------- a model split across processes (--shard; skip this)
 #
-# States go through torch.distributed.checkpoint.state_dict, whole and on the first process's CPU. Model and optimizer are
-# set by two calls: one for both waits forever where the other processes pass {}.
+# States go through torch.distributed.checkpoint.state_dict, whole and on the first process's CPU. Model and
+# optimizer are set by two calls: one for both waits forever where the other processes pass {}.
 
 def shard_model(model, device, dtype, world):
     """fully_shard a model that has no memory yet: by layers, and the rest."""
@@ -208,8 +225,10 @@ def sharded_state(model, optimizer):
     if not state:
         return weights, state
     names = [name for group in state["param_groups"] for name in group["params"]]
-    groups = [group | {"params": [names.index(name) for name in group["params"]]} for group in state["param_groups"]]
-    return weights, {"state": {k: state["state"][name] for k, name in enumerate(names)}, "param_groups": groups}
+    groups = [group | {"params": [names.index(name) for name in group["params"]]}
+              for group in state["param_groups"]]
+    moments = {k: state["state"][name] for k, name in enumerate(names)}
+    return weights, {"state": moments, "param_groups": groups}
 
 
 def load_sharded_state(model, optimizer, weights, state=None):
@@ -232,9 +251,10 @@ def load_sharded_state(model, optimizer, weights, state=None):
 # ----------------------------------------------------------------------------------------------------- memory
 
 def memory_needed(model, config, dtype, world=1):
-    """Bytes that training will hold at its fullest in one process, roughly: 16 or 18 a parameter (4 more where the gradients of
-    several processes are averaged; a share of 16 with --shard, and what is gathered at a time: embedding, head and two blocks),
-    what the backward pass reads of a batch, and the logits of one chunk of it."""
+    """Bytes that training will hold at its fullest in one process, roughly: 16 or 18 a parameter (4 more
+    where the gradients of several processes are averaged; a share of 16 with --shard, and what is gathered at
+    a time: embedding, head and two blocks), what the backward pass reads of a batch, and the logits of one
+    chunk of it."""
     c, n, bf16 = model.config, sum(p.numel() for p in model.parameters()), dtype == torch.bfloat16
     lean = config.accumulate == 1 and not model.recurrent and world == 1
     fixed = n * ((18 if bf16 and not lean else 16) + 4 * (world > 1))
@@ -242,13 +262,15 @@ def memory_needed(model, config, dtype, world=1):
     if config.shard:
         blocks = sum(p.numel() for p in model.layers.parameters())
         fixed = 16 * n / world + (8 if bf16 else 12) * (n - blocks + 2 * blocks / c.n_layer)
-    tokens, size = config.batch_size * min(config.block_size, context(model)) // config.accumulate // world, 2 if bf16 else 4
+    tokens = config.batch_size * min(config.block_size, context(model)) // config.accumulate // world
+    size = 2 if bf16 else 4
     per_layer = 14 * c.n_embd + 5 * c.n_hidden
     if not model.recurrent and config.checkpointing:
         kept = tokens * size * (c.n_layer * c.n_embd + per_layer)
     else:
         kept = tokens * size * c.n_layer * per_layer
-    return fixed + kept + min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not config.shard)
+    return fixed + kept + min(tokens,
+                              512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not config.shard)
 
 
 def memory_text(model, config, device, dtype, world=1):
@@ -258,10 +280,11 @@ def memory_text(model, config, device, dtype, world=1):
         there = torch.cuda.mem_get_info(device)[1]
     elif hasattr(os, "sysconf"):                                            # one memory for all processes
         needed, there = needed * world, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    words = f"{sum(p.numel() for p in model.parameters()):,} parameters: training needs about {needed / 1e9:.1f} GB of memory"
+    n = sum(p.numel() for p in model.parameters())
+    words = f"{n:,} parameters: training needs about {needed / 1e9:.1f} GB of memory"
     if there and needed > there:
-        words += (f", and this machine has {there / 1e9:.1f}. It will fail or crawl; take a smaller --batch-size or "
-                  "--block-size, --checkpointing, or a smaller base")
+        words += (f", and this machine has {there / 1e9:.1f}. It will fail or crawl; take a smaller "
+                  "--batch-size or --block-size, --checkpointing, or a smaller base")
     return words
 
 
@@ -270,7 +293,7 @@ def context(model):
     return math.inf if model.recurrent else model.config.block_size
 
 
-# ------------------------------------------------------------------------------------------------- before and after
+# ------------------------------------------------------------------------------------------- before and after
 
 def is_embedded(tokenizer):
     """Whether its words are the embedded languages'."""
@@ -292,7 +315,8 @@ def held_out(name, tokenizer, n):
                         "Take a base that was trained with --tokenizer gpt2") from e
     read = [(text, ids) for text, ids in read if ids]
     if not read:
-        raise UserError(f"{name} has no document to hold out: its last 5 % are the test split; take a longer text")
+        raise UserError(f"{name} has no document to hold out: its last 5 % are the test split; take a longer "
+                        "text")
     return read
 
 
@@ -303,7 +327,8 @@ def retained_ids(name, tokenizer, most=20_000):
         try:
             ids += tokenizer.encode(text)
         except ValueError as e:
-            raise UserError(f"--retain {name} cannot be read with the base's vocabulary: {e}. Name another text") from e
+            raise UserError(f"--retain {name} cannot be read with the base's vocabulary: {e}. Name another "
+                            "text") from e
         if len(ids) >= most:
             break
     if len(ids) < 2:
@@ -316,24 +341,27 @@ def measure(model, tokenizer, config, dtype):
     documents = held_out(config.data, tokenizer, config.held_out)
     losses = losses_afresh(model, [ids for _, ids in documents], tokenizer.eos, dtype)
     each = [math.exp(min(v.mean(), 700)) for v in losses]
-    out = {"documents": each, "mean": sum(each) / len(each), "corpus": math.exp(min(np.concatenate(losses).mean(), 700)),
+    out = {"documents": each, "mean": sum(each) / len(each),
+           "corpus": math.exp(min(np.concatenate(losses).mean(), 700)),
            "tokens": sum(len(v) for v in losses), "retained": None, "samples": []}
     if config.retain:
         out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer), dtype=dtype)
     for prompt in config.prompts:
         ids = encode_prompt(tokenizer, prompt)
-        new = generate(model, [ids], config.sample_tokens, config.temperature, eos=tokenizer.eos, seed=config.seed,
+        new = generate(model, [ids], config.sample_tokens, config.temperature, eos=tokenizer.eos,
+                       seed=config.seed,
                        suppressed_tokens=suppressed_tokens(tokenizer))
         out["samples"].append({"prompt": prompt, "text": tokenizer.decode(new[0]).strip()})
     return out
 
 
 def grammar_floor(name, n, tokenizer):
-    """The corpus perplexity of an embedded language's own grammar on its first n test documents; None for other corpora, and
-    for models that do not read it in the grammar's words."""
+    """The corpus perplexity of an embedded language's own grammar on its first n test documents; None for
+    other corpora, and for models that do not read it in the grammar's words."""
     if name not in data.DOMAINS or not is_embedded(tokenizer):
         return None
-    nll = [v for words, _ in data.embedded_documents(name, "test")[:n] for v in data.language(name).nll(words)]
+    nll = [v for words,
+           _ in data.embedded_documents(name, "test")[:n] for v in data.language(name).nll(words)]
     return math.exp(math.fsum(nll) / len(nll))
 
 
@@ -343,28 +371,34 @@ def write_report(config, result, figures):
     rows = [["mean of the documents' perplexities", before["mean"], after["mean"]],
             ["corpus perplexity", before["corpus"], after["corpus"]]]
     if before["retained"]:
-        rows.append([f"{config.retain} (not trained on), perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
+        rows.append([f"{config.retain} (not trained on), "
+                     "perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
     md = [f"# {config.base} fine-tuned on {config.data}\n",
           f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
-          f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, {result['seconds']:.0f} s at "
-          f"{number(result['tokens_per_second'], 0)} tokens/s, {result['dtype']}.\n",
+          f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, "
+          f"{result['seconds']:.0f} s at {number(result['tokens_per_second'], 0)} tokens/s, "
+          f"{result['dtype']}.\n",
           "## Perplexity before and after (Table 3)\n", table(["", "before", "after"], rows)]
     if result["floor"]:
-        md.append(f"The grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n")
+        md.append("The grammar's own corpus perplexity on these documents, the floor: "
+                  f"{result['floor']:.2f}.\n")
     texts = [text for text, _ in held_out(config.data, result["tokenizer"], min(20, config.held_out))]
     md += [f"{len(before['documents'])} held-out documents, each read afresh, {before['tokens']:,} tokens; "
            f"the first {len(texts)}:\n",
            table(["document", "before", "after"], [[text if len(text) <= 80 else text[:80] + " …", b, a]
-                                                   for text, b, a in zip(texts, before["documents"], after["documents"])])]
+                                                   for text, b,
+                                                   a in zip(texts, before["documents"], after["documents"])])]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
         md += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
-               table(["", b["prompt"]], [["before", b["text"] or "(nothing)"], ["after", a["text"] or "(nothing)"]])]
+               table(["", b["prompt"]],
+                     [["before", b["text"] or "(nothing)"], ["after", a["text"] or "(nothing)"]])]
     curve = Run(run.name, None, None, read_log(run / "log.csv"), {}, {})
-    md += ["## Loss (Figure 4)\n", figures.draw("loss", "Loss while fine-tuning", paint_curves([curve]), panels=2)]
+    md += ["## Loss (Figure "
+           "4)\n", figures.draw("loss", "Loss while fine-tuning", paint_curves([curve]), panels=2)]
     write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
 
 
-# ------------------------------------------------------------------------------------------------------- a whole run
+# ------------------------------------------------------------------------------------------------ a whole run
 
 def first_share(ids, fraction, eos):
     """The first `fraction` of a text, to the end of a document: what 60 % have, 90 % have too."""
@@ -384,8 +418,9 @@ def read_before(run):
 
 def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, checkpoint=None, before=None,
              resume_hint=None):
-    """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base, which is
-    trained in place; on the meta device with --shard, and only its config counts where a run resumes."""
+    """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base,
+    which is trained in place; on the meta device with --shard, and only its config counts where a run
+    resumes."""
     run, kind = Path(config.run), kind_of(model)
     resume_hint = resume_hint or f"python finetune.py --resume --run {run}"
     if world > 1:
@@ -422,10 +457,11 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
     # 5 optimizer
     optimizer = configure_optimizer(model, config.lr, config.weight_decay)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
-    progress, warmup_steps = Progress(steps, config.eval_every or -(-steps // 20)), min(config.warmup_steps, max(1, steps // 10))
+    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
+    progress = Progress(steps, config.eval_every or -(-steps // 20))
 
     # 6 resume
-    state = None                                                    # of a recurrent model, carried from step to step
+    state = None                                             # of a recurrent model, carried from step to step
     if checkpoint:
         with complete_checkpoint(run):
             if config.shard:
@@ -443,12 +479,13 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
     if bf16_model:
         copy_master_to_bf16(pairs)
     start, steps, resumed = progress.step, progress.steps, checkpoint is not None
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # 7 loop
     if rank == 0:
         log = Log(run, COLUMNS, start if resumed else None)
-    data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, {device.type} "
-              f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
+    data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, "
+              f"{device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
     model.train()
     clock, loss, lr, grad_norm, stopping = time.perf_counter() - progress.seconds, math.nan, "", "", False
     with StopRequest() as stop, job_errors(run, progress, world):
@@ -463,8 +500,10 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 scores = broadcast(scores, world, device)
                 check_finite(run, f"step {step}", validation_loss=scores["nll"])
                 better = progress.is_best(scores["nll"])
+                progress.seconds = time.perf_counter() - clock
             if rank == 0 and (evaluating or step > start and step % config.log_every == 0):
-                row = progress.row(tokens_per_step, batches.steps_per_epoch) | {"lr": lr, "grad_norm": grad_norm}
+                row = progress.row(tokens_per_step, batches.steps_per_epoch)
+                row |= {"lr": lr, "grad_norm": grad_norm}
                 log.write(row | ({"val_loss": scores["nll"], "val_ppl": scores["ppl"]} if evaluating else {}))
             if step > 0 and (evaluating or stopping):
                 rows = gather_state(state, world)                   # of all processes
@@ -476,12 +515,14 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                     best = {"kind": kind, "config": asdict(model.config), "model": weights,
                             "tokenizer": tokenizer.state(), "step": step}
                     save_checkpoint(run, best, {
-                        "optimizer": moments, "state": rows, "progress": asdict(progress), "options": asdict(config),
+                        "optimizer": moments, "state": rows, "progress": asdict(progress),
+                        "options": asdict(config),
                         "fingerprint": corpus.fingerprint()}, better)
                 weights = moments = best = None                     # their memory
             if evaluating and step > 0 and rank == 0:
-                data.live(f"step {step}/{steps}  loss {loss:.3f}  val ppl {scores['ppl']:.2f}{' *' if better else ''}  "
-                          f"{progress.seconds:.0f} s, {progress.left():.0f} s left", "\n")
+                data.live(f"step {step}/{steps}  loss {loss:.3f}  val ppl "
+                          f"{scores['ppl']:.2f}{' *' if better else ''}  {progress.seconds:.0f} s, "
+                          f"{progress.left():.0f} s left", "\n")
                 if config.sample and not config.shard:
                     data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             if step == steps:
@@ -491,8 +532,11 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
 
             # one step
             started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, step, rank))   # dropout is a function of (seed, step, rank)
-            lr = set_lr(optimizer, get_lr(step, steps, config.lr, warmup_steps))
+            # dropout is a function of (seed, step, rank)
+            torch.manual_seed(step_seed(config.seed, step, rank))
+            lr = get_lr(step, steps, config.lr, warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             if not model.recurrent or batches.is_epoch_start(step):
                 state = None
             x, y = batches.batch(step)                              # [B, T] each, y one token later
@@ -507,12 +551,12 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
             else:
                 loss = 0.0
                 for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
-                    with autocast(device, dtype):
+                    with autocast:
                         part, state = ddp_model(x_part, state, targets=y_part)
                     part = part / config.accumulate
                     part.backward()
                     loss += part.item()
-                state = detach_state(state)                         # truncated BPTT: values are kept, gradients stop
+                state = detach_state(state)                  # truncated BPTT: values are kept, gradients stop
                 grad_norm = clip_grad_norm(model.parameters(), config.grad_clip)
                 check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
                 optimizer.step()
@@ -533,9 +577,11 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
     if tokenizer.kind == "qwen2":
         save_model(model, tokenizer, run)
     after = measure((model.to(device, dtype) if config.shard else model).eval(), tokenizer, config, dtype)
-    result = {"model": kind, "base": config.base, "data": config.data, "params": sum(p.numel() for p in model.parameters()),
+    result = {"model": kind, "base": config.base, "data": config.data,
+              "params": sum(p.numel() for p in model.parameters()),
               "train_tokens": len(train_ids), "epochs": steps / batches.steps_per_epoch, "steps": steps,
-              "best_step": progress.best_step, "seconds": progress.seconds, "seed": config.seed, **environment(device),
+              "best_step": progress.best_step, "seconds": progress.seconds, "seed": config.seed,
+              **environment(device),
               "tokens_per_second": steps * tokens_per_step / progress.step_seconds,
               "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(progress.best, 700)),
               "floor": grammar_floor(config.data, config.held_out, tokenizer),
@@ -546,16 +592,16 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
 
 
 def ablate(config, base, tokenizer, corpus, device, dtype):
-    """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out documents.
-    A finished cell keeps its result and is not run again; one that was interrupted goes on."""
+    """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out
+    documents. A finished cell keeps its result and is not run again; one that was interrupted goes on."""
     folder, rows, before = Path(config.run), [], None
     varied = ("epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
     settings = {k: v for k, v in asdict(config).items() if k not in (*varied, *LOCAL)}
     if (folder / "ablation.json").exists():
         for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
             if settings.get(name) != value:
-                raise UserError(f"the table in {folder} was begun with {name} {value}, not {settings.get(name)}; "
-                                "choose another folder with --run")
+                raise UserError(f"the table in {folder} was begun with {name} {value}, not "
+                                f"{settings.get(name)}; choose another folder with --run")
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "ablation.json", settings)
     grid = [(e, f) for e in config.ablate_epochs for f in config.ablate_fractions]
@@ -567,26 +613,33 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         else:
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
             check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
-            result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype, checkpoint=checkpoint,
+            result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype,
+                              checkpoint=checkpoint,
                               before=before, resume_hint="the same command again; finished cells are kept")
         for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
         before = result["before"]
-        rows.append([f"{epochs:g}", f"{100 * fraction:g} %", result["after"]["mean"], result["after"]["corpus"],
-                     result["after"]["retained"] and result["after"]["retained"]["ppl"], result["after"]["samples"][0]["text"]])
+        rows.append([f"{epochs:g}", f"{100 * fraction:g} "
+                                    "%", result["after"]["mean"], result["after"]["corpus"],
+                     result["after"]["retained"] and result["after"]["retained"]["ppl"],
+                     result["after"]["samples"][0]["text"]])
     header = ["epochs", "share of the data", "mean of the documents' perplexities", "corpus perplexity",
-              f"{result['options']['retain'] or 'another text'}, not trained on", f"continues: {result['options']['prompts'][0]}"]
-    rows.append(["none", "", before["mean"], before["corpus"], before["retained"] and before["retained"]["ppl"],
+              f"{result['options']['retain'] or 'another text'}, not trained "
+              "on", f"continues: {result['options']['prompts'][0]}"]
+    rows.append(["none", "", before["mean"], before["corpus"],
+                 before["retained"] and before["retained"]["ppl"],
                  before["samples"][0]["text"]])
-    text = f"# {config.base} fine-tuned on {config.data}: epochs and share of the data (Table 6)\n\n" + table(header, rows)
+    text = (f"# {config.base} fine-tuned on {config.data}: epochs and share of the data (Table 6)\n\n"
+            + table(header, rows))
     if result["floor"]:
-        text += f"\nThe grammar's own corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
+        text += f"\nThe grammar's corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
     write_atomically(folder / "report.md", lambda f: f.write(text.encode()))
-    save_json(folder / "result.json", {"header": header, "rows": rows, **environment(device), "options": asdict(config)})
+    save_json(folder / "result.json",
+              {"header": header, "rows": rows, **environment(device), "options": asdict(config)})
     print(table(header[:-1], [row[:-1] for row in rows]) + f"written to {folder}/report.md")
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def default_prompts(config, tokenizer):
     """One in the style of the data, one that has nothing to do with it."""
@@ -606,15 +659,17 @@ def resolve_defaults(config, model, tokenizer, world):
     if model.recurrent and (config.accumulate > 1 or config.checkpointing):
         raise UserError("--accumulate and --checkpointing need a Transformer for a base")
     if config.batch_size % (config.accumulate * world):
-        raise UserError(f"--batch-size {config.batch_size} cannot be cut into {config.accumulate * world} equal "
-                        "micro-batches")
+        raise UserError(f"--batch-size {config.batch_size} cannot be cut into {config.accumulate * world} "
+                        "equal micro-batches")
     config.prompts = config.prompts or default_prompts(config, tokenizer)
     for prompt in config.prompts:
         if len(encode_prompt(tokenizer, prompt)) > context(model):
-            raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context(model)} tokens; "
-                            "give shorter --prompts")
+            raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context(model)} "
+                            "tokens; give shorter --prompts")
     if config.retain is None:
-        config.retain = "wikitext2" if is_pretrained(config.base) or qwen2 else open_run(config.base, "cpu").corpus
+        config.retain = "wikitext2"
+        if not qwen2:
+            config.retain = open_run(config.base, "cpu").corpus
         try:
             if config.retain == config.data:
                 raise UserError("the base was trained on the same text; name another with --retain")
@@ -625,13 +680,15 @@ def resolve_defaults(config, model, tokenizer, world):
 
 
 def open_base(config, device, checkpoint, world):
-    """The model to train and its tokenizer: the base, or that of a checkpoint; without memory with --shard."""
+    """The model to train and its tokenizer: the base, or that of a checkpoint; without memory with
+    --shard."""
     if checkpoint:
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
         with torch.device("meta" if config.shard else device):
             model = build_model(checkpoint["kind"], checkpoint["config"])
     else:
-        model, tokenizer, _ = load_run(config.base, *(("cpu", None) if config.shard else (device, torch.float32)))
+        where = ("cpu", None) if config.shard else (device, torch.float32)
+        model, tokenizer, _ = load_run(config.base, *where)
         resolve_defaults(config, model, tokenizer, world)
         if config.shard:
             with torch.device("meta"):
@@ -642,9 +699,10 @@ def open_base(config, device, checkpoint, world):
 
 
 def main(argv=None):
-    config, given = data.parse_args(Config, argv, "examples:\n  python finetune.py --base runs/transformer-finance --data "
-                                    "stories\n  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 "
-                                    "--run runs/stories")
+    config, given = data.parse_args(Config, argv, "examples:\n  python finetune.py --base "
+                                                  "runs/transformer-finance --data stories\n  python "
+                                                  "finetune.py --base Qwen/Qwen2-0.5B --data tinystories "
+                                                  "--epochs 2 --run runs/stories")
     if config.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise UserError("--shard splits a model across processes; start them with: "
                         "torchrun --nproc-per-node 2 -- finetune.py --shard")
@@ -681,8 +739,9 @@ def main(argv=None):
         before, after = result["before"], result["after"]
         retained = (f", {config.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"
                     if before["retained"] else "")
-        print(f"{config.base} on {config.data}: corpus perplexity {before['corpus']:.2f} before, {after['corpus']:.2f} "
-              f"after, mean of documents {before['mean']:.2f}, {after['mean']:.2f}{retained}")
+        print(f"{config.base} on {config.data}: corpus perplexity {before['corpus']:.2f} before, "
+              f"{after['corpus']:.2f} after, mean of documents {before['mean']:.2f}, "
+              f"{after['mean']:.2f}{retained}")
         print(f"written to {config.run}/report.md. Next: python sample.py --run {config.run}")
     leave_processes(world)
 

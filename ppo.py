@@ -1,69 +1,38 @@
 """Reinforcement learning from a sentiment scorer: a reward model by hand, and PPO on a language model.
 
-    python train.py --model transformer --data reviews                  # a policy to begin with, a minute and a half
+    python train.py --model transformer --data reviews           # a policy to begin with, a minute and a half
     python ppo.py --train-reward --data reviews                         # a scorer, half a minute
     python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
-    python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo-qwen2      # 1.3 GB, downloaded once
+    python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo-qwen2      # 1.3 GB
     python ppo.py --resume --run runs/ppo-transformer-reviews           # after a kill
 
-**The reward model** is DistilBERT (Sanh et al. 2019) with a classification head: half of BERT's encoder layers. With
-x = LayerNorm(E[token] + P[position]), every layer does (post-norm, as in Vaswani et al. 2017)
+**The reward model** is DistilBERT with a classification head (transformer.py has its equations, qwen_load.py
+its tokenizer). The reward of a text is the logit of the positive class and not its probability, which is
+nearly 1 soon and then rewards nothing.
 
-    x <- LayerNorm(x + W_o Attention(x))            attention looks both ways; padding is masked
-    x <- LayerNorm(x + W_2 GELU(W_1 x))
-
-and the logits of the two classes are W_c relu(W_p x_[CLS]). The reward of a text is the logit of the positive class and not
-its probability, which is nearly 1 soon and then rewards nothing. The text is cut by WordPiece (Schuster & Nakajima 2012):
-lower-cased, without accents, apart at spaces and punctuation; each word then, from its left end, into the longest pieces
-that the vocabulary has, those inside a word marked with ##.
-
-**PPO** (Schulman et al. 2017; on language models Ziegler et al. 2019). The policy pi begins as a copy of the reference. In an
-iteration it continues a batch of prompts; token t of a response is an action a_t in the state s_t, all tokens before it.
+**PPO** (Schulman et al. 2017; on language models Ziegler et al. 2019). The policy pi begins as a copy of the
+reference. In an iteration it continues a batch of prompts; token t of a response is an action a_t in the
+state s_t, all tokens before it.
 
     r_t = -beta (log pi(a_t|s_t) - log ref(a_t|s_t)), and at the last token also the scorer's reward
-    delta_t = r_t + gamma V(s_t+1) - V(s_t),    A_t = delta_t + gamma lambda A_t+1        (GAE, Schulman et al. 2016)
+    delta_t = r_t + gamma V(s_t+1) - V(s_t)
+    A_t = delta_t + gamma lambda A_t+1,    R_t = A_t + V_old(s_t)           (GAE, Schulman et al. 2016)
     ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)
     policy loss = -mean min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
-    value loss = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2,    R_t = A_t + V_old(s_t)
+    value loss = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
 
-V(s) is a linear function of the model's hidden state. Without the KL term the policy ends in whatever the scorer likes best,
-one sentence for all prompts; with it the optimum is ref(text) exp(reward / beta), normalised. The KL is logged twice: as the
-mean of log pi - log ref over the sampled tokens, which is noisy, and in full, sum over all tokens of pi log(pi / ref) at every
-prefix that was sampled.
+V(s) is a linear function of the model's hidden state. Without the KL term the policy ends in whatever the
+scorer likes best, one sentence for all prompts; with it the optimum is ref(text) exp(reward / beta),
+normalised. The KL is logged twice: as the mean of log pi - log ref over the sampled tokens, which is noisy,
+and in full, sum over all tokens of pi log(pi / ref) at every prefix that was sampled.
 
-Of "The N Implementation Details of RLHF with PPO" (Huang et al. 2023), in its order:
-  scorer and value head read prompt and response together    yes
-  padding token, truncation, positions shifted for padding   not needed: prompts of unequal length are stepped together without
-      padding, and what stands right of a response is never seen
-  responses of fixed length, also beyond the end token       no: a response ends with its end token, whose probability is part
-      of it; the reward stands there
-  learning rate annealed                                     yes, after a short warm-up, by half a cosine
-  other seeds in other processes                             one process
-  reward at the last token only                              yes
-  reward head's initialisation                               the head of --train-reward: BERT's classifier
-  reward normalised to mean 0, variance 1                    no: the report is in the scorer's logits, and whitened
-      advantages do not see the scale; the KL coefficient does, so it belongs to a scorer
-  logits divided by the temperature everywhere               temperature 1
-  value head begins at zero                                  yes
-  prompts that begin and end with a full stop                no: the first 2 to 8 tokens of reviews, as in the
-      experiment reproduced
-  rejection of responses without a full stop                 no, for the same reason
-  discount 1                                                 yes (--gamma), lambda 0.95
-  batch, minibatch, micro-batch                              a batch of --batch-size responses, --epochs times in minibatches
-  per-token KL penalty                                       yes
-  rewards and advantages whitened, per minibatch             advantages, over the batch: a few hundred tokens make a noisy
-      variance. Rewards are not: dividing them would change what a nat of KL costs
-  clipped value loss                                         yes
-  adaptive KL coefficient                                    yes (--kl-target), and fixed
-  Adam's epsilon, inside or outside the bias correction      PyTorch's Adam with epsilon 1e-5, which damps the first
-      updates likewise
-Beyond the list: dropout is off; an iteration ends early when the policy has moved too far (--max-update-kl); the value head
-learns ten times as fast, because it begins at zero; in bfloat16 the old and the reference log-probabilities come from
-the same forward pass as the new ones, so that the ratio begins at 1 (but for rounding) and the KL at 0.
+The published details (Huang et al. 2023, "The N Implementation Details of RLHF with PPO") are comments at the
+lines that follow them, or do not.
 
-The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate; --repetition-coef,
-which takes 1 - distinct-2 of the batch from the reward, shared out among the responses by what each repeats; --sft-coef
-and --sft-every, supervised training on real text within every update, or after some iterations.
+The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate;
+--repetition-coef, which takes 1 - distinct-2 of the batch from the reward, shared out among the responses by
+what each repeats; --sft-coef and --sft-every, supervised training on real text within every update, or after
+some iterations.
 """
 import copy
 import math
@@ -89,10 +58,12 @@ from finetune import C, context, is_embedded, read_before
 from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream, stop_ids, suppressed_tokens
-from train import (COLUMNS, Log, NotFinite, Progress, StopRequest, autocast,
-                   check_finite, check_resume_config, clip_grad_norm, complete_checkpoint, configure_optimizer,
-                   environment, get_lr, kind_of, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing,
-                   save_checkpoint, set_lr, step_seed, stopped)
+from train import (COLUMNS, Log, NotFinite, Progress, StopRequest,
+                   check_finite, check_resume_config, clip_grad_norm, complete_checkpoint,
+                   configure_optimizer,
+                   environment, get_lr, kind_of, load_run, pick_device, pick_dtype, read_checkpoint,
+                   refuse_existing,
+                   save_checkpoint, step_seed, stopped)
 from transformer import Scorer, ScorerConfig
 
 
@@ -108,7 +79,8 @@ EXAMPLES = """examples:
 
 
 def by_base(name):
-    return f"(default: {DEFAULTS[True][name]:g} for Qwen2, not searched, {DEFAULTS[False][name]:g} for a run of ours)"
+    qwen2, ours = DEFAULTS[True][name], DEFAULTS[False][name]
+    return f"(default: {qwen2:g} for Qwen2, not searched; {ours:g} for a run of ours)"
 
 
 @dataclass
@@ -116,11 +88,13 @@ class Config:
     """Reinforcement learning from a sentiment scorer: PPO on a language model.
     (--train-reward trains a scorer instead: python ppo.py --train-reward --help.)"""
     train_reward: bool = option(False, "train a scorer instead; it has options of its own")
-    base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run of train.py or finetune.py, or Qwen2's "
-                       "weights, a folder or their name on the hub (1 GB)")
-    scorer: str = option("lvwerra/distilbert-imdb", "the reward model: what --train-reward wrote, or a DistilBERT "
-                         "sentiment classifier, a folder or its name on the hub (0.3 GB)")
-    data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, else imdb)",
+    base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run of train.py or finetune.py, or "
+                                          "Qwen2's weights, a folder or their name on the hub (1 GB)")
+    scorer: str = option("lvwerra/distilbert-imdb", "the reward model: what --train-reward wrote, or a "
+                                                    "DistilBERT sentiment classifier, a folder or its name "
+                                                    "on the hub (0.3 GB)")
+    data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, "
+                             "else imdb)",
                        choices=REVIEWS)
     run: str = option(None, "folder of the result (default: runs/ppo-BASE)")
     resume: bool = option(False, "resume the run in --run, as it was started")
@@ -131,9 +105,11 @@ class Config:
     epochs: int = option(4, "times that each response is used", above=0, group="PPO")
     response_tokens: int = option(24, "longest response", above=0, group="PPO")
     kl_coef: float = option(0.2, "what a nat of KL to the reference costs", at_least=0, group="PPO")
-    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is fixed",
+    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it "
+                                   "is fixed",
                               at_least=0, group="PPO")
-    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats a token",
+    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats "
+                                       "a token",
                                   above=0, group="PPO")
     clip_coef: float = option(0.2, "clip the ratio, and the values, to within this", above=0, group="PPO")
     value_coef: float = option(0.1, "weight of the value loss", at_least=0, group="PPO")
@@ -142,8 +118,9 @@ class Config:
     grad_clip: float = option(1.0, "largest gradient norm", above=0, group="PPO")
     warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0, group="PPO")
     whiten: bool = option(True, "advantages with mean 0 and variance 1", group="PPO")
-    repetition_coef: float = option(0.0, "take X times the share of bigrams that it or another response repeats from a "
-                                    "response's reward", at_least=0, group="against degenerate texts")
+    repetition_coef: float = option(0.0, "take X times the share of bigrams that it or another response "
+                                         "repeats from a response's "
+                                         "reward", at_least=0, group="against degenerate texts")
     sft_coef: float = option(0.0, "add X times the loss on --data's text to every update", at_least=0,
                              group="against degenerate texts")
     sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0,
@@ -153,7 +130,8 @@ class Config:
     seed: int = option(1, "of prompts and responses", at_least=0, below=2 ** 62)
     sample: bool = option(True, "print a response at every evaluation")
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
+                                "multiplies it",
                         choices=["auto", "float32", "bfloat16"])
 
 
@@ -173,19 +151,21 @@ class RewardConfig:
     eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)", above=0)
     seed: int = option(1, "of weights, batches and dropout", at_least=0, below=2 ** 63)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
+                                "multiplies it",
                         choices=["auto", "float32", "bfloat16"])
 
 
-# ------------------------------------------------------------------------------------------- training a scorer
+# ------------------------------------------------------------------------------------------ training a scorer
 
 class TextBatches:
-    """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once: whole, or (every
-    other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored is short. `batch(step)` depends on
-    nothing but (seed, step). texts: lists of ids; labels: 0 or 1."""
+    """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once:
+    whole, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored is
+    short. `batch(step)` depends on nothing but (seed, step). texts: lists of ids; labels: 0 or 1."""
 
     def __init__(self, scorer, texts, labels, batch_size, seed):
-        self.scorer, self.texts, self.labels, self.batch_size, self.seed = scorer, texts, labels, batch_size, seed
+        self.scorer, self.texts, self.labels = scorer, texts, labels
+        self.batch_size, self.seed = batch_size, seed
         fits = scorer.config.max_position_embeddings - 2
         # pieces of a text, roughly
         self.block_size = round(sum(min(len(t), fits) + min(len(t), 32) for t in texts) / len(texts) / 2)
@@ -224,7 +204,8 @@ class TextBatches:
 
 def accuracy(scorer, texts, labels, dtype):
     """The mean cross-entropy and the accuracy on labelled texts (lists of ids)."""
-    with torch.autocast(scorer.classifier.weight.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(scorer.classifier.weight.device.type, torch.bfloat16,
+                        enabled=dtype == torch.bfloat16):
         logits = scorer.logits(texts)
     labels = torch.tensor(labels)
     nll = F.cross_entropy(logits, labels).item()
@@ -232,7 +213,8 @@ def accuracy(scorer, texts, labels, dtype):
 
 
 def new_scorer(tokenizer, device):
-    """A scorer with BERT's initial weights, but for the embeddings: wider ones learn little in a short training."""
+    """A scorer with BERT's initial weights, but for the embeddings: wider ones learn little in a short
+    training."""
     scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
     for name, p in scorer.named_parameters():
         if p.dim() == 2:
@@ -258,7 +240,8 @@ def train_reward(config, device, dtype, checkpoint=None):
     # 5 optimizer
     optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
     steps = max(1, round(config.epochs * batches.steps_per_epoch))
-    progress, warmup_steps = Progress(steps, config.eval_every or -(-steps // 20)), min(100, max(1, steps // 10))
+    progress = Progress(steps, config.eval_every or -(-steps // 20))
+    warmup_steps = min(100, max(1, steps // 10))
 
     # 6 resume
     if checkpoint:
@@ -270,9 +253,11 @@ def train_reward(config, device, dtype, checkpoint=None):
 
     # 7 loop
     log = Log(run, COLUMNS, start if checkpoint else None)
-    data.live(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on {len(ids['train']):,} texts "
-              f"of {config.data}, {steps} steps, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    data.live(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on "
+              f"{len(ids['train']):,} texts of {config.data}, {steps} steps, {device.type} "
+              f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
     scorer.train()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     clock, loss, lr, grad_norm = time.perf_counter() - progress.seconds, math.nan, "", ""
     with StopRequest() as stop:
         for step in range(start, steps + 1):
@@ -283,17 +268,21 @@ def train_reward(config, device, dtype, checkpoint=None):
                 scores = accuracy(scorer, ids["valid"], labels["valid"], dtype)
                 check_finite(run, f"step {step}", validation_loss=scores["nll"])
                 better = progress.is_best(scores["nll"])
+                progress.seconds = time.perf_counter() - clock
             if evaluating or step > start and step % config.log_every == 0:
-                row = progress.row(tokens_per_step, batches.steps_per_epoch) | {"lr": lr, "grad_norm": grad_norm}
+                row = progress.row(tokens_per_step, batches.steps_per_epoch)
+                row |= {"lr": lr, "grad_norm": grad_norm}
                 log.write(row | ({"val_loss": scores["nll"], "val_ppl": scores["ppl"]} if evaluating else {}))
             if step > 0 and (evaluating or stop.requested):
                 model = {"kind": "scorer", "config": asdict(scorer.config), "model": scorer.state_dict(),
                          "tokenizer": tokenizer.state(), "step": step}
-                save_checkpoint(run, model, {"optimizer": optimizer.state_dict(), "progress": asdict(progress),
+                save_checkpoint(run, model,
+                                {"optimizer": optimizer.state_dict(), "progress": asdict(progress),
                                              "options": asdict(config)}, better)
             if evaluating and step > 0:
                 data.live(f"step {step}/{steps}  loss {loss:.3f}  validation loss {scores['nll']:.3f}"
-                          f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}  {progress.seconds:.0f} s", "\n")
+                          f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}  "
+                          f"{progress.seconds:.0f} s", "\n")
             if step == steps:
                 break
             if stop.requested:
@@ -301,10 +290,12 @@ def train_reward(config, device, dtype, checkpoint=None):
 
             # one step
             started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, step))             # dropout is a function of (seed, step)
-            lr = set_lr(optimizer, get_lr(step, steps, config.lr, warmup_steps))
+            torch.manual_seed(step_seed(config.seed, step))            # dropout is a function of (seed, step)
+            lr = get_lr(step, steps, config.lr, warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             tokens, label = (part.to(device) for part in batches.batch(step))       # [B, T], [B]
-            with autocast(device, dtype):
+            with autocast:
                 loss = F.cross_entropy(scorer(tokens).float(), label)
             loss.backward()
             grad_norm = clip_grad_norm(scorer.parameters(), config.grad_clip)
@@ -329,17 +320,19 @@ def train_reward(config, device, dtype, checkpoint=None):
     save_json(run / "result.json", result)
     for path in run.glob("*.pt"):                                   # the folder is the scorer now
         path.unlink()
-    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts "
-          f"{complete['accuracy']:.1%}, on their first 32 pieces {beginning['accuracy']:.1%}, {progress.seconds:.0f} s")
+    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
+          f"texts {complete['accuracy']:.1%}, on their first 32 pieces {beginning['accuracy']:.1%}, "
+          f"{progress.seconds:.0f} s")
     print(f"written to {run}")
 
 
-# ------------------------------------------------------------------------------------------------------ PPO's parts
+# ------------------------------------------------------------------------------------------------ PPO's parts
 
 class TokenLogProb(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is onehot(action) - softmax, so
-    softmax is all that is kept, in place of the logits. hidden [N, D], weight [V, D], bias [V] or None, actions [N]; suppressed:
-    ids that have probability 0. Products and softmax are in hidden's dtype."""
+    """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is
+    onehot(action) - softmax, so softmax is all that is kept, in place of the logits. hidden [N, D], weight
+    [V, D], bias [V] or None, actions [N]; suppressed: ids that have probability 0. Products and softmax are
+    in hidden's dtype."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, actions, suppressed):
@@ -348,7 +341,8 @@ class TokenLogProb(torch.autograd.Function):
         p = torch.softmax(logits.index_fill_(1, suppressed, -math.inf), -1, out=logits)
         ctx.save_for_backward(hidden, w, p, actions)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32)).clamp(min=1e-38).log()
+        p_action = p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32))
+        return p_action.clamp(min=1e-38).log()
 
     @staticmethod
     @once_differentiable
@@ -358,12 +352,14 @@ class TokenLogProb(torch.autograd.Function):
         d_logits = p.mul_(-grad[:, None])                                   # usable once
         d_logits[torch.arange(len(grad), device=grad.device), actions] += grad
         w_dtype, b_dtype = ctx.dtypes
-        return d_logits @ w, (d_logits.t() @ hidden).to(w_dtype), b_dtype and d_logits.sum(0).to(b_dtype), None, None
+        d_weight, d_bias = (d_logits.t() @ hidden).to(w_dtype), b_dtype and d_logits.sum(0).to(b_dtype)
+        return d_logits @ w, d_weight, d_bias, None, None
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where there is a token, then 0 to the
-    end of the row; after the last token nothing follows. -> advantages, returns (advantages + values), 0 outside."""
+    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where there is a token,
+    then 0 to the end of the row; after the last token nothing follows. -> advantages, returns (advantages +
+    values), 0 outside."""
     advantages, last_gae, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]           # the surprise at t
@@ -385,8 +381,8 @@ def whiten(x, mask):
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a mean over tokens; all arguments [N].
-    -> loss, the share of tokens where the clipping holds the policy back, and an estimate of KL(old, new) a token."""
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a mean over tokens; all arguments [N]. -> loss,
+    the share of tokens where the clipping holds the policy back, and an estimate of KL(old, new) a token."""
     logratio = log_prob - old_log_prob
     ratio = logratio.exp()
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
@@ -397,7 +393,8 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
 
 
 def value_loss(value, old_value, returns, clip_coef):
-    """Half the squared error, of the worse of the new value and the new value kept within clip of the old one. All [N]."""
+    """Half the squared error, of the worse of the new value and the new value kept within clip of the old
+    one. All [N]."""
     near = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2).mean()
 
@@ -408,17 +405,18 @@ def repetition(ids):
 
 
 def shared_repetition(texts):
-    """What the responses of a batch (lists of ids) repeat, of themselves and of each other: a bigram that stands n
-    times in the batch counts 1 - 1/n. -> the mean over each response's bigrams; over all bigrams together it is
-    1 - distinct-2 of the batch."""
+    """What the responses of a batch (lists of ids) repeat, of themselves and of each other: a bigram that
+    stands n times in the batch counts 1 - 1/n. -> the mean over each response's bigrams; over all bigrams
+    together it is 1 - distinct-2 of the batch."""
     counts = Counter(pair for ids in texts for pair in zip(ids, ids[1:]))
     return [sum(1 - 1 / counts[pair] for pair in zip(ids, ids[1:])) / max(1, len(ids) - 1) for ids in texts]
 
 
-# ------------------------------------------------------------------------------------------------- prompts, responses
+# ----------------------------------------------------------------------------------------- prompts, responses
 
 class Prompts:
-    """Batches of prompts (lists of ids) in random order, each once an epoch. `batch(step)` depends on (seed, step) only."""
+    """Batches of prompts (lists of ids) in random order, each once an epoch. `batch(step)` depends on (seed,
+    step) only."""
 
     def __init__(self, prompts, batch_size, seed):
         self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
@@ -433,15 +431,17 @@ class Prompts:
 
 
 def read_prompts(name, split, tokenizer, most=10_000):
-    """The first 2 to 8 tokens of reviews of a split, behind whatever a text begins with: lists of ids."""
+    """The first 2 to 8 tokens of reviews of a split, behind whatever a text begins with: lists of ids.
+    Detail: they need not end with a full stop, because those of the experiment reproduced did not."""
     rng, prompts = random.Random(f"{name} {split}"), []
     for text, _ in data.labelled(name, split)[:most]:
-        beginning = text[:300].rsplit(" ", 1)[0]                            # 300 characters hold 8 tokens; no word is cut
+        beginning = text[:300].rsplit(" ", 1)[0]                # 300 characters hold 8 tokens; no word is cut
         try:
             head, ids = encode_prompt(tokenizer, "")[:tokenizer.kind != "qwen2"], tokenizer.encode(beginning)
         except ValueError as e:
-            raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take --data reviews for a base on an "
-                            "embedded language, or a base that was trained with --tokenizer gpt2") from e
+            raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take --data reviews for "
+                            "a base on an embedded language, or a base that was trained with --tokenizer "
+                            "gpt2") from e
         if len(ids) >= 2:
             prompts.append(head + ids[:rng.randint(2, 8)])
     return prompts
@@ -451,7 +451,8 @@ def read_prompts(name, split, tokenizer, most=10_000):
 class Rollout:
     """What a model wrote after B prompts. R: the longest response; a response's end token is part of it."""
     prompts: list               # lists of ids
-    tokens: torch.Tensor        # int64 [B, T]: prompt and response, zeros on the right, where a causal model does not look
+    # int64 [B, T]: prompt and response, zeros on the right, where a causal model does not look
+    tokens: torch.Tensor
     positions: torch.Tensor     # int64 [B, R]: where in the inputs each token of the response is predicted
     actions: torch.Tensor       # int64 [B, R]: the tokens of the response
     mask: torch.Tensor          # float32 [B, R]: 1 where there is one
@@ -466,7 +467,7 @@ class Task:
     scorer: object              # score(texts) -> float32 [N]
     tokenizer: object
     config: Config
-    dtype: torch.dtype          # of the matmuls
+    autocast: object            # the context in which matmuls run
     stop_ids: list              # tokens that end a response
     suppressed: torch.Tensor    # ids that have probability 0
 
@@ -475,15 +476,21 @@ def make_task(reference, scorer, tokenizer, config, dtype):
     stops = stop_ids(tokenizer.stops if tokenizer.kind == "qwen2" else tokenizer.eos)
     device = next(reference.parameters()).device
     suppressed = torch.tensor(suppressed_tokens(tokenizer), dtype=torch.long, device=device)
-    return Task(reference.requires_grad_(False).eval(), scorer, tokenizer, config, dtype, stops, suppressed)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return Task(reference.requires_grad_(False).eval(), scorer, tokenizer, config, autocast, stops,
+                suppressed)
 
 
 def rollout(task, model, prompts, seed=None):
-    """Continue each prompt at temperature 1, from the whole distribution. seed None: torch's own generator."""
+    """Continue each prompt at temperature 1, from all of the distribution. seed None: torch's own generator.
+
+    Detail: prompts of unequal length are stepped together, so nothing is padded on the left and no position
+    is shifted; a response ends with its end token, whose probability is part of it.
+    """
     stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.stop_ids, seed=seed,
                              suppressed_tokens=task.suppressed)
     drawn = [(token, log_prob) for token, log_prob, _ in stream]
-    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))              # [B, S]: a prompt is forced, then answered
+    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))     # [B, S]: a prompt is forced, then answered
     new, device = token >= 0, token.device
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     lengths = new.sum(1)                                                    # [B]
@@ -508,24 +515,26 @@ def without_start(tokenizer, prompt):
 
 
 def score_responses(task, r):
-    """The reward model's logits for prompt and response together: float32 [B]; and the texts. UserError where one is not
-    a number."""
+    """The reward model's logits for prompt and response together: float32 [B]; and the texts. UserError where
+    one is not a number. Detail: no response is rejected for its form; rewards are not normalised."""
     if not any(r.responses):
-        raise UserError("every response is empty: the policy ends its texts at once. Take another base, or a smaller --lr")
+        raise UserError("every response is empty: the policy ends its texts at once. Take another base, or a "
+                        "smaller --lr")
     texts = [task.tokenizer.decode(without_start(task.tokenizer, prompt) + response)
              for prompt, response in zip(r.prompts, r.responses)]
     scores = task.scorer.score(texts).float().cpu()
     if not scores.isfinite().all():
-        raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a reward that is "
-                        "not a number: its weights are damaged, or not those of a scorer. What was saved in "
-                        f"{task.config.run} is complete")
+        raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a "
+                        "reward that is not a number: its weights are damaged, or not those of a scorer. "
+                        f"What was saved in {task.config.run} is complete")
     return scores, texts
 
 
 def response_hidden(model, r, rows):
-    """The model's hidden states where it predicts the tokens of these rows' responses: [N, D] for N tokens."""
+    """The model's hidden states where it predicts the tokens of these rows' responses: [N, D] for N
+    tokens."""
     tokens, positions, mask = r.tokens[rows], r.positions[rows], r.mask[rows] > 0
-    hidden = model(tokens[:, :int(positions[mask].max()) + 1])[0]           # no column that is padding in all rows
+    hidden = model(tokens[:, :int(positions[mask].max()) + 1])[0]      # no column that is padding in all rows
     return hidden[torch.arange(len(positions), device=positions.device)[:, None], positions][mask]
 
 
@@ -536,21 +545,23 @@ def log_softmax(model, hidden, suppressed):
 
 @torch.no_grad()
 def evaluate_actions(task, model, r, value_head=None):
-    """The policy beside the reference at every token of the responses: float32 [B, R] each, 0 outside the mask. log_prob,
-    ref_log_prob; kl: of the full distributions, policy to reference, in nats; entropy; value."""
+    """The policy beside the reference at every token of the responses: float32 [B, R] each, 0 outside the
+    mask. log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in nats; entropy;
+    value."""
     outputs, reference = {}, task.reference
     for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
         token_mask, parts = r.mask[rows] > 0, []
-        with autocast(r.mask.device, task.dtype):
+        with task.autocast:
             hidden, ref_hidden = response_hidden(model, r, rows), response_hidden(reference, r, rows)
-            few = max(1, (1 << 21) // model.lm_head.out_features)           # distributions that stay in a CPU's cache
+            few = max(1, (1 << 21) // model.lm_head.out_features)   # distributions that stay in a CPU's cache
             for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few),
                                         r.actions[rows][token_mask].split(few)):
                 log_p = log_softmax(model, h, task.suppressed)              # [few, V]
                 log_q, action = log_softmax(reference, ref_h, task.suppressed), action[:, None]
                 p = log_p.exp()
                 entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
-                parts.append((log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy, entropy))
+                parts.append((log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy,
+                              entropy))
         values = dict(zip(("log_prob", "ref_log_prob", "kl", "entropy"), (torch.cat(v) for v in zip(*parts))))
         if value_head:
             values["value"] = value_head(hidden.float())[:, 0]
@@ -574,16 +585,20 @@ def evaluate_policy(task, model, prompts, seed, group=64):
                          "tokens": int(n[k]), "ref_ppl": math.exp(min(nll[k].item() / int(n[k]), 700)),
                          "repetition": repetition(r.responses[k])})
         responses += r.responses
-    columns = {name: np.array([row[name] for row in each]) for name in ("reward", "kl", "repetition", "tokens", "ref_ppl")}
+    columns = {name: np.array([row[name] for row in each])
+               for name in ("reward", "kl", "repetition", "tokens", "ref_ppl")}
     tokens, ref_nll = columns["tokens"], np.log(columns["ref_ppl"])
-    return {"reward": columns["reward"].mean(), "reward_std": columns["reward"].std(ddof=1), "kl": columns["kl"].mean(),
-            "distinct_2": distinct(responses, 2) or 1.0, "repetition": columns["repetition"].mean(), "length": tokens.mean(),
+    return {"reward": columns["reward"].mean(), "reward_std": columns["reward"].std(ddof=1),
+            "kl": columns["kl"].mean(),
+            "distinct_2": distinct(responses, 2) or 1.0, "repetition": columns["repetition"].mean(),
+            "length": tokens.mean(),
             "ref_ppl": math.exp(min((ref_nll * tokens).sum() / tokens.sum(), 700)), "each": each}
 
 
-# ------------------------------------------------------------------------------------------------------------- PPO
+# -------------------------------------------------------------------------------------------------------- PPO
 
-METRICS = ("reward", "reward_std", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss", "value_loss",
+METRICS = ("reward", "reward_std", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss",
+           "value_loss",
            "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm", "updates",
            "seconds_rollout", "seconds_scoring", "seconds_update")
 EVALUATED = ("reward", "reward_std", "kl", "distinct_2", "repetition", "length", "ref_ppl")
@@ -593,7 +608,7 @@ def supervised_loss(task, policy, batch):
     """Nats per token of a batch of real text."""
     device = next(policy.parameters()).device
     x, y = (part.to(device) for part in batch)
-    with autocast(device, task.dtype):
+    with task.autocast:
         return policy(x, targets=y)[0]
 
 
@@ -607,26 +622,29 @@ def apply_gradients(task, policy, value_head, optimizer):
 
 
 def update_policy(task, policy, value_head, optimizer, r, old, text, text_step):
-    """Several epochs of minibatches over one rollout; -> the metrics of each update. old: evaluate_actions before the
-    first, with advantages and returns; text: batches of real text from text_step on, where --sft-coef is above 0."""
+    """Several epochs of minibatches over one rollout; -> the metrics of each update. old: evaluate_actions
+    before the first, with advantages and returns; text: batches of real text from text_step on, where
+    --sft-coef is above 0."""
     config, updates = task.config, []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(r.mask)).split(config.minibatch):
             token_mask = r.mask[rows] > 0
             part = {name: values[rows][token_mask] for name, values in old.items()}     # [N] each, N tokens
-            with autocast(r.mask.device, task.dtype):
+            with task.autocast:
                 hidden = response_hidden(policy, r, rows)                               # [N, D]
                 dtype = compute_dtype(hidden)
             log_prob = TokenLogProb.apply(hidden.to(dtype), policy.lm_head.weight, policy.lm_head.bias,
                                           r.actions[rows][token_mask], task.suppressed)
-            pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"], config.clip_coef)
-            if approx_kl > config.max_update_kl:            # too far from what sampled these responses: no more updates
+            pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"],
+                                                       config.clip_coef)
+            if approx_kl > config.max_update_kl:  # too far from what sampled these responses: no more updates
                 return updates
             value = value_head(hidden.float())[:, 0]
             v_loss = value_loss(value, part["value"], part["returns"], config.clip_coef)
             (pg_loss + config.value_coef * v_loss).backward()
-            metrics = {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(), "clip_fraction": clipfrac.item()}
-            if config.sft_coef:                             # real text within every update, against degenerate texts
+            metrics = {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(),
+                       "clip_fraction": clipfrac.item()}
+            if config.sft_coef:                      # real text within every update, against degenerate texts
                 sft_loss = supervised_loss(task, policy, text.batch(text_step + len(updates)))
                 (config.sft_coef * sft_loss).backward()
                 metrics["sft_loss"] = sft_loss.item()
@@ -641,14 +659,16 @@ def supervised_steps(task, policy, value_head, optimizer, text, text_step):
     for k in range(task.config.batch_size // task.config.minibatch):
         loss = supervised_loss(task, policy, text.batch(text_step + k))
         loss.backward()
-        updates.append({"sft_loss": loss.item(), "grad_norm": apply_gradients(task, policy, value_head, optimizer)})
+        updates.append({"sft_loss": loss.item(),
+                        "grad_norm": apply_gradients(task, policy, value_head, optimizer)})
     return updates
 
 
 def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, text=None, checkpoint=None,
                  fingerprint=""):
-    """PPO as config says, into the folder config.run; -> what its result.json holds. reference: the policy to begin with;
-    prompts: {"train", "valid", "test": lists of lists of ids}; text: batches of real text, where a repair wants them."""
+    """PPO as config says, into the folder config.run; -> what its result.json holds. reference: the policy to
+    begin with; prompts: {"train", "valid", "test": lists of lists of ids}; text: batches of real text, where
+    a repair wants them."""
     run = Path(config.run)
     task = make_task(reference, scorer, tokenizer, config, dtype)
     if checkpoint:
@@ -660,15 +680,16 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
 
     # 4 model
     kind = kind_of(reference)
-    policy = copy.deepcopy(reference).requires_grad_(True).eval()           # no dropout: the first ratio is to be 1
-    value_head = nn.Linear(policy.lm_head.in_features, 1).to(device)        # V(s), linear in the hidden state
+    policy = copy.deepcopy(reference).requires_grad_(True).eval()     # no dropout: the first ratio is to be 1
+    # detail: V(s) is linear in the hidden state, which has read prompt and response, and begins at zero
+    value_head = nn.Linear(policy.lm_head.in_features, 1).to(device)
     nn.init.zeros_(value_head.weight)
     nn.init.zeros_(value_head.bias)
     in_bf16 = dtype == torch.bfloat16 and not policy.recurrent
     sampler = copy.deepcopy(policy).to(dtype) if in_bf16 else policy        # generation is as fast as memory
     batches = Prompts(prompts["train"], config.batch_size, config.seed)
 
-    # 5 optimizer: Adam's epsilon 1e-5 damps the first updates; the value head begins at zero and learns faster
+    # 5 optimizer. Detail: epsilon 1e-5 damps Adam's first updates. The value head, at zero, learns faster
     groups = [{"params": list(policy.parameters()), "lr_scale": 1},
               {"params": list(value_head.parameters()), "lr_scale": 10}]
     optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"))
@@ -687,8 +708,8 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     # 7 loop
     columns = ["step", "seconds", "lr", *METRICS, *(f"eval_{name}" for name in EVALUATED)]
     log = Log(run, columns, start if checkpoint else None)
-    data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {steps} iterations, "
-              f"{device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+    data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {steps} "
+              f"iterations, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
     clock, lr, metrics = time.perf_counter() - progress.seconds, "", {}
     with StopRequest() as stop:
         for step in range(start, steps + 1):
@@ -698,6 +719,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             row = metrics | {"step": step, "seconds": progress.seconds, "lr": lr}
             if evaluating:
                 scores = evaluate_policy(task, policy, prompts["valid"], config.seed)
+                progress.seconds = time.perf_counter() - clock
                 row |= {f"eval_{name}": scores[name] for name in EVALUATED}
                 # the best policy has the highest reward - coefficient * KL, at the coefficient of now for all
                 worth = scores["reward"] - kl_coef * scores["kl"]
@@ -713,9 +735,11 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
                     "optimizer": optimizer.state_dict(), "progress": asdict(progress), "kl_coef": kl_coef,
                     "best_scores": best, "options": asdict(config), "fingerprint": fingerprint}, better)
             if evaluating and step > 0:
-                data.live(f"iteration {step}/{steps}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}  coefficient "
-                          f"{kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, distinct-2 "
-                          f"{scores['distinct_2']:.2f}{' *' if better else ''}  {progress.seconds:.0f} s", "\n")
+                data.live(f"iteration {step}/{steps}  reward {metrics['reward']:.2f}  KL "
+                          f"{metrics['kl']:.2f}  coefficient {kl_coef:.3f}  evaluated: reward "
+                          f"{scores['reward']:.2f}, KL {scores['kl']:.2f}, distinct-2 "
+                          f"{scores['distinct_2']:.2f}{' *' if better else ''}  {progress.seconds:.0f} "
+                          "s", "\n")
                 if config.sample:
                     data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
             if step == steps:
@@ -726,7 +750,9 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             # 1 rollout
             started = time.perf_counter()
             torch.manual_seed(step_seed(config.seed, step))                 # responses and minibatches
-            lr = set_lr(optimizer, get_lr(step, steps, config.lr, config.warmup_steps))
+            lr = get_lr(step, steps, config.lr, config.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
             if sampler is not policy:
                 sampler.load_state_dict(policy.state_dict())
             r = rollout(task, sampler, batches.batch(step))
@@ -740,16 +766,19 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             # 3 log-probs and values of the policy that sampled, log-probs of the reference: [B, R]
             old = evaluate_actions(task, policy, r, value_head)
 
-            # 4 reward per token: KL everywhere, the score at the last token
+            # 4 reward per token. Detail: KL everywhere, the score at the last token only; rewards are not
+            # whitened: dividing them would change what a nat of KL costs
             kl_estimate = old["log_prob"] - old["ref_log_prob"]             # its mean over samples is the KL
             rewards = -kl_coef * kl_estimate
             last = r.mask.sum(1).long() - 1
-            rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(rewards.device)
+            rewards[torch.arange(len(last)),
+                    last] += (scores - config.repetition_coef * repeated).to(rewards.device)
 
-            # 5 GAE, whitening over the batch
+            # 5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
             advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
             token_mask = r.mask > 0
-            unexplained = (returns - old["value"])[token_mask].var() / returns[token_mask].var().clamp(min=1e-8)
+            unexplained = (returns - old["value"])[token_mask].var()
+            unexplained = unexplained / returns[token_mask].var().clamp(min=1e-8)
             if config.whiten:
                 advantages = whiten(advantages, r.mask)
 
@@ -773,10 +802,10 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm"):
                 values = [update[name] for update in updates if name in update]
                 metrics[name] = sum(values) / len(values) if values else ""
-            if config.kl_target:            # Ziegler et al. 2019, section 2.2, but slow to fall: KL begins at 0
+            if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL begins at 0
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
-            data.live(f"iteration {step + 1}/{steps}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}  "
-                      f"coefficient {kl_coef:.3f}  {progress.left():.0f} s left")
+            data.live(f"iteration {step + 1}/{steps}  reward {metrics['reward']:.2f}  KL "
+                      f"{metrics['kl']:.2f}  coefficient {kl_coef:.3f}  {progress.left():.0f} s left")
 
     # 8 results
     policy.load_state_dict(read_checkpoint(run / "best.pt")["model"])
@@ -784,21 +813,24 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     if tokenizer.kind == "qwen2":
         save_model(policy, tokenizer, run)
     result = {"model": kind, "base": config.base, "scorer": config.scorer, "data": config.data,
-              "params": sum(p.numel() for p in policy.parameters()), "steps": steps, "best_step": progress.best_step,
+              "params": sum(p.numel() for p in policy.parameters()), "steps": steps,
+              "best_step": progress.best_step,
               "seconds": progress.seconds, "seed": config.seed, "dtype": str(dtype).removeprefix("torch."),
               **environment(device), "rise": (after["reward"] - before["reward"]) / before["reward_std"],
               "before": before, "after": after, "options": asdict(config)}
     write_report(config, result, Figures(run))
-    save_json(run / "result.json", result)                                  # last: it says that the run is complete
+    save_json(run / "result.json", result)                            # last: it says that the run is complete
     return result
 
 
-# -------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------- the report
 
-NAMED = "Life Begins", "Now I don't", "There are no people like"       # prompts of the report, before those of the test split
+# prompts of the report, before those of the test split
+NAMED = "Life Begins", "Now I don't", "There are no people like"
 REPORTED = (("reward", "reward, mean"), ("reward_std", "reward, standard deviation"),
             ("kl", "KL to the reference, nats a response"), ("distinct_2", "distinct-2"),
-            ("repetition", "repeated bigrams in a response, share"), ("ref_ppl", "perplexity under the reference"),
+            ("repetition", "repeated bigrams in a response, "
+                           "share"), ("ref_ppl", "perplexity under the reference"),
             ("length", "tokens of a response"))
 
 
@@ -808,11 +840,13 @@ def paint_rewards(rows):
         def draw(axes, name, **look):
             points = [(r["step"], r[name]) for r in rows if name in r]
             axes.plot(*zip(*points), **look) if points else None
-        steps, mean, sd = (np.array([r[name] for r in rows if "reward" in r]) for name in ("step", "reward", "reward_std"))
+        steps, mean, std = (np.array([r[name] for r in rows if "reward" in r])
+                            for name in ("step", "reward", "reward_std"))
         draw(reward, "reward", color=COLOURS[0], label="mean")
-        reward.fill_between(steps, mean - sd, mean + sd, color=COLOURS[0], alpha=0.2, linewidth=0,
+        reward.fill_between(steps, mean - std, mean + std, color=COLOURS[0], alpha=0.2, linewidth=0,
                             label="± standard deviation")
-        draw(reward, "eval_reward", color=COLOURS[1], marker="o", markersize=3, linestyle="--", label="validation prompts")
+        draw(reward, "eval_reward", color=COLOURS[1], marker="o", markersize=3, linestyle="--",
+             label="validation prompts")
         draw(kl, "kl", color=COLOURS[0], label="all tokens at each prefix")
         draw(kl, "kl_estimate", color=COLOURS[2], linewidth=0.7, label="from the sampled tokens")
         draw(variety, "distinct_2", color=COLOURS[0], label="distinct-2")
@@ -826,31 +860,35 @@ def paint_rewards(rows):
 
 
 def reward_hacking_examples(each, badness, n=4):
-    """The n responses that the scorer likes and badness does not: highest sum of both, each in standard deviations."""
+    """The n responses that the scorer likes and badness does not: highest sum of both, each in standard
+    deviations."""
     def standard(values):
         values = np.array(values)
         return (values - values.mean()) / max(values.std(), 1e-9)
-    order = np.argsort(-(standard([r["reward"] for r in each]) + standard([badness(r) for r in each])), kind="stable")
+    order = np.argsort(-(standard([r["reward"] for r in each]) + standard([badness(r) for r in each])),
+                       kind="stable")
     return [each[k] for k in order[:n]]
 
 
 def write_report(args, result, figures):
     """report.md: figures before and after, Figure 5, Tables 7 and 8."""
     before, after, run = result["before"], result["after"], Path(args.run)
-    shown = [("repetition", lambda r: r["repetition"]), ("perplexity under the reference", lambda r: math.log(r["ref_ppl"]))]
-    repairs = [f"KL coefficient {args.kl_coef:g}" + (f", adapted to {args.kl_target:g} nats" if args.kl_target else ", fixed"),
-               f"lr {args.lr:g}"]
+    shown = [("repetition", lambda r: r["repetition"]),
+             ("perplexity under the reference", lambda r: math.log(r["ref_ppl"]))]
+    adapted = f"adapted to {args.kl_target:g} nats" if args.kl_target else "fixed"
+    repairs = [f"KL coefficient {args.kl_coef:g}, {adapted}", f"lr {args.lr:g}"]
     repairs += [f"{name.replace('_', '-')} {getattr(args, name):g}"
                 for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(args, name)]
     md = [f"# {args.base} with PPO, rewarded by {args.scorer}\n",
-          f"{result['steps']} iterations of {args.batch_size} responses of at most {args.response_tokens} tokens to "
-          f"beginnings of {args.data}, {result['seconds']:.0f} s; {', '.join(repairs)}; "
-          f"the best policy is that of iteration {result['best_step']}.\n",
+          f"{result['steps']} iterations of {args.batch_size} responses of at most {args.response_tokens} "
+          f"tokens to beginnings of {args.data}, {result['seconds']:.0f} s; {', '.join(repairs)}; the best "
+          f"policy is that of iteration {result['best_step']}.\n",
           f"## Before and after, {len(before['each'])} held-out prompts\n",
           table(["", "before", "after"], [[label, before[name], after[name]] for name, label in REPORTED]),
           f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n",
           "## Reward (Figure 5)\n",
-          figures.draw("rewards", "Reward, KL and variety while training", paint_rewards(read_log(run / "log.csv")),
+          figures.draw("rewards", "Reward, KL and variety while "
+                                  "training", paint_rewards(read_log(run / "log.csv")),
                        panels=3),
           "## The same prompts, the same seed (Table 7)\n",
           table(["prompt", "before", "reward", "after", "reward"],
@@ -860,7 +898,8 @@ def write_report(args, result, figures):
     for name, badness in shown:
         md += [f"High reward with high {name}:\n",
                table(["text", "reward", "repeated bigrams", "perplexity under the reference"],
-                     [[r["text"], r["reward"], r["repetition"], r["ref_ppl"]] for r in reward_hacking_examples(after["each"], badness)])]
+                     [[r["text"], r["reward"], r["repetition"],
+                       r["ref_ppl"]] for r in reward_hacking_examples(after["each"], badness)])]
     write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
 
 
@@ -876,13 +915,15 @@ def check_fit(args, model, scorer, tokenizer, prompts):
     """UserError for prompts that are too long, and for a scorer that cannot read what the policy writes."""
     longest, limit = max(map(len, prompts)), context(model)
     if longest + args.response_tokens > limit:
-        raise UserError(f"a prompt of {longest} tokens and a response of {args.response_tokens} do not fit the base's "
-                        f"context of {limit}; take a smaller --response-tokens, or a base with a larger --block-size")
+        raise UserError(f"a prompt of {longest} tokens and a response of {args.response_tokens} do not fit "
+                        f"the base's context of {limit}; take a smaller --response-tokens, or a base with a "
+                        "larger --block-size")
     pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(tokenizer.decode(prompt))]
     unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
     if unknown > 0.3:
-        raise UserError(f"{args.base} and {args.scorer} do not fit: the scorer does not know {unknown:.0%} of the words of "
-                        f"the prompts. Train one on the same reviews: python ppo.py --train-reward --data {args.data}")
+        raise UserError(f"{args.base} and {args.scorer} do not fit: the scorer does not know {unknown:.0%} "
+                        "of the words of the prompts. Train one on the same reviews: python ppo.py "
+                        f"--train-reward --data {args.data}")
 
 
 def resolve_defaults(config, tokenizer):
@@ -893,12 +934,13 @@ def resolve_defaults(config, tokenizer):
     config.data = config.data or ("reviews" if is_embedded(tokenizer) else "imdb")
     config.eval_every = config.eval_every or -(-config.steps // 10)
     if config.batch_size % config.minibatch:
-        raise UserError(f"--batch-size {config.batch_size} cannot be cut into minibatches of {config.minibatch}")
+        raise UserError(f"--batch-size {config.batch_size} cannot be cut into minibatches of "
+                        f"{config.minibatch}")
 
 
 def open_task(config, device, dtype, checkpoint):
-    """What train_policy needs beside config, as its keyword arguments; UserError for what does not go together, and where
-    a run that resumes does not find the weights that it was started with."""
+    """What train_policy needs beside config, as its keyword arguments; UserError for what does not go
+    together, and where a run that resumes does not find the weights that it was started with."""
     reference, tokenizer, _ = load_run(config.base, device, torch.float32)
     if not checkpoint:
         resolve_defaults(config, tokenizer)
@@ -910,25 +952,26 @@ def open_task(config, device, dtype, checkpoint):
     check_fit(config, reference, scorer, tokenizer, prompts["train"] + prompts["test"])
     weights = fingerprint(reference, scorer)
     if checkpoint and checkpoint.get("fingerprint") != weights:
-        raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in {config.run} was "
-                        "started with; restore them, or start a new run")
+        raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
+                        f"{config.run} was started with; restore them, or start a new run")
     n = sum(p.numel() for p in reference.parameters())
     if (needed := n * (26 if dtype == torch.bfloat16 else 20) / 1e9) > 1:
-        print(f"{n:,} parameters: PPO needs about {needed:.0f} GB of memory for the policy, its moments and gradients, "
-              "and the reference", file=sys.stderr)
+        print(f"{n:,} parameters: PPO needs about {needed:.0f} GB of memory for the policy, its moments and "
+              "gradients, and the reference", file=sys.stderr)
     text = None
     if config.sft_coef or config.sft_every:
         cut = data.ContiguousBatches if reference.recurrent else data.WindowBatches
         ids = data.load(config.data, tokenizer, splits=("train",)).ids["train"]
         text = cut(ids, config.minibatch, min(context(reference), 8 + config.response_tokens), config.seed)
-    return dict(reference=reference, tokenizer=tokenizer, scorer=scorer, prompts=prompts, text=text, fingerprint=weights)
+    return dict(reference=reference, tokenizer=tokenizer, scorer=scorer, prompts=prompts, text=text,
+                fingerprint=weights)
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def keep_memory():
-    """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and fetch them anew,
-    page by page. (PPO with 50,257 tokens: 4.0 s an iteration, 2.9 so.)"""
+    """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and
+    fetch them anew, page by page. (PPO with 50,257 tokens: 4.0 s an iteration, 2.9 so.)"""
     if hasattr(C, "mallopt"):
         C.mallopt(-4, 0)                                                    # M_MMAP_MAX
         C.mallopt(-1, 2 ** 31 - 1)                                          # M_TRIM_THRESHOLD
@@ -941,7 +984,8 @@ def main(argv=None):
     if "RANK" in os.environ:
         raise UserError("ppo.py runs in one process; start it without torchrun")
     script = "python ppo.py" + " --train-reward" * train_a_scorer
-    config.run = config.run or (f"runs/scorer-{config.data}" if train_a_scorer else f"runs/ppo-{Path(config.base).name}")
+    default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{Path(config.base).name}"
+    config.run = config.run or f"runs/{default}"
     checkpoint = None
     keep_memory()
     if config.resume:
@@ -951,7 +995,8 @@ def main(argv=None):
             raise UserError(f"{config.run} is not a run of {script}; resume it with what started it")
         config = check_resume_config(config, given, saved)
     else:
-        refuse_existing(config.run, f"{script} --resume --run {config.run}", ("last.pt", "config.json", "result.json"))
+        refuse_existing(config.run, f"{script} --resume --run "
+                                    f"{config.run}", ("last.pt", "config.json", "result.json"))
         if train_a_scorer and config.epochs is None:
             config.epochs = SCORER_EPOCHS[config.data]
     device = pick_device(config.device)
@@ -961,9 +1006,9 @@ def main(argv=None):
     result = train_policy(config, **open_task(config, device, dtype, checkpoint), device=device, dtype=dtype,
                           checkpoint=checkpoint)
     before, after = result["before"], result["after"]
-    print(f"{config.base} rewarded by {config.scorer}: reward {before['reward']:.2f} before, {after['reward']:.2f} after "
-          f"({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} nats a response, "
-          f"distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
+    print(f"{config.base} rewarded by {config.scorer}: reward {before['reward']:.2f} before, "
+          f"{after['reward']:.2f} after ({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} "
+          f"nats a response, distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
     print(f"written to {config.run}/report.md. Next: python sample.py --run {config.run}")
 
 

@@ -128,12 +128,6 @@ class RNN(nn.Module):
 
 # ------------------------------------------------------------------------------------------- softmax and loss
 
-def n_chunks(n_rows, vocab_size):
-    """Into how many chunks to cut the rows: about 8 million logits each, but no fewer than 512 rows, because
-    every chunk reads all of the weight matrix."""
-    return max(1, min(-(-n_rows * vocab_size // (1 << 23)), n_rows // 512))
-
-
 @functools.lru_cache(1)
 def logits_buffer(n_rows, n_columns, dtype, device):
     """Memory for logits, kept from step to step: fresh memory costs a CPU nearly as much as the product that
@@ -141,11 +135,15 @@ def logits_buffer(n_rows, n_columns, dtype, device):
     return torch.empty(n_rows, n_columns, dtype=dtype, device=device)
 
 
+MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512         # of a chunk; every chunk reads all of the weight matrix
+
+
 def logit_chunks(hidden, weight, bias, *others):
-    """Rows of hidden [N, D] and of the tensors in `others`, a chunk at a time, each with its logits hidden
-    W^T + b, in memory that the next chunk overwrites. Yields (logits, hidden, *others)."""
-    n = n_chunks(len(hidden), len(weight))
-    memory = logits_buffer(-(-len(hidden) // n), len(weight), hidden.dtype, hidden.device)
+    """Rows of hidden [N, D] and of the tensors in `others`, a chunk at a time, each with its logits
+    hidden W^T + b, in memory that the next chunk overwrites. Yields (logits, hidden, *others)."""
+    N, V = len(hidden), len(weight)
+    n = max(1, min(-(-N * V // MOST_LOGITS), N // FEWEST_ROWS))
+    memory = logits_buffer(-(-N // n), V, hidden.dtype, hidden.device)
     for h, *parts in zip(*(v.chunk(n) for v in (hidden, *others))):
         logits = memory[:len(h)]
         if bias is None:

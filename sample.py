@@ -2,8 +2,7 @@
 
     python sample.py --run runs/lstm-finance --prompt "the meaning of life is" --temperature 0.8
     python sample.py --run runs/lstm-ptb --n 3 --tokens 60 --top-k 40
-    # 1 GB, downloaded once
-    python sample.py --run Qwen/Qwen2-0.5B --prompt "The meaning of life is" --temperature 0
+    python sample.py --run Qwen/Qwen2-0.5B --prompt "The meaning of life is" --temperature 0       # 1 GB
     python sample.py --run Qwen/Qwen2-0.5B-Instruct --chat --prompt "Why is the sky blue?"
 
 One step of generation: the model reads one token per row and returns hidden [B, 1, D]; only that position is
@@ -30,23 +29,26 @@ from transformer import use_decode_kernels
 @dataclass
 class Config:
     """Generate text from a trained run, or from Qwen2's pretrained weights."""
-    run: str = option("runs/lstm-finance", "folder of a run; or of Qwen2 weights in the hub's layout; or their name on "
-                      "the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB), into data/hub")
+    run: str = option("runs/lstm-finance", "folder of a run; or of Qwen2 weights in the hub's layout; or "
+                                           "their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 "
+                                           "GB), into data/hub")
     prompt: str = option("", "what the text begins with")
     chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
     top_k: int = option(None, "draw from the N likeliest tokens only", above=0)
-    top_p: float = option(None, "draw from the likeliest tokens that make up probability X", above=0, at_most=1)
-    repetition_penalty: float = option(1.0, "above 1: tokens that the text already has become less likely; 1.1 is "
-                                       "much", above=0)
+    top_p: float = option(None, "draw from the likeliest tokens that make up probability "
+                                "X", above=0, at_most=1)
+    repetition_penalty: float = option(1.0, "above 1: tokens that the text already has become less likely; "
+                                            "1.1 is much", above=0)
     tokens: int = option(100, "at most so many new tokens", above=0)
     n: int = option(1, "how many samples", above=0)
     stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
-    seed: int = option(None, "the same seed gives the same text (default: another one every time)", at_least=0,
+    seed: int = option(None, "the same seed gives the same text (default: another one every "
+                             "time)", at_least=0,
                        below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else float32, "
-                        "twice as large", choices=["auto", "float32", "bfloat16"])
+    dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else "
+                                "float32, twice as large", choices=["auto", "float32", "bfloat16"])
 
 
 def top_k_top_p(logits, top_k=None, top_p=None):
@@ -197,7 +199,8 @@ class Printer:
 
 
 def main(argv=None):
-    config, _ = data.parse_args(Config, argv, 'example: python sample.py --run runs/lstm-finance --prompt "the market"')
+    example = 'example: python sample.py --run runs/lstm-finance --prompt "the market"'
+    config, _ = data.parse_args(Config, argv, example)
     device = pick_device(config.device)
     model, tokenizer, _ = load_run(config.run, device, pick_dtype(config.dtype, device))
     qwen2 = tokenizer.kind == "qwen2"

@@ -1,11 +1,10 @@
-"""Train a language model: one loop for the RNN, the LSTM, the Transformer and, from finetune.py, Qwen2.
+"""Train a language model: the RNN, the LSTM or the Transformer, in one loop.
 
     python train.py --model lstm                             # the embedded finance language, about a minute
     python train.py --model lstm --data ptb --minutes 15     # the Penn Treebank in the time you have
     python train.py --model transformer --data my.txt --tokenizer gpt2 --epochs 3 --run runs/mine
-    python train.py --resume --run runs/mine         # go on after a kill, bit for bit (float32, same machine)
-    # several processes: the rows of a batch are shared out
-    torchrun --nproc-per-node 2 -- train.py --model lstm
+    python train.py --resume --run runs/mine                 # after a kill, bit for bit in float32
+    torchrun --nproc-per-node 2 -- train.py --model lstm     # several processes split the rows of a batch
 
 A language model factors the probability of a text into that of each token after all before it, p(w_1..w_n) =
 prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token; perplexity is
@@ -56,7 +55,8 @@ from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
 from transformer import Transformer, TransformerConfig
 
-MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig), "transformer": (Transformer, TransformerConfig)}
+MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
+          "transformer": (Transformer, TransformerConfig)}
 
 # Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes.
 COMMON = dict(weight_decay=0.01, dropout=0.0)
@@ -88,20 +88,21 @@ class Config:
     run: str = option(None, "folder of the run (default: runs/MODEL-DATA)")
     resume: bool = option(False, "resume the run in --run, as it was started")
     also: list[str] = option([], "other corpora to log the perplexity of")
-    search: int = option(None, "try N random configurations and the default one within --minutes, narrowed by thirds; "
-                         "what else you type is held fixed; looks at the validation split only", above=0)
+    search: int = option(None, "try N random configurations and the default one within --minutes, narrowed "
+                               "by thirds; what else you type is held fixed; looks at the validation split "
+                               "only", above=0)
     epochs: float = option(None, "passes over the training text", above=0)
     steps: int = option(None, "optimizer steps, instead of --epochs", above=0)
     minutes: float = option(None, "instead: measure the speed, then plan as many steps as fit", above=0)
     batch_size: int = option(None, "rows of a batch", above=0, group=BY_MODEL)
-    block_size: int = option(None, "tokens of a row: back-propagation through time goes so far, or the Transformer's "
-                             "context", above=0, group=BY_MODEL)
+    block_size: int = option(None, "tokens of a row: back-propagation through time goes so far, or the "
+                                   "Transformer's context", above=0, group=BY_MODEL)
     lr: float = option(None, "highest learning rate", above=0, group=BY_MODEL)
     n_layer: int = option(None, "layers", above=0, group=BY_MODEL)
     n_head: int = option(None, "attention heads", above=0, group=BY_MODEL)
     n_embd: int = option(None, "width", above=0, group=BY_MODEL)
-    n_hidden: int = option(None, "width inside: of all recurrent layers but the last (default: n_embd), of the "
-                           "Transformer's MLP (default: 3 n_embd)", above=0, group=BY_MODEL)
+    n_hidden: int = option(None, "width inside: of all recurrent layers but the last (default: n_embd), of "
+                                 "the Transformer's MLP (default: 3 n_embd)", above=0, group=BY_MODEL)
     dropout: float = option(None, "on the output of the last recurrent layer, or of each half of a layer",
                             at_least=0, below=1, group=BY_MODEL)
     dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1, group=BY_MODEL)
@@ -115,7 +116,8 @@ class Config:
     seed: int = option(1, "of weights, batches and dropout", at_least=0, below=2 ** 63)
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware multiplies it",
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
+                                "multiplies it",
                         choices=["auto", "float32", "bfloat16"])
 
 
@@ -129,7 +131,9 @@ def pick_device(name="auto"):
         except (RuntimeError, AssertionError) as e:
             raise UserError(f"--device {name} is not available here; try --device cpu") from e
         return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_dtype(name, device):
@@ -150,11 +154,13 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
     read where they are used. UserError if it is not readable."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not isinstance(checkpoint, dict) or not {"model", "kind", "config", "tokenizer"} <= checkpoint.keys():
+        if not isinstance(checkpoint, dict) or not {"model", "kind", "config",
+                                                    "tokenizer"} <= checkpoint.keys():
             raise ValueError("not a checkpoint of this project")
         return checkpoint
     except FileNotFoundError as e:
-        raise UserError(f"{path} is not there; train a model first, for example: {first} --run {Path(path).parent}") from e
+        raise UserError(f"{path} is not there; train a model first, for example: {first} --run "
+                        f"{Path(path).parent}") from e
     except (PermissionError, IsADirectoryError, MemoryError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     except Exception as e:                          # truncated zip, hostile pickle, wrong content: many types
@@ -210,7 +216,8 @@ def load_run(folder, device="cpu", dtype=None):
     path = folder / "best.pt"
     checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
     if checkpoint["kind"] not in MODELS:
-        raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of train.py")
+        raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of "
+                        "train.py")
     model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device).eval()
     return model, tokenizer_from(checkpoint["tokenizer"]), model.config
 
@@ -240,7 +247,8 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
         raise ValueError("at least one token is needed after the first")
     was_training, losses = model.training, []
     model.eval()
-    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32):
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16,
+                        enabled=dtype is not None and dtype != torch.float32):
         if model.recurrent:
             before = min(CONTEXT, n // rows) if rows > 1 else 0
             length = -(-(n - before) // rows)
@@ -295,11 +303,11 @@ def prepend_eos(tokenizer, ids):
     return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(ids.astype("int64"))])
 
 
-# ------------------------------------------------------------------------------------------ the parts of a step
+# ---------------------------------------------------------------------------------------- the parts of a step
 
 def step_seed(seed, step, rank=0):
-    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run draws what
-    an uninterrupted one would have drawn. 32 bits, because a CPU's generator keeps no more."""
+    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run
+    draws what an uninterrupted one would have drawn. 32 bits, because a CPU's generator keeps no more."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
@@ -311,12 +319,6 @@ def get_lr(step, steps, peak, warmup_steps):
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1)
-    return lr
-
-
 def configure_optimizer(model, lr, weight_decay):
     """AdamW; weight decay on matrices only, not on biases and norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -324,11 +326,6 @@ def configure_optimizer(model, lr, weight_decay):
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=fused)
-
-
-def autocast(device, dtype):
-    """Matmuls in bfloat16 where dtype says so; weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def detach_state(state):
@@ -339,11 +336,12 @@ def detach_state(state):
 
 
 def clip_grad_norm(parameters, limit):
-    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a training
-    need no scaling, and then this passes over them once instead of twice, as clip_grad_norm_ does."""
+    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a
+    training need no scaling, and then this passes over them once instead of twice, as clip_grad_norm_
+    does."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # of a model split across processes
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm    # of a model split across processes
     if not norm <= limit:                                           # also where it is not a number
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
@@ -355,18 +353,20 @@ class NotFinite(UserError):
 
 def kept(run):
     """What is left of a run that ends with an error."""
-    return f"The last good checkpoint is kept in {run}" if (run / "last.pt").exists() else "Nothing was saved yet"
+    if (run / "last.pt").exists():
+        return f"The last good checkpoint is kept in {run}"
+    return "Nothing was saved yet"
 
 
 def check_finite(run, where, **values):
     """NotFinite unless all these values are finite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise NotFinite(f"the {name.replace('_', ' ')} is not finite at {where} ({value}). {kept(run)}; train "
-                            "again with a smaller --lr and another --run")
+            raise NotFinite(f"the {name.replace('_', ' ')} is not finite at {where} ({value}). {kept(run)}; "
+                            "train again with a smaller --lr and another --run")
 
 
-# --------------------------------------------------------------------------------------------- runs: what is kept
+# ----------------------------------------------------------------------------------------- runs: what is kept
 
 @dataclass
 class Progress:
@@ -401,12 +401,14 @@ class Progress:
         """The columns of log.csv that this knows; the mean training loss is that since the last row."""
         tokens, mean = self.step * tokens_per_step, self.loss_sum / self.loss_steps if self.loss_steps else ""
         self.loss_sum, self.loss_steps = 0.0, 0
-        return {"step": self.step, "epoch": self.step / steps_per_epoch, "tokens": tokens, "seconds": self.seconds,
+        return {"step": self.step, "epoch": self.step / steps_per_epoch, "tokens": tokens,
+                "seconds": self.seconds,
                 "train_loss": mean, "tokens_per_second": tokens / max(self.step_seconds, 1e-9)}
 
 
 class Log:
-    """log.csv of a run. When a run resumes, rows after its checkpoint's step are cut off: they will be written again."""
+    """log.csv of a run. When a run resumes, rows after its checkpoint's step are cut off: they will be
+    written again."""
 
     def __init__(self, run, columns, step=None):
         run.mkdir(parents=True, exist_ok=True)
@@ -436,8 +438,8 @@ def csv_text(rows):
 
 
 def save_checkpoint(run, model, rest, best):
-    """Write last.pt, and best.pt if these weights are the best. model: what best.pt holds, as a dict; rest: what a run
-    needs beside it to resume."""
+    """Write last.pt, and best.pt if these weights are the best. model: what best.pt holds, as a dict; rest:
+    what a run needs beside it to resume."""
     if best:
         write_atomically(run / "best.pt", lambda f: torch.save(model, f))
     write_atomically(run / "last.pt", lambda f: torch.save(model | rest, f))
@@ -445,7 +447,8 @@ def save_checkpoint(run, model, rest, best):
 
 @contextmanager
 def complete_checkpoint(run):
-    """Inside, a checkpoint's contents are put where they belong; a UserError if it lacks some, or they do not fit."""
+    """Inside, a checkpoint's contents are put where they belong; a UserError if it lacks some, or they do not
+    fit."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as e:
@@ -461,11 +464,13 @@ def environment(device):
     else:
         try:
             lines = Path("/proc/cpuinfo").read_text().splitlines()
-            processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+            name = next(line for line in lines if line.startswith("model name"))
+            processor = name.partition(":")[2].strip()
         except (OSError, StopIteration):
             processor = platform.processor() or platform.machine()
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=data.HERE, capture_output=True,
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=data.HERE,
+                             capture_output=True,
                              text=True)
         commit = git.stdout.strip() or None
     except OSError:
@@ -473,7 +478,8 @@ def environment(device):
     return {"device": device.type, "torch": torch.__version__, "processor": processor, "commit": commit}
 
 
-COLUMNS = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second", "val_loss",
+COLUMNS = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second",
+           "val_loss",
            "val_ppl"]               # of log.csv
 
 
@@ -488,7 +494,8 @@ def sample_line(model, tokenizer, prompt, seed):
 
 
 class StopRequest:
-    """Ctrl-C, or a polite kill, as a flag that the loop reads between two steps; a second Ctrl-C does not wait."""
+    """Ctrl-C, or a polite kill, as a flag that the loop reads between two steps; a second Ctrl-C does not
+    wait."""
 
     def __enter__(self):
         self.requested = False
@@ -512,10 +519,11 @@ def stopped(step, resume_hint, world=1):
     raise SystemExit(130)
 
 
-# ---------------------------------------------------------------------- several processes (one laptop: skip this)
+# ------------------------------------------------------------------ several processes (one laptop: skip this)
 
 def join_processes(device):
-    """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1, device)."""
+    """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1,
+    device)."""
     if "RANK" not in os.environ:
         return 0, 1, device
     import torch.distributed as dist
@@ -558,8 +566,8 @@ def job_errors(run, progress, world):
             raise
         again = f" with --resume --run {run}" if (run / "last.pt").exists() else ""
         raise UserError(f"at step {progress.step} another process of this job was gone, or this one failed "
-                        f"({(str(e) or type(e).__name__).splitlines()[0]}). {kept(run)}: start the same torchrun "
-                        f"command again{again}") from e
+                        f"({(str(e) or type(e).__name__).splitlines()[0]}). {kept(run)}: start the same "
+                        f"torchrun command again{again}") from e
 
 
 def average_gradients(model, device, world):
@@ -620,30 +628,33 @@ def take_rows(state, rank, world, device):
 
 # --------------------------------------------------------------------------------------------------- training
 
-WHILE_TRAINING, AT_THE_END = 100_000, 300_000   # tokens of a split that are read at most (IMDB's has 7 million)
+# tokens of a split that are read at most (IMDB's has 7 million)
+WHILE_TRAINING, AT_THE_END = 100_000, 300_000
 EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one row
 MEASURED = 20               # steps in which --minutes measures the speed; the first quarter is not counted
 
 
 def evaluate(model, texts, dtype):
     """{name: perplexity} of texts {name: ids}, quickly: recurrent models read 16 pieces side by side."""
-    return {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype) for name, ids in texts.items()}
+    return {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype) for name,
+            ids in texts.items()}
 
 
 def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, world):
-    """--minutes as a number of steps: train a copy of the model for MEASURED steps as the job will run, evaluate it
-    once, and plan as many steps as fit into the rest, with the evaluations (up to 20, and up to a tenth of the
-    time, but at least two; the final figures on the test split come on top)."""
+    """--minutes as a number of steps: train a copy of the model for MEASURED steps as the job will run,
+    evaluate it once, and plan as many steps as fit into the rest, with the evaluations (up to 20, and up to a
+    tenth of the time, but at least two; the final figures on the test split come on top)."""
     started = time.perf_counter()
     data.live("measuring the speed")
     model = copy.deepcopy(model).train()
     optimizer = configure_optimizer(model, config.lr / 100, config.weight_decay)
     ddp_model, state = average_gradients(model, device, world), None
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     for step in range(MEASURED):
         if step == MEASURED // 4:
             clock = time.perf_counter()
         x, y = (part.chunk(world)[rank].to(device) for part in batches.batch(step % batches.steps_per_epoch))
-        with autocast(device, dtype):
+        with autocast:
             loss, state = ddp_model(x, state, targets=y)
         loss.backward()
         state = detach_state(state)
@@ -668,8 +679,8 @@ def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, w
 
 
 def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resume_hint=None):
-    """Train a model as config says, into the folder config.run; -> what its result.json holds. corpora["val"] is
-    the corpus (without a test split in a trial of a search), the others are --also."""
+    """Train a model as config says, into the folder config.run; -> what its result.json holds. corpora["val"]
+    is the corpus (without a test split in a trial of a search), the others are --also."""
     corpus, tokenizer, run = corpora["val"], corpora["val"].tokenizer, Path(config.run)
     resume_hint = resume_hint or f"python train.py --resume --run {run}"
     if world > 1:
@@ -692,7 +703,7 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
     progress = Progress(steps, config.eval_every or -(-steps // 20))
 
     # 6 resume
-    state = None                                                    # of a recurrent model, carried from step to step
+    state = None                                             # of a recurrent model, carried from step to step
     if checkpoint:
         with complete_checkpoint(run):
             model.load_state_dict(checkpoint["model"])
@@ -702,13 +713,14 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
     elif config.minutes:
         plan_minutes(config, progress, model, batches, texts, device, dtype, rank, world)
     start, steps, ddp_model = progress.step, progress.steps, average_gradients(model, device, world)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # 7 loop
     if rank == 0:
         log = Log(run, COLUMNS + [f"ppl_{name}" for name in config.also], start if checkpoint else None)
     data.live(f"{config.model} on {config.data}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(corpus.ids['train']):,} training tokens, {device.type} {str(dtype).removeprefix('torch.')}"
-              f"{f' x {world}' if world > 1 else ''}, {run}", "\n")
+              f"{len(corpus.ids['train']):,} training tokens, {device.type} "
+              f"{str(dtype).removeprefix('torch.')}{f' x {world}' if world > 1 else ''}, {run}", "\n")
     model.train()
     clock, loss, lr, grad_norm, stopping = time.perf_counter() - progress.seconds, math.nan, "", "", False
     with StopRequest() as stop, job_errors(run, progress, world):
@@ -720,8 +732,10 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
                 scores = broadcast(evaluate(model, texts, dtype) if rank == 0 else None, world, device)
                 check_finite(run, f"step {step}", validation_loss=scores["val"]["nll"])
                 better = progress.is_best(scores["val"]["nll"])
+                progress.seconds = time.perf_counter() - clock
             if rank == 0 and (evaluating or step > start and step % config.log_every == 0):
-                row = progress.row(tokens_per_step, batches.steps_per_epoch) | {"lr": lr, "grad_norm": grad_norm}
+                row = progress.row(tokens_per_step, batches.steps_per_epoch)
+                row |= {"lr": lr, "grad_norm": grad_norm}
                 if evaluating:
                     row |= {"val_loss": scores["val"]["nll"], "val_ppl": scores["val"]["ppl"]}
                     row |= {f"ppl_{name}": scores[name]["ppl"] for name in config.also}
@@ -737,8 +751,8 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
             if evaluating and step > 0 and rank == 0:
                 also = "".join(f"  {name} {scores[name]['ppl']:.1f}" for name in config.also)
                 data.live(f"step {step}/{steps}  loss {loss:.3f}  val ppl {scores['val']['ppl']:.2f}"
-                          f"{' *' if better else ''}{also}  {progress.seconds:.0f} s, {progress.left():.0f} s left",
-                          "\n")
+                          f"{' *' if better else ''}{also}  {progress.seconds:.0f} s, "
+                          f"{progress.left():.0f} s left", "\n")
                 if config.sample:
                     data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             if step == steps:
@@ -748,16 +762,19 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
 
             # one step
             started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, step, rank))   # dropout is a function of (seed, step, rank)
-            lr = set_lr(optimizer, get_lr(step, steps, config.lr, config.warmup_steps))
+            # dropout is a function of (seed, step, rank)
+            torch.manual_seed(step_seed(config.seed, step, rank))
+            lr = get_lr(step, steps, config.lr, config.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             if not model.recurrent or batches.is_epoch_start(step):
-                state = None                                        # a recurrent state is carried within an epoch
+                state = None                                    # a recurrent state is carried within an epoch
             x, y = batches.batch(step)                              # [B, T] each, y one token later
             x, y = x.chunk(world)[rank].to(device), y.chunk(world)[rank].to(device)     # rows, as the state's
-            with autocast(device, dtype):
+            with autocast:
                 loss, state = ddp_model(x, state, targets=y)        # mean nats per token
             loss.backward()
-            state = detach_state(state)                             # truncated BPTT: values stay, gradients stop
+            state = detach_state(state)                          # truncated BPTT: values stay, gradients stop
             grad_norm = clip_grad_norm(model.parameters(), config.grad_clip)
             loss = loss.item()
             check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
@@ -772,7 +789,8 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
     # 8 results
     if rank:
         return None
-    result = {"model": config.model, "data": config.data, "params": sum(p.numel() for p in model.parameters()),
+    result = {"model": config.model, "data": config.data,
+              "params": sum(p.numel() for p in model.parameters()),
               "val_ppl": math.exp(progress.best), "seconds": progress.seconds,
               "tokens_per_second": steps * tokens_per_step / progress.step_seconds,
               "epochs": steps / batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
@@ -790,12 +808,14 @@ def final_figures(model, corpus, dtype):
     scores = {}
     for split in ("valid", "test"):
         ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
-        scores[split] = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids), dtype=dtype)
-    return {"val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"], "floor_ppl": corpus.floor["test"],
+        scores[split] = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids),
+                                   dtype=dtype)
+    return {"val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"],
+            "floor_ppl": corpus.floor["test"],
             "test_tokens": scores["test"]["tokens"]}
 
 
-# --------------------------------------------------------------------------------------------- hyperparameters
+# -------------------------------------------------------------------------------------------- hyperparameters
 
 # What --search draws from: a pair of floats is a range on a logarithmic scale, a list is a choice.
 SEARCH_SPACE = {
@@ -823,8 +843,8 @@ def draw(config, given, rng):
 
 
 def run_trial(config, corpora, device, dtype):
-    """One training of a search, in a folder of its own: complete if its result is there, resumed if it was begun;
-    its weights are not kept. -> its result; "val_ppl" is infinite where it diverged."""
+    """One training of a search, in a folder of its own: complete if its result is there, resumed if it was
+    begun; its weights are not kept. -> its result; "val_ppl" is infinite where it diverged."""
     run = Path(config.run)
     if not (run / "result.json").exists():
         checkpoint = read_checkpoint(run / "last.pt") if (run / "last.pt").exists() else None
@@ -839,11 +859,11 @@ def run_trial(config, corpora, device, dtype):
 
 
 def search(config, given, corpora, device, dtype):
-    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time each, the
-    best third again for three times as long, and so on, every rung for an equal share of --minutes. Trial 0 is what
-    would be trained without a search, so that the table says whether searching paid. Each training is complete, with
-    its own cosine, because a half-finished schedule says little about a finished one. Only the validation split is
-    looked at. Finished trainings are not repeated after an interruption."""
+    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
+    each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
+    Trial 0 is what would be trained without a search, so that the table says whether searching paid. Each
+    training is complete, with its own cosine, because a half-finished schedule says little about a finished
+    one. Only the validation split is looked at. Finished trainings are not repeated after an interruption."""
     folder, rng = Path(config.run), random.Random(config.seed)
     identity = json.dumps({k: v for k, v in asdict(config).items() if k not in LOCAL}, sort_keys=True)
     if (folder / "search.json").exists() and (folder / "search.json").read_text() != identity:
@@ -861,7 +881,8 @@ def search(config, given, corpora, device, dtype):
     for rung, (size, score) in enumerate(zip(sizes, scores)):
         minutes = config.minutes / len(sizes) / size
         for i in alive:
-            one = replace(config, **configs[i], minutes=minutes, sample=False, run=str(folder / f"trial-{i}-rung-{rung + 1}"))
+            one = replace(config, **configs[i], minutes=minutes, sample=False,
+                          run=str(folder / f"trial-{i}-rung-{rung + 1}"))
             result = run_trial(one, corpora, device, dtype)
             trials[i] |= {"params": result.get("params", ""),
                           "tokens": result.get("steps", 0) * one.batch_size * one.block_size,
@@ -870,19 +891,22 @@ def search(config, given, corpora, device, dtype):
             rows = [[trial.get(column, "") for column in columns] for trial in trials.values()]
             write_atomically(folder / "trials.csv", lambda f: f.write(csv_text([columns, *rows])))
             data.live("")
-            print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity {result['val_ppl']:.1f}", flush=True)
+            print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity "
+                  f"{result['val_ppl']:.1f}", flush=True)
         alive = sorted(alive, key=lambda i: float(trials[i][score]))[:-(-size // 3)]
-    order = sorted(trials.values(), key=lambda t: [float(t.get(score) or "inf") for score in reversed(scores)])
+    order = sorted(trials.values(),
+                   key=lambda t: [float(t.get(score) or "inf") for score in reversed(scores)])
     widths = {c: max(len(c), *(len(str(t.get(c, ""))) for t in order)) for c in columns}
     for row in [dict(zip(columns, columns)), *order]:
         print("  ".join(str(row.get(c, "")).rjust(widths[c]) for c in columns))
     if not math.isfinite(float(order[0][scores[-1]])):
-        raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr "
-                        "held fixed")
+        raise UserError("every trial that was left diverged; search again with another --seed, or a smaller "
+                        "--lr held fixed")
     fixed = sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume"})
     chosen = configs[alive[0]] | {name: getattr(config, name) for name in fixed}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
-    print(f"the best: python train.py --model {config.model} --data {config.data} --minutes {config.minutes:g} {flags}")
+    print(f"the best: python train.py --model {config.model} --data {config.data} --minutes "
+          f"{config.minutes:g} {flags}")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -923,15 +947,17 @@ def model_config(config, vocab_size):
     """The options that describe the model, as the dict its own config is made of; UserError for one it
     lacks."""
     fields = MODELS[config.model][1].__dataclass_fields__
-    sizes = {name: getattr(config, name) for name in fields if hasattr(config, name)} | {"vocab_size": vocab_size}
+    sizes = {name: getattr(config, name) for name in fields if hasattr(config, name)}
+    sizes["vocab_size"] = vocab_size
     if config.model == "transformer":
         sizes["n_kv_head"] = config.n_head
     if config.model != "transformer" and config.n_layer == 1 and config.n_hidden != config.n_embd:
-        raise UserError("--n-hidden is the width of the layers below the last one, which shares its weights with the "
-                        "embedding and is --n-embd wide; with one layer, set --n-embd alone")
+        raise UserError("--n-hidden is the width of the layers below the last one, which shares its weights "
+                        "with the embedding and is --n-embd wide; with one layer, set --n-embd alone")
     for name in ("n_head", "dropout_hidden", "dropout_input", "dropout_embed"):
         if getattr(config, name) is not None and name not in fields:
-            raise UserError(f"--{name.replace('_', '-')} means nothing to --model {config.model}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --model {config.model}; leave it "
+                            "out")
     return sizes
 
 
@@ -945,8 +971,8 @@ def check_resume_config(config, given, saved):
     for name in sorted(given.difference(LOCAL)):
         if getattr(config, name) != saved.get(name):
             raise UserError(f"the run in {config.run} was started with {name} {saved.get(name)}, not "
-                            f"{getattr(config, name)}. Resume it without other options, or choose another folder with "
-                            "--run")
+                            f"{getattr(config, name)}. Resume it without other options, or choose another "
+                            "folder with --run")
     here = {name: value for name, value in asdict(config).items() if name in LOCAL}
     try:
         return type(config)(**saved | here)
@@ -957,24 +983,24 @@ def check_resume_config(config, given, saved):
 def refuse_existing(run, resume_command, files=("last.pt", "result.json")):
     """UserError if a folder already holds a run."""
     if os.environ.get("RANK", "0") == "0" and any((Path(run) / file).exists() for file in files):
-        raise UserError(f"{run} already holds a run{' or weights' if 'config.json' in files else ''}. Resume it: "
-                        f"{resume_command}; or choose another folder with --run")
+        raise UserError(f"{run} already holds a run{' or weights' if 'config.json' in files else ''}. Resume "
+                        f"it: {resume_command}; or choose another folder with --run")
 
 
 def check_text(corpus, fingerprint, run):
     """UserError if a text is too short to be split, or is not the one that a run was started with."""
     for split, ids in corpus.ids.items():
         if len(ids) < 2 and split != "train":
-            raise UserError(f"{corpus.name} is too short: its {split} part (5 %, cut between lines) holds {len(ids)} "
-                            "tokens")
+            raise UserError(f"{corpus.name} is too short: its {split} part (5 %, cut between lines) holds "
+                            f"{len(ids)} tokens")
     if fingerprint and fingerprint != corpus.fingerprint():
-        raise UserError(f"{corpus.name} is no longer the text that the run in {run} was started with; restore it, or "
-                        "start a new run with --run")
+        raise UserError(f"{corpus.name} is no longer the text that the run in {run} was started with; "
+                        "restore it, or start a new run with --run")
 
 
 def main(argv=None):
-    config, given = data.parse_args(Config, argv, defaults_text() + "\n\nexample: python train.py --model lstm "
-                                    "--data ptb --minutes 15 --also wikitext2")
+    example = "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2"
+    config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
     if len(given & {"epochs", "steps", "minutes"}) > 1:
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
     if config.search and ("n_hidden" in given or "RANK" in os.environ):
@@ -1000,7 +1026,8 @@ def main(argv=None):
     with first_process_first(rank, world):                          # it downloads and encodes
         corpus = data.load(config.data, tokenizer, splits)
         check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
-        corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
+        corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer,
+                                                     ("valid",)) for name in config.also}
     if config.search:
         return search(config, given, corpora, device, dtype)
     result = train(config, corpora, device, dtype, rank, world, checkpoint)

@@ -295,10 +295,10 @@ def memory(device):
 class OurPPO:
     """One iteration of ppo.py's loop."""
 
-    def __init__(self, task, policy, batches):
+    def __init__(self, task, policy, batches, dtype):
         self.task, self.policy, self.batches = task, policy, batches
         self.value_head = nn.Linear(policy.lm_head.in_features, 1)
-        self.sampler = copy.deepcopy(policy).to(task.dtype) if task.dtype == torch.bfloat16 else policy
+        self.sampler = copy.deepcopy(policy).to(dtype) if dtype == torch.bfloat16 else policy
         self.optimizer = torch.optim.Adam([*policy.parameters(), *self.value_head.parameters()], task.config.lr, eps=1e-5, fused=True)
 
     def step(self):
@@ -418,7 +418,7 @@ def rlhf(device):
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
                 model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))
                 task = ppo.make_task(reference, ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
-                ours = OurPPO(task, model, ppo.Prompts(prompts, 64, 1))
+                ours = OurPPO(task, model, ppo.Prompts(prompts, 64, 1), dtype)
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
                                     transformers.BertTokenizer(vocab=str(folder / "scorer/vocab.txt"), do_lower_case=True), prompts, args, dtype)
                 row(f"PPO iteration, {name}", dtype_name, dtype_name, ours.step, theirs.step)

@@ -49,7 +49,9 @@ def test_a_text_without_time_steps_is_refused():
 @pytest.mark.parametrize("n, vocab, biased, n_chunks", [(1, 2, True, 1), (7, 11, False, 1), (23, 31, True, 5), (9, 9, True, 9)])
 def test_linear_cross_entropy_matches_the_library(monkeypatch, n, vocab, biased, n_chunks):
     torch.manual_seed(n)
-    monkeypatch.setattr(rnn, "n_chunks", lambda rows, v: n_chunks)
+    monkeypatch.setattr(rnn, "MOST_LOGITS", -(-n * vocab // n_chunks))
+    monkeypatch.setattr(rnn, "FEWEST_ROWS", 1)
+    assert len(list(rnn.logit_chunks(torch.zeros(n, 6), torch.zeros(vocab, 6), None))) == n_chunks
     hidden, weight = torch.randn(n, 6, dtype=torch.double), torch.randn(vocab, 6, dtype=torch.double)
     bias = torch.randn(vocab, dtype=torch.double) if biased else None
     targets = torch.randint(vocab, (n,))
@@ -87,10 +89,10 @@ def test_linear_cross_entropy_in_bf16_is_within_its_precision():
 
 @pytest.mark.parametrize("n_rows, vocab", [(1, 10), (256, 10_000), (1120, 10_000), (4096, 151_936), (100_000, 50_000)])
 def test_chunks_are_bounded_and_not_tiny(n_rows, vocab):
-    n = rnn.n_chunks(n_rows, vocab)
-    rows = -(-n_rows // n)
-    assert 1 <= n <= n_rows and rows * vocab <= max((1 << 23) + vocab, 1024 * vocab)
-    assert n == 1 or rows >= 512
+    chunks = list(rnn.logit_chunks(torch.empty(n_rows, 0, device="meta"), torch.empty(vocab, 0, device="meta"), None))
+    rows = [len(logits) for logits, _ in chunks]
+    assert sum(rows) == n_rows and rows[0] * vocab <= max((1 << 23) + vocab, 1024 * vocab)
+    assert len(rows) == 1 or rows[0] >= 512
 
 
 def test_loss_and_nll_agree_and_ignore_minus_one():
