@@ -225,8 +225,8 @@ def sharded_state(model, optimizer):
     if not state:
         return weights, state
     names = [name for group in state["param_groups"] for name in group["params"]]
-    groups = [group | {"params": [names.index(name) for name in group["params"]]}
-              for group in state["param_groups"]]
+    groups = [group | {"params": [names.index(name) for name in group["params"]], "betas": tuple(group["betas"])}
+              for group in state["param_groups"]]                   # a resumed run has betas as a list
     moments = {k: state["state"][name] for k, name in enumerate(names)}
     return weights, {"state": moments, "param_groups": groups}
 
