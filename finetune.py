@@ -225,8 +225,9 @@ def sharded_state(model, optimizer):
     if not state:
         return weights, state
     names = [name for group in state["param_groups"] for name in group["params"]]
-    groups = [group | {"params": [names.index(name) for name in group["params"]], "betas": tuple(group["betas"])}
-              for group in state["param_groups"]]                   # a resumed run has betas as a list
+    groups = [group | {"params": [names.index(name) for name in group["params"]],
+                       "betas": tuple(group["betas"])}              # a list after a resume
+              for group in state["param_groups"]]
     moments = {k: state["state"][name] for k, name in enumerate(names)}
     return weights, {"state": moments, "param_groups": groups}
 
@@ -561,7 +562,9 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            loss, stopping = mean_and_any(loss, stop.requested, world, device)
+            stopping = stop.requested
+            if world > 1:
+                loss, stopping = mean_and_any(loss, stopping, world, device)
             progress.add_loss(loss, time.perf_counter() - started)
             data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
                       f"{(step + 1) * tokens_per_step / progress.step_seconds:,.0f} tokens/s  "

@@ -590,8 +590,6 @@ def broadcast(value, world, device):
 
 def mean_and_any(loss, flag, world, device):
     """The mean of a number over the processes, and whether any of them has the flag."""
-    if world == 1:
-        return loss, flag
     import torch.distributed as dist
     both = torch.tensor([loss, flag], dtype=torch.float64, device=device)
     dist.all_reduce(both)
@@ -780,7 +778,9 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
             check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss, stopping = mean_and_any(loss, stop.requested, world, device)
+            stopping = stop.requested
+            if world > 1:
+                loss, stopping = mean_and_any(loss, stopping, world, device)
             progress.add_loss(loss, time.perf_counter() - started)
             data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
                       f"{(step + 1) * tokens_per_step / progress.step_seconds:,.0f} tokens/s  "
