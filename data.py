@@ -310,7 +310,7 @@ class Language:
             self.choices[symbol] = list(rules), cumulative, push
 
     def rule(self, symbol, words, weight, *push):
-        """`symbol` may say any of `words` (shared weight: Zipf by rank), then goes on with the symbols in
+        """`symbol` may say any of `words` (shared weight: Zipf by rank), then continues with the symbols in
         push."""
         words = words.split() if isinstance(words, str) else words
         zipf = [1 / (r + 2) for r in range(len(words))]

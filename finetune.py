@@ -26,14 +26,14 @@ the gradients that are being averaged.
 Several processes. Under torchrun every process has all weights and some rows of each batch, and the gradients
 are averaged (DistributedDataParallel). With --shard it also has only its share of weights, moments and
 gradients, 16 bytes a parameter divided by the processes (FSDP2's fully_shard; Rajbhandari et al. 2020,
-"ZeRO", stage 3): the weights of one block after the other are gathered in bfloat16, used and let go, forward
-and backward; gradients are summed in float32. Checkpoints are the same in all three cases, so that a run goes
-on with any number of processes.
+"ZeRO", stage 3): the weights of one block after the other are gathered in bfloat16, used and released,
+forward and backward; gradients are summed in float32. Checkpoints are the same in all three cases, so that a
+run goes on with any number of processes.
 
-Measured before and after, always: each held-out document read afresh (its perplexity, the mean of these, and
-the corpus perplexity, all as eval.py defines them), the perplexity of a text from outside (what was
-forgotten), and continuations of a prompt in the style of the data and of one that has nothing to do with it,
-from the same seed.
+Measured before and after, always: each held-out document read independently (its perplexity, the mean of
+these, and the corpus perplexity, all as eval.py defines them), the perplexity of a text from outside (what
+was forgotten), and continuations of a prompt in the style of the data and of one that has nothing to do with
+it, from the same seed.
 """
 import copy
 import ctypes
@@ -384,7 +384,8 @@ def write_report(config, result, figures):
         md.append("The grammar's own corpus perplexity on these documents, the floor: "
                   f"{result['floor']:.2f}.\n")
     texts = [text for text, _ in held_out(config.data, result["tokenizer"], min(20, config.held_out))]
-    md += [f"{len(before['documents'])} held-out documents, each read afresh, {before['tokens']:,} tokens; "
+    md += [f"{len(before['documents'])} held-out documents, each read independently, "
+           f"{before['tokens']:,} tokens; "
            f"the first {len(texts)}:\n",
            table(["document", "before", "after"], [[text if len(text) <= 80 else text[:80] + " …", b, a]
                                                    for text, b,
@@ -409,7 +410,7 @@ def first_share(ids, fraction, eos):
 
 
 def read_before(run):
-    """What was measured before a run that goes on was started."""
+    """What was measured before a run that resumes was started."""
     try:
         return json.loads((run / "before.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -596,7 +597,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
 
 def ablate(config, base, tokenizer, corpus, device, dtype):
     """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out
-    documents. A finished cell keeps its result and is not run again; one that was interrupted goes on."""
+    documents. A finished cell keeps its result and is not run again; one that was interrupted resumes."""
     folder, rows, before = Path(config.run), [], None
     varied = ("epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
     settings = {k: v for k, v in asdict(config).items() if k not in (*varied, *LOCAL)}

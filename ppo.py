@@ -30,7 +30,7 @@ The published details (Huang et al. 2023, "The N Implementation Details of RLHF 
 lines that follow them, or do not.
 
 The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate;
---repetition-coef, which takes 1 - distinct-2 of the batch from the reward, shared out among the responses by
+--repetition-coef, which takes 1 - distinct-2 of the batch from the reward, split among the responses by
 what each repeats; --sft-coef and --sft-every, supervised training on real text within every update, or after
 some iterations.
 """
@@ -904,7 +904,7 @@ def write_report(args, result, figures):
 
 
 def fingerprint(*modules):
-    """Tells whether a run that goes on finds the weights that it was started with."""
+    """Tells whether a run that resumes finds the weights that it was started with."""
     crc = 0
     for p in (p for module in modules for p in module.parameters()):
         crc = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)

@@ -13,7 +13,7 @@ above 0 of all tokens that the text already has by c, and multiplies those below
 between steps is its state: h, or h and c, or the KV cache.
 
 Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a
-row whose prompt goes on is given its next prompt token instead of the sampled one.
+row whose prompt continues is given its next prompt token instead of the sampled one.
 """
 import sys
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ has them):
 where m' = m / (1 - b1^t) and v' likewise, and wd is 0 for biases and norms. lr rises linearly to its peak,
 then falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
 
-A run is a folder: last.pt (all that is needed to go on), best.pt (the weights with the lowest validation
+A run is a folder: last.pt (all that is needed to resume), best.pt (the weights with the lowest validation
 loss), log.csv (a row for every log step and evaluation), result.json (the final figures). Every file is
 written under another name first and then renamed, so a kill at any moment leaves the previous one whole.
 """
@@ -232,13 +232,13 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
     """-log p of each of ids[1:] in nats, float64 [len(ids) - 1]. ids[0] is context only (put <eos> first).
     Dropout is off.
 
-    The model may be shared out among processes; then all call this together. A recurrent model reads the text
+    The model may be split across processes; then all call this together. A recurrent model reads the text
     with its state carried from start to end, cut into `rows` pieces side by side (1: exact; more: faster).
     Each piece but the first begins with the state after the first CONTEXT tokens of the text and reads the
     CONTEXT tokens before its own, which do not count: from a state of zero in mid-text a recurrent network
     may settle among states that it never meets in reading on, and stay there. The Transformer reads windows
     of `context` tokens that advance by `stride`, and only a window's last `stride` predictions count, so that
-    (after the first window) no token is judged with less than context - stride tokens before it.
+    (after the first window) no token is predicted with less than context - stride tokens before it.
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.long)
@@ -299,7 +299,7 @@ def eval_batch_size(ids):
 
 
 def prepend_eos(tokenizer, ids):
-    """ids (an array) behind the end token, int64: what perplexity expects of a text that starts afresh."""
+    """ids (an array) behind the end token, int64: what perplexity expects of an independent text."""
     return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(ids.astype("int64"))])
 
 
