@@ -384,12 +384,11 @@ def write_report(config, result, figures):
         md.append("The grammar's own corpus perplexity on these documents, the floor: "
                   f"{result['floor']:.2f}.\n")
     texts = [text for text, _ in held_out(config.data, result["tokenizer"], min(20, config.held_out))]
+    rows = [[text if len(text) <= 80 else text[:80] + " …", b, a]
+            for text, b, a in zip(texts, before["documents"], after["documents"])]
     md += [f"{len(before['documents'])} held-out documents, each read independently, "
-           f"{before['tokens']:,} tokens; "
-           f"the first {len(texts)}:\n",
-           table(["document", "before", "after"], [[text if len(text) <= 80 else text[:80] + " …", b, a]
-                                                   for text, b,
-                                                   a in zip(texts, before["documents"], after["documents"])])]
+           f"{before['tokens']:,} tokens; the first {len(texts)}:\n",
+           table(["document", "before", "after"], rows)]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
         md += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
                table(["", b["prompt"]],

@@ -154,8 +154,8 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
     read where they are used. UserError if it is not readable."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not isinstance(checkpoint, dict) or not {"model", "kind", "config",
-                                                    "tokenizer"} <= checkpoint.keys():
+        needed = {"model", "kind", "config", "tokenizer"}
+        if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
             raise ValueError("not a checkpoint of this project")
         return checkpoint
     except FileNotFoundError as e:
@@ -1026,8 +1026,8 @@ def main(argv=None):
     with first_process_first(rank, world):                          # it downloads and encodes
         corpus = data.load(config.data, tokenizer, splits)
         check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
-        corpora = {"val": corpus} | {name: data.load(name, corpus.tokenizer,
-                                                     ("valid",)) for name in config.also}
+        also = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
+        corpora = {"val": corpus} | also
     if config.search:
         return search(config, given, corpora, device, dtype)
     result = train(config, corpora, device, dtype, rank, world, checkpoint)
