@@ -116,23 +116,28 @@ def data_dir():
     return Path(os.environ.get("DATA_DIR") or HERE / "data")
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, own=""):
     """Call write(file) on a new file beside path, then rename it to path: path is the old file or the whole
-    new one."""
-    temporary = path.with_name(path.name + ".part")
+    new one. Its folder is made if it is missing. own: a part of the temporary name, where several processes
+    may write this file at once."""
+    temporary = path.with_name(f"{path.name}{own}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         then = "try again"
         if (path.parent / "last.pt").exists():
             then = f"resume with --resume --run {path.parent}"
+        elif data_dir() in path.parents:
+            then += ", or set DATA_DIR to a folder that you may write to"
         raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are complete: "
                         f"free some space and {then}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_json(path, value):
@@ -147,8 +152,8 @@ RANGES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "
 
 
 def option(default, help, choices=None, group=None, **limits):
-    """A field of a script's Config: its default, its line of --help, its choices, the heading it stands
-    under, and the range of a number by the words of RANGES."""
+    """A field of a script's Config: its default, its line of --help, its choices, the heading that it and the
+    options after it stand under, and the range of a number by the words of RANGES."""
     metadata = {"help": help, "choices": choices, "group": group, "limits": limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -167,29 +172,29 @@ def parse_args(Config, argv=None, epilog=None):
     were typed).
 
     A field's name is its option (`batch_size`: --batch-size), its annotation the type: bool is a switch,
-    list[...] takes one or more values. Config's docstring heads --help. UserError, in one line, for what is
-    not allowed.
+    list[...] takes one or more values. Config's docstring heads --help, in which the options of a base class
+    come last. UserError, in one line, for what is not allowed.
     """
     parser = Parser(description=Config.__doc__, epilog=epilog, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {None: parser}
-    for f in fields(Config):
-        name, group = "--" + f.name.replace("_", "-"), f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
+    group = parser
+    for f in sorted(fields(Config), key=lambda f: f.name not in Config.__annotations__):
+        name = "--" + f.name.replace("_", "-")
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         text = f.metadata["help"].replace("%", "%%")
         default = f.default if f.default_factory is MISSING else " ".join(map(str, f.default_factory()))
         if default is not None and default is not False and default != "":
             text += f" (default: {'yes' if default is True else default})"
         if f.type is bool:
             action = argparse.BooleanOptionalAction if f.default else "store_true"
-            groups[group].add_argument(name, action=action, help=text)
+            group.add_argument(name, action=action, help=text)
             continue
         kind, nargs, choices = f.type, None, f.metadata["choices"]
         if get_origin(kind) is list:
             kind, nargs = get_args(kind)[0], "+"
         metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-        groups[group].add_argument(name, type=kind, nargs=nargs, choices=choices, metavar=metavar, help=text)
+        group.add_argument(name, type=kind, nargs=nargs, choices=choices, metavar=metavar, help=text)
     given = vars(parser.parse_args(argv))
     for f in fields(Config):
         value, limits = given.get(f.name), f.metadata["limits"].items()
@@ -263,11 +268,8 @@ ADVERBS = {
 UNITS = {"finance": "percent cents points shillings", "climate": "degrees meters inches kilometers",
          "stories": "steps days apples minutes", "reviews": "stars scenes hours laughs"}
 TITLES = {"finance": "mr. ms.", "climate": "dr. prof.", "stories": "king queen", "reviews": "actor actress"}
-ROLES = "chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor"
 NAMES = ("harlow benton mercer quill ashby lorne tessler vance orwin pell draper kimball sorrel fenwick "
          "hale marlow dunmore ellis rowan thorne")
-NUMBERS = "two three four five six seven eight nine ten twenty fifty"
-SAY = "say think hope believe know fear"
 LIKED = ("praise enjoy save deserve elevate lift shine work impress land entertain great good funny "
          "brilliant moving superb fresh charming witty gripping lovely tender stunning masterful well "
          "nicely perfectly beautifully wonderfully")
@@ -291,14 +293,101 @@ def plural(noun):
     return irregular.get(noun) or (noun[:-3] + "men" if noun.endswith("man") else add_s(noun))
 
 
+# The rules: symbol | weight | what it says | the symbols that follow. {n} is s or p, singular or plural; {title} and
+# {name} are all titles and names. A word in capitals is a class of the tables above, in the form after its stop.
+GRAMMAR = """
+NAME:{title} | 1 | {name} | COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
+MORE:{title}:{name} | 32 | {title} | NAME:{name} VERB.s MORE:{title}:{name}
+MORE:{title}:{name} | 10 | but then yet meanwhile | CLAUSE MORE:{title}:{name}
+MORE:{title}:{name} | 13 | <eos> |
+MORE:{title}:{name} | 27 | the | SUBJECT MORE:{title}:{name}
+MORE:{title}:{name} | 6.75 | this | SUBJECT.s MORE:{title}:{name}
+MORE:{title}:{name} | 3.15 | every | SUBJECT.s MORE:{title}:{name}
+MORE:{title}:{name} | 4.5 | many | SUBJECT.p MORE:{title}:{name}
+MORE:{title}:{name} | 3.6 | most | SUBJECT.p MORE:{title}:{name}
+NAME:{name} | 1 | {name} |
+COMMA | 1 | , |
+THE | 1 | the |
+ROLE | 1 | chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor |
+THAT | 1 | that | CLAUSE
+CLAUSE | 60 | the | SUBJECT
+CLAUSE | 15 | this | SUBJECT.s
+CLAUSE | 7 | every | SUBJECT.s
+CLAUSE | 10 | many | SUBJECT.p
+CLAUSE | 8 | most | SUBJECT.p
+SUBJECT | 45 | NOUNS.s | AFTER.s
+SUBJECT | 30 | NOUNS.p | AFTER.p
+SUBJECT | 25 | ADJECTIVES | SUBJECT
+SUBJECT.{n} | 75 | NOUNS.{n} | AFTER.{n}
+SUBJECT.{n} | 25 | ADJECTIVES | SUBJECT.{n}
+NOUN.{n} | 75 | NOUNS.{n} |
+NOUN.{n} | 25 | ADJECTIVES | NOUN.{n}
+AFTER.{n} | 12 | that | ACTION.{n} VERB.{n}
+AFTER.{n} | 12 | of near | OBJECT VERB.{n}
+AFTER.{n} | 34.2 | VERBS.{n} | OBJECT END
+AFTER.{n} | 15.2 | INTRANSITIVES.{n} | END
+AFTER.s | 15.2 | is | QUALITY END
+AFTER.p | 15.2 | are | QUALITY END
+AFTER.s | 11.4 | says thinks hopes believes knows fears | THAT
+AFTER.p | 11.4 | say think hope believe know fear | THAT
+VERB.{n} | 45 | VERBS.{n} | OBJECT END
+VERB.{n} | 20 | INTRANSITIVES.{n} | END
+VERB.s | 20 | is | QUALITY END
+VERB.p | 20 | are | QUALITY END
+VERB.s | 15 | says thinks hopes believes knows fears | THAT
+VERB.p | 15 | say think hope believe know fear | THAT
+ACTION.{n} | 1 | VERBS.{n} | OBJECT
+OBJECT.any | 45 | NOUNS.s |
+OBJECT.any | 30 | NOUNS.p |
+OBJECT.any | 25 | ADJECTIVES | OBJECT.any
+OBJECT | 50 | the | OBJECT.any
+OBJECT | 24 | this | NOUN.s
+OBJECT | 15 | some | NOUN.p
+OBJECT | 10 | those | NOUN.p THAT.p
+OBJECT | 1 | life |
+THAT.p | 1 | that | ACTION.p
+END | 60 | . |
+END | 20 | in after because | REASON
+END | 6 | by | NUMBER UNIT STOP
+END | 14 | ADVERBS | STOP
+STOP | 1 | . |
+REASON | 5 | the | OBJECT.any STOP
+REASON | 3 | this | NOUN.s STOP
+REASON | 2 | these | NOUN.p STOP
+NUMBER | 1 | two three four five six seven eight nine ten twenty fifty |
+UNIT | 1 | UNITS |
+QUALITY | 30 | very so not | ADJECTIVE
+QUALITY | 70 | ADJECTIVES |
+ADJECTIVE | 1 | ADJECTIVES |
+"""
+CLASSES = {"NOUNS": NOUNS, "VERBS": VERBS, "INTRANSITIVES": INTRANSITIVES, "ADJECTIVES": ADJECTIVES,
+           "ADVERBS": ADVERBS, "UNITS": UNITS}
+FORMS = {"NOUNS.p": plural, "VERBS.s": add_s, "INTRANSITIVES.s": add_s}
+
+
 class Language:
     """One embedded language: its rules, a generator, and the exact probability of every next word."""
 
     def __init__(self, domain):
         self.domain = domain
         self.moods = ("positive", "negative") if domain == "reviews" else ("",)
+        self.mood_of = {form(word): mood for mood, words in enumerate((LIKED, DISLIKED))
+                        for word in words.split() for form in (str, add_s)}
         self.rules = {}                 # symbol -> {word: (weight for each mood, symbols that follow)}
-        self.write_rules()
+        self.domains = sorted(DOMAINS, key=lambda d: d != domain)          # its own first
+        titles = [title for d in self.domains for title in TITLES[d].split()]
+        for title in titles:
+            self.add_rule("DOCUMENT", [title], 45 if title in TITLES[domain].split() else 1, [f"NAME:{title}"])
+        values = {"{n}": "sp", "{title}": titles, "{name}": NAMES.split()}
+        for line in GRAMMAR.strip().splitlines():
+            used = [variable for variable in values if variable in line]
+            for chosen in itertools.product(*(values[variable] for variable in used)):
+                rule = line
+                for variable, value in zip(used, chosen):
+                    rule = rule.replace(variable, value)
+                symbol, weight, said, follow = (part.strip() for part in rule.split("|"))
+                for words, part in self.words_of(said):
+                    self.add_rule(symbol, words, part * float(weight), follow.split())
         for rules in self.rules.values():
             totals = [sum(w[m] for w, _ in rules.values()) for m in range(len(self.moods))]
             for word, (w, push) in rules.items():
@@ -309,106 +398,24 @@ class Language:
             cumulative = [np.cumsum([w[m] for w in weights]).tolist() for m in range(len(self.moods))]
             self.choices[symbol] = list(rules), cumulative, push
 
-    def rule(self, symbol, words, weight, *push):
-        """`symbol` may say any of `words` (shared weight: Zipf by rank), then continues with the symbols in
-        push."""
-        words = words.split() if isinstance(words, str) else words
+    def words_of(self, said):
+        """What a rule says, as [(words, share of its weight)]: of a class, this domain's words have 90 %."""
+        table, form = CLASSES.get(said.partition(".")[0]), FORMS.get(said, str)
+        if table is None:
+            return [(said.split(), 1)]
+        own, *others = ([form(w) for w in table[d].split()] for d in self.domains)
+        rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)  # by rank, each once
+        return [(own, 0.9), ([w for w in rest if w and w not in own], 0.1)]
+
+    def add_rule(self, symbol, words, weight, follow):
+        """`symbol` may say any of `words`, which share the weight by rank (Zipf)."""
         zipf = [1 / (r + 2) for r in range(len(words))]
         for word, z in zip(words, zipf):
-            factor = [1.0] * len(self.moods)
-            if len(self.moods) == 2:
-                mood = self.mood_of.get(word)
-                factor = [MOOD_RATIO ** (mood == m) for m in (0, 1)]
-            self.rules.setdefault(symbol, {})
-            assert word not in self.rules[symbol], (symbol, word)
-            self.rules[symbol][word] = tuple(weight * z / sum(zipf) * f for f in factor), push
-
-    def lexicon(self, symbol, table, form, weight, *push):
-        """Words of every domain: this one's own get 90 % of the weight."""
-        seen = {form(w) for w in table[self.domain].split()}
-        self.rule(symbol, [form(w) for w in table[self.domain].split()], 0.9 * weight, *push)
-        others = [[form(w) for w in table[d].split()] for d in DOMAINS if d != self.domain]
-        rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)  # by rank, each once
-        self.rule(symbol, [w for w in rest if w and w not in seen], 0.1 * weight, *push)
-
-    def write_rules(self):
-        same = str
-        self.mood_of = {form(w): m for m, ws in enumerate((LIKED, DISLIKED)) for w in ws.split()
-                        for form in (same, add_s)}
-        others = [d for d in DOMAINS if d != self.domain]
-        titles = " ".join(TITLES[d] for d in [self.domain, *others])
-        rule, lexicon = self.rule, self.lexicon
-
-        # a document: who it is about, then sentences; MORE:title:name remembers who
-        for title, w in zip(titles.split(), [45, 45] + [1] * 6):
-            rule("DOCUMENT", title, w, f"NAME:{title}")
-            for name in NAMES.split():
-                more = f"MORE:{title}:{name}"
-                rule(f"NAME:{title}", name, 1, "COMMA", "THE", "ROLE", "COMMA", "VERB.s", more)
-                rule(more, title, 32, f"NAME:{name}", "VERB.s", more)
-                rule(more, "but then yet meanwhile", 10, "CLAUSE", more)
-                rule(more, "<eos>", 13)
-                for word, weight, *push in self.subjects():
-                    rule(more, word, 0.45 * weight, *push, more)
-        for name in NAMES.split():
-            rule(f"NAME:{name}", name, 1)
-        rule("COMMA", ",", 1)
-        rule("THAT", "that", 1, "CLAUSE")
-        rule("THE", "the", 1)
-        rule("ROLE", ROLES, 1)
-        for word, weight, *push in self.subjects():
-            rule("CLAUSE", word, weight, *push)
-
-        # noun phrases: SUBJECT.n leaves its number for the verb; OBJECT's noun is forgotten
-        for number, noun in (("s", same), ("p", plural)):
-            only, after = f"NOUN.{number}", f"AFTER.{number}"
-            share = 0.6 if number == "s" else 0.4
-            for symbol, weight, push in (("SUBJECT", share, (after,)), (f"SUBJECT.{number}", 1, (after,)),
-                                         ("OBJECT.any", share, ()), (only, 1, ())):
-                lexicon(symbol, NOUNS, noun, 0.75 * weight, *push)
-            for symbol in (f"SUBJECT.{number}", only):
-                lexicon(symbol, ADJECTIVES, same, 0.25, symbol)
-            # after a subject: a clause or another noun in between, or the verb at once
-            rule(after, "that", 12, f"ACTION.{number}", f"VERB.{number}")
-            rule(after, "of near", 12, "OBJECT", f"VERB.{number}")
-            self.verbs(after, number, 76)
-            self.verbs(f"VERB.{number}", number, 100)
-            form = add_s if number == "s" else same
-            lexicon(f"ACTION.{number}", VERBS, form, 1, "OBJECT")
-        for symbol in ("SUBJECT", "OBJECT.any"):
-            lexicon(symbol, ADJECTIVES, same, 0.25, symbol)
-        rule("OBJECT", "the", 50, "OBJECT.any")
-        rule("OBJECT", "this", 24, "NOUN.s")
-        rule("OBJECT", "some", 15, "NOUN.p")
-        rule("OBJECT", "those", 10, "NOUN.p", "THAT.p")
-        rule("OBJECT", "life", 1)
-        rule("THAT.p", "that", 1, "ACTION.p")
-
-        # what may follow the verb's object, and ends the sentence
-        rule("END", ".", 60)
-        rule("END", "in after because", 20, "REASON")
-        rule("END", "by", 6, "NUMBER", "UNIT", "STOP")
-        lexicon("END", ADVERBS, same, 14, "STOP")
-        rule("STOP", ".", 1)
-        rule("REASON", "the", 5, "OBJECT.any", "STOP")
-        rule("REASON", "this", 3, "NOUN.s", "STOP")
-        rule("REASON", "these", 2, "NOUN.p", "STOP")
-        rule("NUMBER", NUMBERS, 1)
-        lexicon("UNIT", UNITS, same, 1)
-        rule("QUALITY", "very so not", 0.3, "ADJECTIVE")
-        lexicon("QUALITY", ADJECTIVES, same, 0.7)
-        lexicon("ADJECTIVE", ADJECTIVES, same, 1)
-
-    def subjects(self):
-        return (("the", 60, "SUBJECT"), ("this", 15, "SUBJECT.s"), ("every", 7, "SUBJECT.s"),
-                ("many", 10, "SUBJECT.p"), ("most", 8, "SUBJECT.p"))
-
-    def verbs(self, symbol, number, weight):
-        form, be = (add_s, "is") if number == "s" else (str, "are")
-        self.lexicon(symbol, VERBS, form, 0.45 * weight, "OBJECT", "END")
-        self.lexicon(symbol, INTRANSITIVES, form, 0.2 * weight, "END")
-        self.rule(symbol, be, 0.2 * weight, "QUALITY", "END")
-        self.rule(symbol, [form(w) for w in SAY.split()], 0.15 * weight, "THAT")
+            mood = self.mood_of.get(word)
+            factors = [MOOD_RATIO ** (mood == m) for m in (0, 1)] if self.domain == "reviews" else [1.0]
+            rules = self.rules.setdefault(symbol, {})
+            assert word not in rules, (symbol, word)
+            rules[word] = tuple(weight * z / sum(zipf) * f for f in factors), follow
 
     def document(self, rng):
         """One document: its words, `<eos>` last, and its mood (0 positive, 1 negative; 0 where there is
@@ -437,20 +444,6 @@ class Language:
             if not stack:                                      # the document is over: everything is forgotten
                 stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
         return out
-
-    def next_words(self, words):
-        """{word: p} for the word after this text (which starts at a document's beginning): the source as a
-        model."""
-        stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
-        for word in words:
-            weights, push = self.rules[stack.pop()][word]
-            posterior = [q * w for q, w in zip(posterior, weights)]
-            posterior = [q / sum(posterior) for q in posterior]
-            stack.extend(push)
-            if not stack:
-                stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
-        return {word: sum(q * w for q, w in zip(posterior, weights))
-                for word, (weights, _) in self.rules[stack[-1]].items()}
 
 
 @lru_cache(None)
@@ -544,6 +537,8 @@ class WordTokenizer:
         self.words = list(words)
         self.ids = {w: i for i, w in enumerate(self.words)}
         self.vocab_size, self.eos, self.unk = len(self.words), self.ids["<eos>"], self.ids.get("<unk>")
+        self.begin = self.stops = [self.eos]                    # ids that a text begins with, and ends with
+        self.suppressed = [] if self.unk is None else [self.unk]        # ids that are never drawn
         self.memo = {}
 
     def normalize(self, text):
@@ -590,6 +585,7 @@ class GPT2Tokenizer:
                             f"themselves; without one, place tiktoken's cache in {cached} or set "
                             "TIKTOKEN_CACHE_DIR") from e
         self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
+        self.begin, self.stops, self.suppressed = [self.eos], [self.eos], []
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={SEPARATOR}, disallowed_special=())
@@ -846,9 +842,10 @@ def imdb_labelled(name, split):
     return imdb_reviews(path, path.stat().st_mtime_ns, split)
 
 
-def embedded_floor(name, split):
-    """The perplexity of an embedded language's own grammar on a split, `<eos>` included."""
-    nll = language(name).nll([w for doc, _ in embedded_documents(name, split) for w in doc])
+def embedded_floor(name, split, n_documents=None):
+    """The perplexity of an embedded language's own grammar on the first documents of a split, `<eos>`
+    included."""
+    nll = language(name).nll([w for doc, _ in embedded_documents(name, split)[:n_documents] for w in doc])
     return math.exp(math.fsum(nll) / len(nll))
 
 
@@ -960,18 +957,7 @@ def encode_split(name, split, tokenizer):
     path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
     if not path.exists():
         print(f"encoding {source.name} ({split}) once into {path}", file=sys.stderr)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as f:
-                for ids in encoded():
-                    f.write(ids.tobytes())
-            os.replace(temporary, path)
-        except OSError as e:
-            raise UserError(f"cannot write {path}: {e.strerror}. "
-                            "Set DATA_DIR to a folder with space that you may write to") from e
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, lambda f: f.writelines(ids.tobytes() for ids in encoded()), f".{os.getpid()}")
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
@@ -1013,6 +999,13 @@ def check_length(batches, ids):
                         "smaller --batch-size and --block-size")
 
 
+def rows_at(ids, starts, block_size):
+    """What begins at each of these places: inputs and targets, int64 [B, T] each, targets one token later."""
+    rows = np.stack([ids[at:at + block_size + 1] for at in starts])
+    rows = torch.from_numpy(rows.astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
 class ContiguousBatches:
     """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is
     read on, so the state at the end of one batch is the state at the start of the next. `batch(step)` depends
@@ -1029,13 +1022,10 @@ class ContiguousBatches:
         return step % self.steps_per_epoch == 0
 
     def batch(self, step):
-        """-> inputs, targets: int64 [B, T], targets one token ahead."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = np.random.default_rng((self.seed, epoch)).integers(self.block_size) + k * self.block_size
         starts = range(start, start + self.row * self.batch_size, self.row)
-        rows = np.stack([self.ids[at:at + self.block_size + 1] for at in starts])
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        return rows_at(self.ids, starts, self.block_size)
 
 
 class WindowBatches:
@@ -1046,20 +1036,19 @@ class WindowBatches:
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
         self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
         self.steps_per_epoch = self.n_windows // batch_size
-        self.shuffled = None, None                              # epoch, and where its windows begin
+        self.starts = lru_cache(1)(self.starts)                 # of one epoch at a time
         check_length(self, ids)
 
     def is_epoch_start(self, step):
         return step % self.steps_per_epoch == 0
 
+    def starts(self, epoch):
+        """Where the windows of an epoch begin, in their order."""
+        rng = np.random.default_rng((self.seed, epoch))
+        offset = rng.integers(self.block_size)
+        return rng.permutation(self.n_windows) * self.block_size + offset
+
     def batch(self, step):
-        """-> inputs, targets: int64 [B, T], targets one token ahead."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        if self.shuffled[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            offset = rng.integers(self.block_size)
-            self.shuffled = epoch, rng.permutation(self.n_windows) * self.block_size + offset
-        starts = self.shuffled[1][k * self.batch_size:(k + 1) * self.batch_size]
-        rows = np.stack([self.ids[at:at + self.block_size + 1] for at in starts])
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        starts = self.starts(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
+        return rows_at(self.ids, starts, self.block_size)

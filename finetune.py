@@ -37,7 +37,6 @@ it, from the same seed.
 """
 import copy
 import ctypes
-import json
 import math
 import os
 import sys
@@ -49,18 +48,17 @@ import numpy as np
 import torch
 
 import data
-from data import UserError, option, save_json, write_atomically
-from eval import Figures, Run, losses_afresh, number, open_run, paint_curves, read_log, table
-from qwen_load import save_model
-from sample import encode_prompt, generate, suppressed_tokens
-from train import (COLUMNS, LOCAL, Log, Progress, StopRequest, average_gradients, broadcast, build_model,
-                   check_finite, check_resume_config, check_text, clip_grad_norm, complete_checkpoint,
-                   configure_optimizer, detach_state, environment, eval_batch_size, first_process_first,
-                   gather_state,
-                   get_lr, job_errors, join_processes, kind_of, leave_processes, load_run, mean_and_any,
-                   perplexity,
-                   pick_device, pick_dtype, prepend_eos, read_checkpoint, refuse_existing, sample_line,
-                   save_checkpoint, step_seed, stopped, take_rows, tokenizer_from)
+from data import UserError, option, save_json
+from eval import exp, format_number, markdown_table, plot_curves, pyplot, read_log, run_options, score, write_report
+from qwen_load import read_json, save_model
+from sample import encode_prompt, generate
+from train import (COLUMNS, LOCAL, Log, Progress, RunOptions, StopRequest, autocast, average_gradients, base_result,
+                   broadcast, build_model, check_finite, check_resume_config, check_text, clip_grad_norm,
+                   complete_checkpoint, configure_optimizer, context, detach_state, dtype_name, environment,
+                   eval_batch_size, first_process_first, gather_state, get_lr, job_errors, join_processes,
+                   leave_processes, load_run, mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos,
+                   read_checkpoint, refuse_existing, resume_command, sample_line, save_checkpoint, set_lr, step_seed,
+                   stopped, take_rows, tokenizer_from)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -76,13 +74,11 @@ def by_base(name):
 
 
 @dataclass
-class Config:
+class Config(RunOptions):
     """Fine-tune all parameters of a trained model on other text, and show what changed."""
     base: str = option("Qwen/Qwen2-0.5B", "a run of train.py; or Qwen2's weights: a folder, or their name on "
                                           "the hub, downloaded once (1 GB)")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
-    run: str = option(None, "folder of the result (default: runs/finetune-BASE-DATA)")
-    resume: bool = option(False, "resume the run in --run, as it was started")
     epochs: float = option(2.0, "passes over the training text", above=0)
     steps: int = option(None, "optimizer steps, instead of --epochs", above=0)
     data_fraction: float = option(0.9, "the first share of the training text", above=0, at_most=1)
@@ -90,39 +86,25 @@ class Config:
     ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table", above=0)
     ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data of the table", above=0, at_most=1)
     lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0, group="the step")
-    batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}", above=0, group="the step")
-    block_size: int = option(None, "tokens of a window, at most the base's context "
-                                   f"{by_base('block_size')}", above=0,
-                             group="the step")
-    accumulate: int = option(1, "cut a batch into N micro-batches: less memory", above=0, group="the step")
-    checkpointing: bool = option(False, "keep the inputs of layers only and compute the rest twice: less "
-                                        "memory",
-                                 group="the step")
-    shard: bool = option(False, "under torchrun: weights and moments are split across the "
-                                "processes", group="the step")
-    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0, group="the step")
-    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of "
-                                    "all", at_least=0, group="the step")
-    grad_clip: float = option(1.0, "largest gradient norm", above=0, group="the step")
-    seed: int = option(1, "of batches, dropout and samples", at_least=0, below=2 ** 63, group="the step")
-    log_every: int = option(10, "steps between rows of log.csv", above=0, group="the step")
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the "
-                                   "run)", above=0, group="the step")
-    sample: bool = option(True, "print a line that the model writes at every evaluation", group="the step")
+    batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}", above=0)
+    block_size: int = option(None, f"tokens of a window, at most the base's context {by_base('block_size')}",
+                             above=0)
+    accumulate: int = option(1, "cut a batch into N micro-batches: less memory", above=0)
+    checkpointing: bool = option(False, "keep the inputs of layers only and compute the rest twice: less memory")
+    shard: bool = option(False, "under torchrun: weights and moments are split across the processes")
+    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
+    log_every: int = option(10, "steps between rows of log.csv", above=0)
+    eval_tokens: int = option(8192, "of the validation split, for the loss curve", above=0)
+    sample: bool = option(True, "print a line that the model writes at every evaluation")
     held_out: int = option(200, "documents of the test split", above=0, group="before and after")
     retain: str = option(None, "a text that is not trained on (default: what the base was trained on; "
-                               "wikitext2 for Qwen2)", group="before and after")
+                               "wikitext2 for Qwen2)")
     prompts: list[str] = option([], "to continue (default: a knight's journey and the climate; for an "
                                     "embedded language the beginnings of a document of --data and of another "
-                                    "one)", group="before and after")
-    sample_tokens: int = option(60, "of a continuation", above=0, group="before and after")
-    temperature: float = option(0.7, "of the continuations", at_least=0, group="before and after")
-    eval_tokens: int = option(8192, "of the validation split, for the loss "
-                                    "curve", above=0, group="before and after")
-    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
-                                "multiplies it",
-                        choices=["auto", "float32", "bfloat16"])
+                                    "one)")
+    sample_tokens: int = option(60, "of a continuation", above=0)
+    temperature: float = option(0.7, "of the continuations", at_least=0)
 
 
 # --------------------------------------------------------------------------------------------------- the step
@@ -224,12 +206,11 @@ def sharded_state(model, optimizer):
     state = get_optimizer_state_dict(model, optimizer, options=options)
     if not state:
         return weights, state
-    names = [name for group in state["param_groups"] for name in group["params"]]
+    names = [name for group in state["param_groups"] for name in group["params"]]       # parameters by number
     groups = [group | {"params": [names.index(name) for name in group["params"]],
                        "betas": tuple(group["betas"])}              # a list after a resume
               for group in state["param_groups"]]
-    moments = {k: state["state"][name] for k, name in enumerate(names)}
-    return weights, {"state": moments, "param_groups": groups}
+    return weights, {"state": {k: state["state"][name] for k, name in enumerate(names)}, "param_groups": groups}
 
 
 def load_sharded_state(model, optimizer, weights, state=None):
@@ -252,26 +233,18 @@ def load_sharded_state(model, optimizer, weights, state=None):
 # ----------------------------------------------------------------------------------------------------- memory
 
 def memory_needed(model, config, dtype, world=1):
-    """Bytes that training will hold at its fullest in one process, roughly: 16 or 18 a parameter (4 more
-    where the gradients of several processes are averaged; a share of 16 with --shard, and what is gathered at
-    a time: embedding, head and two blocks), what the backward pass reads of a batch, and the logits of one
-    chunk of it."""
-    c, n, bf16 = model.config, sum(p.numel() for p in model.parameters()), dtype == torch.bfloat16
-    lean = config.accumulate == 1 and not model.recurrent and world == 1
-    fixed = n * ((18 if bf16 and not lean else 16) + 4 * (world > 1))
-    # gathered weights and their gradients in dtype, and these in float32 to be summed
-    if config.shard:
+    """Bytes that training will hold at its fullest in one process, roughly: what a parameter takes (the head
+    of this file), what the backward pass reads of a batch, and the logits of one chunk of it."""
+    c, n, size = model.config, sum(p.numel() for p in model.parameters()), 2 if dtype == torch.bfloat16 else 4
+    fixed = n * (16 + 2 * (size == 2 and not uses_bf16_model(model, config, dtype, world)) + 4 * (world > 1))
+    if config.shard:                # gathered at a time: embedding, head, two blocks, and their gradients
         blocks = sum(p.numel() for p in model.layers.parameters())
-        fixed = 16 * n / world + (8 if bf16 else 12) * (n - blocks + 2 * blocks / c.n_layer)
+        fixed = 16 * n / world + (4 + 2 * size) * (n - blocks + 2 * blocks / c.n_layer)
     tokens = config.batch_size * min(config.block_size, context(model)) // config.accumulate // world
-    size = 2 if bf16 else 4
     per_layer = 14 * c.n_embd + 5 * c.n_hidden
-    if not model.recurrent and config.checkpointing:
-        kept = tokens * size * (c.n_layer * c.n_embd + per_layer)
-    else:
-        kept = tokens * size * c.n_layer * per_layer
-    return fixed + kept + min(tokens,
-                              512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not config.shard)
+    kept = c.n_layer * c.n_embd + per_layer if config.checkpointing else c.n_layer * per_layer
+    chunk = min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not config.shard)
+    return fixed + tokens * size * kept + chunk
 
 
 def memory_text(model, config, device, dtype, world=1):
@@ -289,11 +262,6 @@ def memory_text(model, config, device, dtype, world=1):
     return words
 
 
-def context(model):
-    """The longest window a model can be trained on."""
-    return math.inf if model.recurrent else model.config.block_size
-
-
 # ------------------------------------------------------------------------------------------- before and after
 
 def is_embedded(tokenizer):
@@ -301,24 +269,15 @@ def is_embedded(tokenizer):
     return tokenizer.kind == "word" and tokenizer.unk is None
 
 
-def held_out(name, tokenizer, n):
-    """The first n documents of a corpus's test split as (text, ids)."""
+def held_out(name, n):
+    """The first n documents of a corpus's test split, each with its end."""
     texts = []
     for text in data.documents(name, "test"):
         if text.strip():
             texts.append(text)
         if len(texts) == n:
             break
-    try:
-        read = [(text.replace(data.SEPARATOR, "").strip(), tokenizer.encode(text)) for text in texts]
-    except ValueError as e:
-        raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. "
-                        "Take a base that was trained with --tokenizer gpt2") from e
-    read = [(text, ids) for text, ids in read if ids]
-    if not read:
-        raise UserError(f"{name} has no document to hold out: its last 5 % are the test split; take a longer "
-                        "text")
-    return read
+    return texts
 
 
 def retained_ids(name, tokenizer, most=20_000):
@@ -339,19 +298,19 @@ def retained_ids(name, tokenizer, most=20_000):
 
 def measure(model, tokenizer, config, dtype):
     """All figures of a model: held-out documents, the text from outside, continuations."""
-    documents = held_out(config.data, tokenizer, config.held_out)
-    losses = losses_afresh(model, [ids for _, ids in documents], tokenizer.eos, dtype)
-    each = [math.exp(min(v.mean(), 700)) for v in losses]
-    out = {"documents": each, "mean": sum(each) / len(each),
-           "corpus": math.exp(min(np.concatenate(losses).mean(), 700)),
-           "tokens": sum(len(v) for v in losses), "retained": None, "samples": []}
+    try:
+        texts = held_out(config.data, config.held_out)
+        scores = score(model, tokenizer, texts, dtype, ends=tokenizer.kind == "word")
+    except ValueError as e:
+        raise UserError(f"the test split of {config.data} cannot be read by the base: {e}. Take a longer text, or "
+                        "a base that was trained with --tokenizer gpt2") from e
+    out = {"documents": scores["sentences"], "retained": None, "samples": []}
+    out |= {name: scores[name] for name in ("mean", "corpus", "tokens")}
     if config.retain:
         out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer), dtype=dtype)
     for prompt in config.prompts:
-        ids = encode_prompt(tokenizer, prompt)
-        new = generate(model, [ids], config.sample_tokens, config.temperature, eos=tokenizer.eos,
-                       seed=config.seed,
-                       suppressed_tokens=suppressed_tokens(tokenizer))
+        new = generate(model, [encode_prompt(tokenizer, prompt)], config.sample_tokens, config.temperature,
+                       eos=tokenizer.eos, seed=config.seed, suppressed_tokens=tokenizer.suppressed)
         out["samples"].append({"prompt": prompt, "text": tokenizer.decode(new[0]).strip()})
     return out
 
@@ -359,44 +318,41 @@ def measure(model, tokenizer, config, dtype):
 def grammar_floor(name, n, tokenizer):
     """The corpus perplexity of an embedded language's own grammar on its first n test documents; None for
     other corpora, and for models that do not read it in the grammar's words."""
-    if name not in data.DOMAINS or not is_embedded(tokenizer):
-        return None
-    nll = [v for words,
-           _ in data.embedded_documents(name, "test")[:n] for v in data.language(name).nll(words)]
-    return math.exp(math.fsum(nll) / len(nll))
+    return data.embedded_floor(name, "test", n) if name in data.DOMAINS and is_embedded(tokenizer) else None
 
 
-def write_report(config, result, figures):
+def before_and_after(title, before, after):
+    return {"": title, "before": before, "after": after}
+
+
+def report(config, result):
     """report.md: Tables 3, 4 and 5, Figure 4, and what was kept."""
     before, after, run = result["before"], result["after"], Path(config.run)
-    rows = [["mean of the documents' perplexities", before["mean"], after["mean"]],
-            ["corpus perplexity", before["corpus"], after["corpus"]]]
+    rows = [before_and_after("mean of the documents' perplexities", before["mean"], after["mean"]),
+            before_and_after("corpus perplexity", before["corpus"], after["corpus"])]
     if before["retained"]:
-        rows.append([f"{config.retain} (not trained on), "
-                     "perplexity", before["retained"]["ppl"], after["retained"]["ppl"]])
-    md = [f"# {config.base} fine-tuned on {config.data}\n",
-          f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
-          f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, "
-          f"{result['seconds']:.0f} s at {number(result['tokens_per_second'], 0)} tokens/s, "
-          f"{result['dtype']}.\n",
-          "## Perplexity before and after (Table 3)\n", table(["", "before", "after"], rows)]
+        rows.append(before_and_after(f"{config.retain} (not trained on), perplexity", before["retained"]["ppl"],
+                                     after["retained"]["ppl"]))
+    lines = [f"# {config.base} fine-tuned on {config.data}\n",
+             f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
+             f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, "
+             f"{result['seconds']:.0f} s at {format_number(result['tokens_per_second'], 0)} tokens/s, "
+             f"{result['dtype']}.\n", "## Perplexity before and after (Table 3)\n", markdown_table(rows)]
     if result["floor"]:
-        md.append("The grammar's own corpus perplexity on these documents, the floor: "
-                  f"{result['floor']:.2f}.\n")
-    texts = [text for text, _ in held_out(config.data, result["tokenizer"], min(20, config.held_out))]
-    rows = [[text if len(text) <= 80 else text[:80] + " …", b, a]
+        lines.append("The grammar's own corpus perplexity on these documents, the floor: "
+                     f"{result['floor']:.2f}.\n")
+    texts = [text.replace(data.SEPARATOR, "").strip() for text in held_out(config.data, min(20, config.held_out))]
+    rows = [{"document": text if len(text) <= 80 else text[:80] + " …", "before": b, "after": a}
             for text, b, a in zip(texts, before["documents"], after["documents"])]
-    md += [f"{len(before['documents'])} held-out documents, each read independently, "
-           f"{before['tokens']:,} tokens; the first {len(texts)}:\n",
-           table(["document", "before", "after"], rows)]
+    lines += [f"{len(before['documents'])} held-out documents, each scored independently, "
+              f"{before['tokens']:,} tokens; the first {len(texts)}:\n", markdown_table(rows)]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
-        md += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
-               table(["", b["prompt"]],
-                     [["before", b["text"] or "(nothing)"], ["after", a["text"] or "(nothing)"]])]
-    curve = Run(run.name, None, None, read_log(run / "log.csv"), {}, {})
-    md += ["## Loss (Figure "
-           "4)\n", figures.draw("loss", "Loss while fine-tuning", paint_curves([curve]), panels=2)]
-    write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
+        lines += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
+                  markdown_table([{"": when, b["prompt"]: sample["text"] or "(nothing)"}
+                                  for when, sample in (("before", b), ("after", a))])]
+    if pyplot():
+        plot_curves({run.name: read_log(run / "log.csv")}, run / "loss.png")
+    write_report(run, [*lines, "## Loss (Figure 4)\n", "![Loss while fine-tuning](loss.png)\n"])
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
@@ -411,10 +367,15 @@ def first_share(ids, fraction, eos):
 def read_before(run):
     """What was measured before a run that resumes was started."""
     try:
-        return json.loads((run / "before.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        return read_json(run / "before.json")
+    except UserError as e:
         raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. "
                         "Start anew with another --run") from e
+
+
+def uses_bf16_model(model, config, dtype, world):
+    """Whether the products are done in a bfloat16 copy; else autocast does them, if they are bfloat16."""
+    return dtype == torch.bfloat16 and world == 1 and config.accumulate == 1 and not model.recurrent
 
 
 def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, checkpoint=None, before=None,
@@ -422,10 +383,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
     """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base,
     which is trained in place; on the meta device with --shard, and only its config counts where a run
     resumes."""
-    run, kind = Path(config.run), kind_of(model)
-    resume_hint = resume_hint or f"python finetune.py --resume --run {run}"
-    if world > 1:
-        resume_hint = f"the same torchrun command and --resume --run {run}"
+    run = Path(config.run)
     if rank == 0:
         print(memory_text(model, config, device, dtype, world), file=sys.stderr)
 
@@ -433,7 +391,6 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
     train_ids = first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
     cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
     batches = cut(train_ids, config.batch_size, min(config.block_size, context(model)), config.seed)
-    tokens_per_step = batches.batch_size * batches.block_size
     valid = prepend_eos(tokenizer, np.asarray(corpus.ids["valid"][:config.eval_tokens]))
     prompt = encode_prompt(tokenizer, config.prompts[0])
     if checkpoint:
@@ -442,18 +399,16 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
         unsharded = load_run(config.base, device, dtype)[0] if config.shard else model
         before = before or measure(unsharded, tokenizer, config, dtype)
         del unsharded
-        run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
 
     # 4 model: the products' bfloat16 copy, or shards, or a copy in every process
     bf16_model = None
     if config.shard:
         shard_model(model, device, dtype, world)
-    elif dtype == torch.bfloat16 and world == 1 and config.accumulate == 1 and not model.recurrent:
+    elif uses_bf16_model(model, config, dtype, world):
         bf16_model, pairs = make_bf16_model(model)
     ddp_model = model if config.shard else average_gradients(model, device, world)
-    if not model.recurrent:
-        (bf16_model or model).checkpointing = config.checkpointing
+    (bf16_model or model).checkpointing = config.checkpointing
 
     # 5 optimizer
     optimizer = configure_optimizer(model, config.lr, config.weight_decay)
@@ -479,21 +434,19 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
         weights = None
     if bf16_model:
         copy_master_to_bf16(pairs)
-    start, steps, resumed = progress.step, progress.steps, checkpoint is not None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # 7 loop
     if rank == 0:
-        log = Log(run, COLUMNS, start if resumed else None)
+        log = Log(run, COLUMNS, progress.resumed_at)
     data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, "
-              f"{device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
+              f"{device.type} {dtype_name(dtype)}, {run}", "\n")
     model.train()
-    clock, loss, lr, grad_norm, stopping = time.perf_counter() - progress.seconds, math.nan, "", "", False
+    clock, loss, metrics, stopping = time.perf_counter() - progress.seconds, math.nan, {}, False
     with StopRequest() as stop, job_errors(run, progress, world):
-        for step in range(start, steps + 1):
+        for step in range(progress.step, steps + 1):
             # evaluate, log, save
-            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
-            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
+            progress.seconds, better = time.perf_counter() - clock, False
+            evaluating = progress.due(progress.eval_every)
             if evaluating:
                 scores = None
                 if rank == 0 or config.shard:
@@ -502,42 +455,33 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 check_finite(run, f"step {step}", validation_loss=scores["nll"])
                 better = progress.is_best(scores["nll"])
                 progress.seconds = time.perf_counter() - clock
-            if rank == 0 and (evaluating or step > start and step % config.log_every == 0):
-                row = progress.row(tokens_per_step, batches.steps_per_epoch)
-                row |= {"lr": lr, "grad_norm": grad_norm}
-                log.write(row | ({"val_loss": scores["nll"], "val_ppl": scores["ppl"]} if evaluating else {}))
+                metrics |= {"val_loss": scores["nll"], "val_ppl": scores["ppl"]}
+            if rank == 0 and (evaluating or progress.due(config.log_every)):
+                log.write(progress.row(batches) | metrics)
             if step > 0 and (evaluating or stopping):
                 rows = gather_state(state, world)                   # of all processes
                 if config.shard:
-                    weights, moments = sharded_state(model, optimizer)
+                    states = sharded_state(model, optimizer)
                 else:
-                    weights, moments = model.state_dict(), optimizer.state_dict()
+                    states = model.state_dict(), optimizer.state_dict()
                 if rank == 0:
-                    best = {"kind": kind, "config": asdict(model.config), "model": weights,
-                            "tokenizer": tokenizer.state(), "step": step}
-                    save_checkpoint(run, best, {
-                        "optimizer": moments, "state": rows, "progress": asdict(progress),
-                        "options": asdict(config),
-                        "fingerprint": corpus.fingerprint()}, better)
-                weights = moments = best = None                     # their memory
+                    save_checkpoint(config, model, tokenizer, states, progress, better, state=rows,
+                                    fingerprint=corpus.fingerprint())
+                states = None                                       # their memory
             if evaluating and step > 0 and rank == 0:
-                data.live(f"step {step}/{steps}  loss {loss:.3f}  val ppl "
-                          f"{scores['ppl']:.2f}{' *' if better else ''}  {progress.seconds:.0f} s, "
-                          f"{progress.left():.0f} s left", "\n")
+                data.live(f"{progress}  loss {loss:.3f}  val ppl {scores['ppl']:.2f}{' *' if better else ''}", "\n")
                 if config.sample and not config.shard:
                     data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             if step == steps:
                 break
             if stopping:
-                stopped(step, resume_hint, world)
+                stopped(progress, resume_hint or resume_command("python finetune.py", run, world), world)
 
             # one step
             started = time.perf_counter()
-            # dropout is a function of (seed, step, rank)
-            torch.manual_seed(step_seed(config.seed, step, rank))
+            torch.manual_seed(step_seed(config.seed, step, rank))           # of dropout
             lr = get_lr(step, steps, config.lr, warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             if not model.recurrent or batches.is_epoch_start(step):
                 state = None
             x, y = batches.batch(step)                              # [B, T] each, y one token later
@@ -547,12 +491,11 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 loss.backward()
                 loss, grad_norm = loss.item(), bf16_grad_norm(bf16_model, pairs)
                 check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
-                clip = config.grad_clip / (grad_norm + 1e-6)
-                step_with_bf16_gradients(optimizer, pairs, 1.0 if grad_norm <= config.grad_clip else clip)
+                step_with_bf16_gradients(optimizer, pairs, config.grad_clip / max(config.grad_clip, grad_norm))
             else:
                 loss = 0.0
                 for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
-                    with autocast:
+                    with autocast(device, dtype):
                         part, state = ddp_model(x_part, state, targets=y_part)
                     part = part / config.accumulate
                     part.backward()
@@ -562,34 +505,26 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            stopping = stop.requested
-            if world > 1:
-                loss, stopping = mean_and_any(loss, stopping, world, device)
+            loss, stopping = mean_and_any(loss, stop.requested, world, device)
             progress.add_loss(loss, time.perf_counter() - started)
-            data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
-                      f"{(step + 1) * tokens_per_step / progress.step_seconds:,.0f} tokens/s  "
-                      f"{progress.left():.0f} s left")
+            metrics = {"lr": lr, "grad_norm": grad_norm}
+            data.live(f"{progress}  loss {loss:.3f}  {progress.tokens_per_second(batches):,.0f} tokens/s")
 
     # 8 results
     if rank:
         return None
     optimizer = bf16_model = pairs = ddp_model = None               # their memory
     if config.shard:
-        model = build_model(kind, asdict(model.config))
+        model = build_model(model.kind, asdict(model.config))
     model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     if tokenizer.kind == "qwen2":
         save_model(model, tokenizer, run)
     after = measure((model.to(device, dtype) if config.shard else model).eval(), tokenizer, config, dtype)
-    result = {"model": kind, "base": config.base, "data": config.data,
-              "params": sum(p.numel() for p in model.parameters()),
-              "train_tokens": len(train_ids), "epochs": steps / batches.steps_per_epoch, "steps": steps,
-              "best_step": progress.best_step, "seconds": progress.seconds, "seed": config.seed,
-              **environment(device),
-              "tokens_per_second": steps * tokens_per_step / progress.step_seconds,
-              "dtype": str(dtype).removeprefix("torch."), "val_ppl": math.exp(min(progress.best, 700)),
-              "floor": grammar_floor(config.data, config.held_out, tokenizer),
-              "before": before, "after": after, "options": asdict(config)}
-    write_report(config, result | {"tokenizer": tokenizer}, Figures(run))
+    result = base_result(config, model, progress, device, dtype) | {
+        "base": config.base, "train_tokens": len(train_ids), "epochs": steps / batches.steps_per_epoch,
+        "tokens_per_second": progress.tokens_per_second(batches), "val_ppl": exp(progress.best),
+        "floor": grammar_floor(config.data, config.held_out, tokenizer), "before": before, "after": after}
+    report(config, result)
     save_json(run / "result.json", result)                          # last: it says that the run is complete
     return result
 
@@ -600,46 +535,39 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
     folder, rows, before = Path(config.run), [], None
     varied = ("epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
     settings = {k: v for k, v in asdict(config).items() if k not in (*varied, *LOCAL)}
-    if (folder / "ablation.json").exists():
-        for name, value in json.loads((folder / "ablation.json").read_text(encoding="utf-8")).items():
-            if settings.get(name) != value:
-                raise UserError(f"the table in {folder} was begun with {name} {value}, not "
-                                f"{settings.get(name)}; choose another folder with --run")
-    folder.mkdir(parents=True, exist_ok=True)
+    begun = read_json(folder / "ablation.json") if (folder / "ablation.json").exists() else settings
+    for name, value in begun.items():
+        if settings.get(name) != value:
+            raise UserError(f"the table in {folder} was begun with {name} {value}, not {settings.get(name)}; "
+                            "choose another folder with --run")
     save_json(folder / "ablation.json", settings)
-    grid = [(e, f) for e in config.ablate_epochs for f in config.ablate_fractions]
-    for epochs, fraction in grid:
+
+    def row(epochs, share, measured):
+        kept, sample = measured["retained"], measured["samples"][0]
+        return {"epochs": epochs, "share of the data": share, "mean of the documents' perplexities": measured["mean"],
+                "corpus perplexity": measured["corpus"],
+                f"{result['options']['retain'] or 'another text'}, not trained on": kept and kept["ppl"],
+                f"continues: {sample['prompt']}": sample["text"]}
+    for epochs, fraction in [(e, f) for e in config.ablate_epochs for f in config.ablate_fractions]:
         cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
-        one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
         if (cell / "result.json").exists():
-            result = json.loads((cell / "result.json").read_text(encoding="utf-8"))
+            result = read_json(cell / "result.json")
         else:
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
             check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
-            result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype,
-                              checkpoint=checkpoint,
+            one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
+            result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype, checkpoint=checkpoint,
                               before=before, resume_hint="the same command again; finished cells are kept")
         for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
         before = result["before"]
-        rows.append([f"{epochs:g}", f"{100 * fraction:g} "
-                                    "%", result["after"]["mean"], result["after"]["corpus"],
-                     result["after"]["retained"] and result["after"]["retained"]["ppl"],
-                     result["after"]["samples"][0]["text"]])
-    header = ["epochs", "share of the data", "mean of the documents' perplexities", "corpus perplexity",
-              f"{result['options']['retain'] or 'another text'}, not trained "
-              "on", f"continues: {result['options']['prompts'][0]}"]
-    rows.append(["none", "", before["mean"], before["corpus"],
-                 before["retained"] and before["retained"]["ppl"],
-                 before["samples"][0]["text"]])
-    text = (f"# {config.base} fine-tuned on {config.data}: epochs and share of the data (Table 6)\n\n"
-            + table(header, rows))
-    if result["floor"]:
-        text += f"\nThe grammar's corpus perplexity on these documents, the floor: {result['floor']:.2f}.\n"
-    write_atomically(folder / "report.md", lambda f: f.write(text.encode()))
-    save_json(folder / "result.json",
-              {"header": header, "rows": rows, **environment(device), "options": asdict(config)})
-    print(table(header[:-1], [row[:-1] for row in rows]) + f"written to {folder}/report.md")
+        rows.append(row(f"{epochs:g}", f"{100 * fraction:g} %", result["after"]))
+    rows.append(row("none", "", before))
+    floor = f"The grammar's corpus perplexity on these documents, the floor: {result['floor'] or math.nan:.2f}.\n"
+    write_report(folder, [f"# {config.base} fine-tuned on {config.data}: epochs and share of the data (Table 6)\n",
+                          markdown_table(rows), *[floor] * bool(result["floor"])])
+    save_json(folder / "result.json", {"rows": rows, **environment(device), "options": asdict(config)})
+    print(markdown_table([dict(list(row.items())[:-1]) for row in rows]) + f"written to {folder}/report.md")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -672,7 +600,7 @@ def resolve_defaults(config, model, tokenizer, world):
     if config.retain is None:
         config.retain = "wikitext2"
         if not qwen2:
-            config.retain = open_run(config.base, "cpu").corpus
+            config.retain = run_options(config.base)[1].get("data", "")
         try:
             if config.retain == config.data:
                 raise UserError("the base was trained on the same text; name another with --retain")
@@ -695,17 +623,16 @@ def open_base(config, device, checkpoint, world):
         resolve_defaults(config, model, tokenizer, world)
         if config.shard:
             with torch.device("meta"):
-                model = build_model(kind_of(model), asdict(model.config))
+                model = build_model(model.kind, asdict(model.config))
     if config.shard and model.recurrent:
         raise UserError("--shard needs a Transformer for a base")
     return model, tokenizer
 
 
 def main(argv=None):
-    config, given = data.parse_args(Config, argv, "examples:\n  python finetune.py --base "
-                                                  "runs/transformer-finance --data stories\n  python "
-                                                  "finetune.py --base Qwen/Qwen2-0.5B --data tinystories "
-                                                  "--epochs 2 --run runs/stories")
+    config, given = data.parse_args(Config, argv, "examples:\n"
+        "  python finetune.py --base runs/transformer-finance --data stories\n"
+        "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")
     if config.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise UserError("--shard splits a model across processes; start them with: "
                         "torchrun --nproc-per-node 2 -- finetune.py --shard")
@@ -721,8 +648,7 @@ def main(argv=None):
                             f"python train.py --resume --run {config.run} may resume it")
         config = check_resume_config(config, given, checkpoint["options"])
     elif not an_ablation:
-        refuse_existing(config.run, f"python finetune.py --resume --run {config.run}",
-                        ("last.pt", "config.json", "result.json"))
+        refuse_existing(config.run, "python finetune.py", ("last.pt", "config.json", "result.json"))
     elif not config.ablate:
         raise UserError(f"{config.run} holds an ablation; choose another folder with --run")
 

@@ -377,8 +377,9 @@ class Qwen2Tokenizer:
                                           special_tokens=added)
         self.known = set(ranks.values()) | set(added.values())
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
-        self.eos = added[SEPARATOR]
+        self.eos, self.begin = added[SEPARATOR], []             # its texts begin with nothing
         self.stops = sorted({self.eos} if stops is None else stops)
+        self.suppressed = [i for i in range(vocab_size) if i not in self.known]     # they stand for nothing
 
     def encode(self, text):
         ids = []

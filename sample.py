@@ -112,7 +112,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
         raise ValueError(f"a prompt has {int(lengths.max())} tokens, the model's context {window}")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
-    stops = torch.tensor(stop_ids(eos), dtype=torch.long, device=device)
+    stops = torch.tensor([] if eos is None else eos, dtype=torch.long, device=device).flatten()
     state = model.init_state(len(prompts), window)
     hidden, state = model(text[:, :shortest], state)
     for t in range(shortest, total):
@@ -137,15 +137,10 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
             hidden, state = model(text[:, t:t + 1], state)
 
 
-def stop_ids(eos):
-    """The ids that end a text, as a list; eos: an id, several, or None."""
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None,
              suppressed_tokens=(), repetition_penalty=1.0):
-    """The new ids of each prompt as lists, the end token excluded. Arguments as for `generate_stream`."""
-    out, stops = [[] for _ in prompts], stop_ids(eos)
+    """The new ids of each prompt as lists, end tokens excluded. Arguments as for `generate_stream`."""
+    out, stops = [[] for _ in prompts], [eos] if eos is None or isinstance(eos, int) else eos
     for token, _, _ in generate_stream(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed,
                                        suppressed_tokens, repetition_penalty):
         for row, t in enumerate(token.tolist()):
@@ -155,31 +150,21 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of a prompt, behind the end token, with which every text here begins; Qwen2's begin with
-    nothing, but an empty prompt needs a token. Words that a vocabulary without <unk> does not have are left
-    out, with a warning."""
-    if tokenizer.kind == "qwen2":
-        return tokenizer.encode(text) or [tokenizer.eos]
+    """Token ids of a prompt, behind what every text begins with (the end token; nothing for Qwen2, but an
+    empty prompt needs a token). Words that a vocabulary without <unk> does not have are left out, with a
+    warning."""
     try:
-        return [tokenizer.eos] + tokenizer.encode(text)
+        ids = tokenizer.encode(text)
     except ValueError:
         words = tokenizer.normalize(text)
-        known = [w for w in words if w in tokenizer.ids]
         unknown = " ".join(w for w in words if w not in tokenizer.ids)
         print(f"not in this run's vocabulary, left out: {unknown}", file=sys.stderr)
-        return [tokenizer.eos] + [tokenizer.ids[w] for w in known]
+        ids = [tokenizer.ids[w] for w in words if w in tokenizer.ids]
+    return tokenizer.begin + ids or [tokenizer.eos]
 
 
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
         "<|im_start|>assistant\n")             # ChatML, with the system message that Qwen2 was tuned with
-
-
-def suppressed_tokens(tokenizer):
-    """Ids that are no part of a text: <unk> is no word, and the rows that fill up Qwen2's embedding stand for
-    nothing."""
-    if tokenizer.kind == "qwen2":
-        return [i for i in range(tokenizer.vocab_size) if i not in tokenizer.known]
-    return [] if getattr(tokenizer, "unk", None) is None else [tokenizer.unk]
 
 
 class Printer:
@@ -211,16 +196,16 @@ def main(argv=None):
     if not model.recurrent and len(prompt) > model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is "
                         f"{model.config.block_size}; shorten it")
-    eos = tokenizer.stops if qwen2 else [tokenizer.eos] if config.stop else []
+    eos = tokenizer.stops if qwen2 or config.stop else []
     if config.chat:
-        eos = {*eos, tokenizer.added["<|im_end|>"]}
-    shown = [] if config.chat else prompt if qwen2 and config.prompt else prompt[1:]
+        eos = [*eos, tokenizer.added["<|im_end|>"]]
+    shown = prompt[len(tokenizer.begin):] if config.prompt and not config.chat else []
     seed = torch.seed() % (1 << 31) if config.seed is None else config.seed
     for n in range(config.n):
         printer = Printer(tokenizer, shown)
         printer.add()
         for token, _, _ in generate_stream(model, [prompt], config.tokens, config.temperature, config.top_k,
-                                           config.top_p, eos, seed + n, suppressed_tokens(tokenizer),
+                                           config.top_p, eos, seed + n, tokenizer.suppressed,
                                            config.repetition_penalty):
             if not (qwen2 and token.item() in eos):
                 printer.add(token.item())

@@ -40,7 +40,7 @@ import signal
 import subprocess
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -75,18 +75,28 @@ REAL_TEXT = {
 }
 
 
-BY_MODEL = "by model and corpus (the defaults are below)"
+@dataclass
+class RunOptions:
+    """The options that all scripts have in which something is trained."""
+    run: str = option(None, "folder of the run (default: in runs/, named after what is trained on what)",
+                      group="the run")
+    resume: bool = option(False, "resume the run in --run, as it was started")
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, a 10th of PPO's)",
+                             above=0)
+    seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
+    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware has it",
+                        choices=["auto", "float32", "bfloat16"])
 
 
 @dataclass
-class Config:
+class Config(RunOptions):
     """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a
     file."""
     model: str = option("lstm", "rnn, lstm or transformer", choices=list(MODELS))
     data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     tokenizer: str = option("word", "whole words, or GPT-2's byte-pair encoding", choices=["word", "gpt2"])
-    run: str = option(None, "folder of the run (default: runs/MODEL-DATA)")
-    resume: bool = option(False, "resume the run in --run, as it was started")
     also: list[str] = option([], "other corpora to log the perplexity of")
     search: int = option(None, "try N random configurations and the default one within --minutes, narrowed "
                                "by thirds; what else you type is held fixed; looks at the validation split "
@@ -94,31 +104,25 @@ class Config:
     epochs: float = option(None, "passes over the training text", above=0)
     steps: int = option(None, "optimizer steps, instead of --epochs", above=0)
     minutes: float = option(None, "instead: measure the speed, then plan as many steps as fit", above=0)
-    batch_size: int = option(None, "rows of a batch", above=0, group=BY_MODEL)
-    block_size: int = option(None, "tokens of a row: back-propagation through time goes so far, or the "
-                                   "Transformer's context", above=0, group=BY_MODEL)
-    lr: float = option(None, "highest learning rate", above=0, group=BY_MODEL)
-    n_layer: int = option(None, "layers", above=0, group=BY_MODEL)
-    n_head: int = option(None, "attention heads", above=0, group=BY_MODEL)
-    n_embd: int = option(None, "width", above=0, group=BY_MODEL)
-    n_hidden: int = option(None, "width inside: of all recurrent layers but the last (default: n_embd), of "
-                                 "the Transformer's MLP (default: 3 n_embd)", above=0, group=BY_MODEL)
-    dropout: float = option(None, "on the output of the last recurrent layer, or of each half of a layer",
-                            at_least=0, below=1, group=BY_MODEL)
-    dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1, group=BY_MODEL)
-    dropout_input: float = option(None, "on the embedded input", at_least=0, below=1, group=BY_MODEL)
-    dropout_embed: float = option(None, "of words of the vocabulary", at_least=0, below=1, group=BY_MODEL)
-    weight_decay: float = option(None, "AdamW's, on matrices", at_least=0, group=BY_MODEL)
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
-    grad_clip: float = option(1.0, "largest gradient norm", above=0)
     log_every: int = option(50, "steps between rows of log.csv", above=0)
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)", above=0)
-    seed: int = option(1, "of weights, batches and dropout", at_least=0, below=2 ** 63)
     sample: bool = option(True, "print a line that the model writes at every evaluation")
-    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
-                                "multiplies it",
-                        choices=["auto", "float32", "bfloat16"])
+    batch_size: int = option(None, "rows of a batch", above=0,
+                             group="by model and corpus (the defaults are below)")
+    block_size: int = option(None, "tokens of a row: back-propagation through time goes so far, or the "
+                                   "Transformer's context", above=0)
+    lr: float = option(None, "highest learning rate", above=0)
+    n_layer: int = option(None, "layers", above=0)
+    n_head: int = option(None, "attention heads", above=0)
+    n_embd: int = option(None, "width", above=0)
+    n_hidden: int = option(None, "width inside: of all recurrent layers but the last (default: n_embd), of "
+                                 "the Transformer's MLP (default: 3 n_embd)", above=0)
+    dropout: float = option(None, "on the output of the last recurrent layer, or of each half of a layer",
+                            at_least=0, below=1)
+    dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1)
+    dropout_input: float = option(None, "on the embedded input", at_least=0, below=1)
+    dropout_embed: float = option(None, "of words of the vocabulary", at_least=0, below=1)
+    weight_decay: float = option(None, "AdamW's, on matrices", at_least=0)
 
 
 # ------------------------------------------------------------------------------------------ devices and files
@@ -147,6 +151,15 @@ def pick_dtype(name, device):
         flags = [getattr(torch.cpu, f, None) for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
         fast = device.type == "cpu" and any(f is not None and f() for f in flags)
     return torch.bfloat16 if fast else torch.float32
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(device, dtype):
+    """The context in which matmuls run in bfloat16, if dtype says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
@@ -187,11 +200,6 @@ def build_model(kind, config, weights=None):
                         f"{' '.join(str(e).split())[:200]}") from e
 
 
-def kind_of(model):
-    """A model's name in MODELS."""
-    return next(kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type)
-
-
 def command_for(folder):
     """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
     runs/ppo-..., ..."""
@@ -222,6 +230,11 @@ def load_run(folder, device="cpu", dtype=None):
     return model, tokenizer_from(checkpoint["tokenizer"]), model.config
 
 
+def context(model):
+    """How many tokens a model can read at once."""
+    return math.inf if model.recurrent else model.config.block_size
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 CONTEXT = 256               # tokens
@@ -247,42 +260,38 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
         raise ValueError("at least one token is needed after the first")
     was_training, losses = model.training, []
     model.eval()
-    with torch.autocast(device.type, dtype=dtype or torch.bfloat16,
-                        enabled=dtype is not None and dtype != torch.float32):
+    with autocast(device, dtype):
         if model.recurrent:
             before = min(CONTEXT, n // rows) if rows > 1 else 0
             length = -(-(n - before) // rows)
-            padded = torch.zeros(2, before + rows * length, dtype=torch.long)
-            padded[0, :n], padded[1, :n] = ids[:-1], ids[1:]
+            padded = torch.full((2, before + rows * length), -1)
+            padded[:, :n] = torch.stack((ids[:-1], ids[1:]))
             inputs, targets = padded.unfold(1, before + length, length)         # [rows, before + length] each
             state = model.init_state(rows)
             if before:
                 beginning = model(inputs[:1, :before].to(device))[1]
                 state = take_rows(join_rows([model.init_state(1)] + [beginning] * (rows - 1)), 0, 1, device)
-            for x, y in zip(inputs.split(256, 1), targets.split(256, 1)):
+            for x, y in zip(inputs.clamp(min=0).split(256, 1), targets.split(256, 1)):
                 nll, state = model(x.to(device), state, targets=y.to(device), reduction="none")
                 losses.append(nll.cpu())
                 data.live(f"evaluated {len(losses) * 256 * rows:,} of {n:,} tokens")
-            losses = torch.cat(losses, 1)
-            losses = torch.cat([losses[0], losses[1:, before:].flatten()])[:n]
+            counted = targets >= 0                                              # not what fills the last row
+            counted[1:, :before] = False
+            losses = [torch.cat(losses, 1)[counted]]
         else:
             context = min(context or model.config.block_size, n)
             stride = min(stride or max(1, context // 2), context)
-            ends = list(range(context, n, stride)) + [n]            # window: inputs end - context .. end - 1
-            for group in range(0, len(ends), 32):
-                block = ends[group:group + 32]
-                x = torch.stack([ids[e - context:e] for e in block])
-                y = torch.stack([ids[e - context + 1:e + 1] for e in block])
-                nll = model(x.to(device), targets=y.to(device), reduction="none")[0].cpu()
-                for row, e in enumerate(block):
-                    at = group + row
-                    # what no earlier window predicted
-                    losses.append(nll[row, context - e + (ends[at - 1] if at else 0):])
-                data.live(f"evaluated {block[-1]:,} of {n:,} tokens")
-            losses = torch.cat(losses)
+            ends = torch.tensor([*range(context, n, stride), n])                # of the windows' targets
+            new = ends.diff(prepend=torch.zeros(1, dtype=torch.long))           # what no earlier one predicts
+            for end, n_new in zip(ends.split(32), new.split(32)):
+                at = end[:, None] - context + torch.arange(context)             # [32, context]
+                y = ids[at + 1].masked_fill(at < (end - n_new)[:, None], -1)
+                nll = model(ids[at].to(device), targets=y.to(device), reduction="none")[0].cpu()
+                losses.append(nll[y >= 0])
+                data.live(f"evaluated {int(end[-1]):,} of {n:,} tokens")
     model.train(was_training)
     data.live("")
-    return losses.double()
+    return torch.cat(losses).double()
 
 
 def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
@@ -317,6 +326,11 @@ def get_lr(step, steps, peak, warmup_steps):
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def configure_optimizer(model, lr, weight_decay):
@@ -380,15 +394,19 @@ class Progress:
     loss_steps: int = 0
     seconds: float = 0.0            # in all
     step_seconds: float = 0.0       # in training steps
+    resumed_at: int = -1
+
+    def due(self, every):
+        """Whether what is done every so many steps, and at the end, is due: at the step that a run resumed
+        at, it was done before."""
+        return self.step != self.resumed_at and (self.step % every == 0 or self.step == self.steps)
 
     def add_loss(self, loss, seconds):
+        """One more training step."""
+        self.step += 1
         self.loss_sum += loss
         self.loss_steps += 1
         self.step_seconds += seconds
-
-    def left(self):
-        """Seconds that the rest of the steps will take, roughly."""
-        return self.seconds / max(1, self.step) * (self.steps - self.step)
 
     def is_best(self, loss):
         """Whether this validation loss is the lowest so far; step 0, before any training, does not count."""
@@ -397,29 +415,34 @@ class Progress:
             self.best, self.best_step = loss, self.step
         return better
 
-    def row(self, tokens_per_step, steps_per_epoch):
+    def tokens_per_second(self, batches):
+        return self.step * batches.batch_size * batches.block_size / max(self.step_seconds, 1e-9)
+
+    def row(self, batches):
         """The columns of log.csv that this knows; the mean training loss is that since the last row."""
-        tokens, mean = self.step * tokens_per_step, self.loss_sum / self.loss_steps if self.loss_steps else ""
+        mean = self.loss_sum / self.loss_steps if self.loss_steps else ""
         self.loss_sum, self.loss_steps = 0.0, 0
-        return {"step": self.step, "epoch": self.step / steps_per_epoch, "tokens": tokens,
-                "seconds": self.seconds,
-                "train_loss": mean, "tokens_per_second": tokens / max(self.step_seconds, 1e-9)}
+        return {"step": self.step, "epoch": self.step / batches.steps_per_epoch,
+                "tokens": self.step * batches.batch_size * batches.block_size, "seconds": self.seconds,
+                "train_loss": mean, "tokens_per_second": self.tokens_per_second(batches)}
+
+    def __str__(self):
+        left = self.seconds / max(1, self.step) * (self.steps - self.step)
+        return f"step {self.step}/{self.steps}  {self.seconds:.0f} s, {left:.0f} s left"
 
 
 class Log:
     """log.csv of a run. When a run resumes, rows after its checkpoint's step are cut off: they will be
     written again."""
 
-    def __init__(self, run, columns, step=None):
-        run.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run, columns, resumed_at=-1):
         path, self.columns, rows = run / "log.csv", columns, []
-        if step is not None and not path.exists():
-            data.live(f"{path} is missing; it begins again at step {step}", "\n")
-        elif step is not None:
-            with open(path, newline="", errors="replace") as f:
-                lines = f.read().split("\n")[1:-1]                  # a last line without an end was cut off
+        if resumed_at >= 0 and not path.exists():
+            data.live(f"{path} is missing; it begins again at step {resumed_at}", "\n")
+        elif resumed_at >= 0:
+            lines = path.read_text(errors="replace").split("\n")[1:-1]     # a last line without an end was cut off
             rows = [row for row in csv.reader(lines)
-                    if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step]
+                    if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= resumed_at]
         write_atomically(path, lambda f: f.write(csv_text([columns, *rows])))
         self.file = open(path, "ab")
 
@@ -437,12 +460,17 @@ def csv_text(rows):
     return text.getvalue().encode()
 
 
-def save_checkpoint(run, model, rest, best):
-    """Write last.pt, and best.pt if these weights are the best. model: what best.pt holds, as a dict; rest:
-    what a run needs beside it to resume."""
-    if best:
-        write_atomically(run / "best.pt", lambda f: torch.save(model, f))
-    write_atomically(run / "last.pt", lambda f: torch.save(model | rest, f))
+def save_checkpoint(config, model, tokenizer, states, progress, better, **more):
+    """Write last.pt, and best.pt if these weights are the best. states: of the weights and of the optimizer;
+    more: what else this kind of run needs to resume."""
+    run, (weights, moments) = Path(config.run), states
+    best = {"kind": model.kind, "config": asdict(model.config), "model": weights,
+            "tokenizer": tokenizer.state(), "step": progress.step}
+    last = best | {"optimizer": moments, "progress": asdict(progress) | {"resumed_at": progress.step},
+                   "options": asdict(config)} | more
+    if better:
+        write_atomically(run / "best.pt", lambda f: torch.save(best, f))
+    write_atomically(run / "last.pt", lambda f: torch.save(last, f))
 
 
 @contextmanager
@@ -459,38 +487,39 @@ def complete_checkpoint(run):
 def environment(device):
     """What a result was computed with: torch, the processor, the commit of this code (None where git does not
     know it)."""
+    processor, commit = platform.processor() or platform.machine(), None
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    with suppress(OSError):
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=data.HERE,
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
-    else:
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next(line for line in lines if line.startswith("model name"))
-            processor = name.partition(":")[2].strip()
-        except (OSError, StopIteration):
-            processor = platform.processor() or platform.machine()
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=data.HERE,
-                             capture_output=True,
-                             text=True)
-        commit = git.stdout.strip() or None
-    except OSError:
-        commit = None
     return {"device": device.type, "torch": torch.__version__, "processor": processor, "commit": commit}
 
 
+def base_result(config, model, progress, device, dtype):
+    """What every result.json holds."""
+    return {"model": model.kind, "data": config.data, "params": sum(p.numel() for p in model.parameters()),
+            "steps": progress.steps, "best_step": progress.best_step, "seconds": progress.seconds,
+            "dtype": dtype_name(dtype), "seed": config.seed, **environment(device), "options": asdict(config)}
+
+
+# of log.csv
 COLUMNS = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second",
-           "val_loss",
-           "val_ppl"]               # of log.csv
+           "val_loss", "val_ppl"]
 
 
 def sample_line(model, tokenizer, prompt, seed):
     """How the model continues a prompt (ids), from the same seed at every evaluation: a line of text."""
-    from sample import generate, suppressed_tokens                  # which imports this file
+    from sample import generate                                     # which imports this file
     was_training = model.training
     model.eval()
-    new = generate(model, [prompt], 20, 0.8, seed=seed, suppressed_tokens=suppressed_tokens(tokenizer))
+    new = generate(model, [prompt], 20, 0.8, seed=seed, suppressed_tokens=tokenizer.suppressed)
     model.train(was_training)
-    return " ".join(tokenizer.decode(prompt + new[0]).replace(data.SEPARATOR, " ").split())[:100]
+    return " ".join(tokenizer.decode(prompt + new[0]).replace(data.SEPARATOR, " ").split())[-100:]
 
 
 class StopRequest:
@@ -512,9 +541,14 @@ class StopRequest:
             signal.signal(s, handler)
 
 
-def stopped(step, resume_hint, world=1):
+def resume_command(script, run, world):
+    """What to type to resume a run."""
+    return f"{script if world == 1 else 'the same torchrun command and'} --resume --run {run}"
+
+
+def stopped(progress, resume_hint, world=1):
     """End a run that was told to stop and has been saved."""
-    data.live(f"stopped at step {step} and saved. Resume with: {resume_hint}", "\n")
+    data.live(f"stopped at step {progress.step} and saved. Resume with: {resume_hint}", "\n")
     leave_processes(world)
     raise SystemExit(130)
 
@@ -590,6 +624,8 @@ def broadcast(value, world, device):
 
 def mean_and_any(loss, flag, world, device):
     """The mean of a number over the processes, and whether any of them has the flag."""
+    if world == 1:
+        return loss, flag
     import torch.distributed as dist
     both = torch.tensor([loss, flag], dtype=torch.float64, device=device)
     dist.all_reduce(both)
@@ -634,8 +670,8 @@ MEASURED = 20               # steps in which --minutes measures the speed; the f
 
 def evaluate(model, texts, dtype):
     """{name: perplexity} of texts {name: ids}, quickly: recurrent models read 16 pieces side by side."""
-    return {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype) for name,
-            ids in texts.items()}
+    return {name: perplexity(model, ids, rows=eval_batch_size(ids), dtype=dtype)
+            for name, ids in texts.items()}
 
 
 def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, world):
@@ -647,12 +683,11 @@ def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, w
     model = copy.deepcopy(model).train()
     optimizer = configure_optimizer(model, config.lr / 100, config.weight_decay)
     ddp_model, state = average_gradients(model, device, world), None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     for step in range(MEASURED):
         if step == MEASURED // 4:
             clock = time.perf_counter()
         x, y = (part.chunk(world)[rank].to(device) for part in batches.batch(step % batches.steps_per_epoch))
-        with autocast:
+        with autocast(device, dtype):
             loss, state = ddp_model(x, state, targets=y)
         loss.backward()
         state = detach_state(state)
@@ -667,10 +702,12 @@ def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, w
     times = broadcast((step_seconds, now - clock, now - started), world, device)
     step_seconds, eval_seconds, progress.seconds = times
     left = 0.98 * config.minutes * 60 - progress.seconds
-    evaluations = 0 if config.eval_every else max(2, min(20, int(0.1 * left / eval_seconds)))
+    evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
     if config.eval_every:
         step_seconds += eval_seconds / config.eval_every
-    progress.steps = max(1, int((left - evaluations * eval_seconds) / step_seconds))
+    else:
+        left -= evaluations * eval_seconds
+    progress.steps = max(1, int(left / step_seconds))
     progress.eval_every = config.eval_every or -(-progress.steps // evaluations)
     data.live(f"{config.minutes:g} minutes are {progress.steps} steps, "
               f"{progress.steps / batches.steps_per_epoch:.1f} epochs", "\n")
@@ -680,9 +717,6 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
     """Train a model as config says, into the folder config.run; -> what its result.json holds. corpora["val"]
     is the corpus (without a test split in a trial of a search), the others are --also."""
     corpus, tokenizer, run = corpora["val"], corpora["val"].tokenizer, Path(config.run)
-    resume_hint = resume_hint or f"python train.py --resume --run {run}"
-    if world > 1:
-        resume_hint = f"the same torchrun command and --resume --run {run}"
 
     # 4 model
     if config.batch_size % world:
@@ -691,7 +725,6 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
     model = build_model(config.model, model_config(config, tokenizer.vocab_size)).to(device)
     cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
     batches = cut(corpus.ids["train"], config.batch_size, config.block_size, config.seed)
-    tokens_per_step = config.batch_size * config.block_size
     texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
     prompt = texts["val"][:9].tolist()                              # the end token and eight more
 
@@ -710,66 +743,57 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
             progress = Progress(**checkpoint["progress"])
     elif config.minutes:
         plan_minutes(config, progress, model, batches, texts, device, dtype, rank, world)
-    start, steps, ddp_model = progress.step, progress.steps, average_gradients(model, device, world)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    steps, ddp_model = progress.steps, average_gradients(model, device, world)
 
     # 7 loop
     if rank == 0:
-        log = Log(run, COLUMNS + [f"ppl_{name}" for name in config.also], start if checkpoint else None)
+        log = Log(run, COLUMNS + [f"ppl_{name}" for name in config.also], progress.resumed_at)
     data.live(f"{config.model} on {config.data}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(corpus.ids['train']):,} training tokens, {device.type} "
-              f"{str(dtype).removeprefix('torch.')}{f' x {world}' if world > 1 else ''}, {run}", "\n")
+              f"{len(corpus.ids['train']):,} training tokens, {device.type} {dtype_name(dtype)}"
+              f"{f' x {world}' if world > 1 else ''}, {run}", "\n")
     model.train()
-    clock, loss, lr, grad_norm, stopping = time.perf_counter() - progress.seconds, math.nan, "", "", False
+    clock, loss, metrics, stopping = time.perf_counter() - progress.seconds, math.nan, {}, False
     with StopRequest() as stop, job_errors(run, progress, world):
-        for step in range(start, steps + 1):
+        for step in range(progress.step, steps + 1):
             # evaluate, log, save
-            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
-            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
+            progress.seconds, better = time.perf_counter() - clock, False
+            evaluating = progress.due(progress.eval_every)
             if evaluating:
                 scores = broadcast(evaluate(model, texts, dtype) if rank == 0 else None, world, device)
                 check_finite(run, f"step {step}", validation_loss=scores["val"]["nll"])
                 better = progress.is_best(scores["val"]["nll"])
                 progress.seconds = time.perf_counter() - clock
-            if rank == 0 and (evaluating or step > start and step % config.log_every == 0):
-                row = progress.row(tokens_per_step, batches.steps_per_epoch)
-                row |= {"lr": lr, "grad_norm": grad_norm}
-                if evaluating:
-                    row |= {"val_loss": scores["val"]["nll"], "val_ppl": scores["val"]["ppl"]}
-                    row |= {f"ppl_{name}": scores[name]["ppl"] for name in config.also}
-                log.write(row)
+                metrics |= {"val_loss": scores["val"]["nll"], "val_ppl": scores["val"]["ppl"]}
+                metrics |= {f"ppl_{name}": scores[name]["ppl"] for name in config.also}
+            if rank == 0 and (evaluating or progress.due(config.log_every)):
+                log.write(progress.row(batches) | metrics)
             if step > 0 and (evaluating or stopping):
                 rows = gather_state(state, world)                   # of all processes
                 if rank == 0:
-                    best = {"kind": config.model, "config": asdict(model.config), "model": model.state_dict(),
-                            "tokenizer": tokenizer.state(), "step": step}
-                    save_checkpoint(run, best, {
-                        "optimizer": optimizer.state_dict(), "state": rows, "progress": asdict(progress),
-                        "options": asdict(config), "fingerprint": corpus.fingerprint()}, better)
+                    states = model.state_dict(), optimizer.state_dict()
+                    save_checkpoint(config, model, tokenizer, states, progress, better, state=rows,
+                                    fingerprint=corpus.fingerprint())
             if evaluating and step > 0 and rank == 0:
                 also = "".join(f"  {name} {scores[name]['ppl']:.1f}" for name in config.also)
-                data.live(f"step {step}/{steps}  loss {loss:.3f}  val ppl {scores['val']['ppl']:.2f}"
-                          f"{' *' if better else ''}{also}  {progress.seconds:.0f} s, "
-                          f"{progress.left():.0f} s left", "\n")
+                data.live(f"{progress}  loss {loss:.3f}  val ppl {scores['val']['ppl']:.2f}"
+                          f"{' *' if better else ''}{also}", "\n")
                 if config.sample:
                     data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             if step == steps:
                 break
             if stopping:
-                stopped(step, resume_hint, world)
+                stopped(progress, resume_hint or resume_command("python train.py", run, world), world)
 
             # one step
             started = time.perf_counter()
-            # dropout is a function of (seed, step, rank)
-            torch.manual_seed(step_seed(config.seed, step, rank))
+            torch.manual_seed(step_seed(config.seed, step, rank))           # of dropout
             lr = get_lr(step, steps, config.lr, config.warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             if not model.recurrent or batches.is_epoch_start(step):
                 state = None                                    # a recurrent state is carried within an epoch
             x, y = batches.batch(step)                              # [B, T] each, y one token later
             x, y = x.chunk(world)[rank].to(device), y.chunk(world)[rank].to(device)     # rows, as the state's
-            with autocast:
+            with autocast(device, dtype):
                 loss, state = ddp_model(x, state, targets=y)        # mean nats per token
             loss.backward()
             state = detach_state(state)                          # truncated BPTT: values stay, gradients stop
@@ -778,27 +802,20 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
             check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            stopping = stop.requested
-            if world > 1:
-                loss, stopping = mean_and_any(loss, stopping, world, device)
+            loss, stopping = mean_and_any(loss, stop.requested, world, device)
             progress.add_loss(loss, time.perf_counter() - started)
-            data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  ppl {math.exp(min(loss, 99)):.1f}  "
-                      f"{(step + 1) * tokens_per_step / progress.step_seconds:,.0f} tokens/s  "
-                      f"{progress.left():.0f} s left")
+            metrics = {"lr": lr, "grad_norm": grad_norm}
+            data.live(f"{progress}  loss {loss:.3f}  {progress.tokens_per_second(batches):,.0f} tokens/s")
 
     # 8 results
     if rank:
         return None
-    result = {"model": config.model, "data": config.data,
-              "params": sum(p.numel() for p in model.parameters()),
-              "val_ppl": math.exp(progress.best), "seconds": progress.seconds,
-              "tokens_per_second": steps * tokens_per_step / progress.step_seconds,
-              "epochs": steps / batches.steps_per_epoch, "dtype": str(dtype).removeprefix("torch."),
-              "seed": config.seed, "steps": steps, "best_step": progress.best_step, **environment(device),
-              "options": asdict(config)}
+    result = {"val_ppl": math.exp(progress.best), "epochs": steps / batches.steps_per_epoch,
+              "tokens_per_second": progress.tokens_per_second(batches)}
     if "test" in corpus.ids:
         model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
         result |= final_figures(model, corpus, dtype)
+    result |= base_result(config, model, progress, device, dtype)
     save_json(run / "result.json", result)                          # last: it says that the run is complete
     return result
 
@@ -876,7 +893,6 @@ def search(config, given, corpora, device, dtype):
     scores = [f"val_ppl_{rung + 1}" for rung in range(len(sizes))]
     columns = ["trial", "params", "tokens", "seconds", "diverged", *configs[0], *scores]
     trials = {i: {"trial": i, **drawn} for i, drawn in enumerate(configs)}
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "search.json", lambda f: f.write(identity.encode()))
     for rung, (size, score) in enumerate(zip(sizes, scores)):
         minutes = config.minutes / len(sizes) / size
@@ -894,19 +910,15 @@ def search(config, given, corpora, device, dtype):
             print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity "
                   f"{result['val_ppl']:.1f}", flush=True)
         alive = sorted(alive, key=lambda i: float(trials[i][score]))[:-(-size // 3)]
-    order = sorted(trials.values(),
-                   key=lambda t: [float(t.get(score) or "inf") for score in reversed(scores)])
-    widths = {c: max(len(c), *(len(str(t.get(c, ""))) for t in order)) for c in columns}
-    for row in [dict(zip(columns, columns)), *order]:
-        print("  ".join(str(row.get(c, "")).rjust(widths[c]) for c in columns))
-    if not math.isfinite(float(order[0][scores[-1]])):
+    best = float(trials[alive[0]][scores[-1]])
+    if not math.isfinite(best):
         raise UserError("every trial that was left diverged; search again with another --seed, or a smaller "
                         "--lr held fixed")
     fixed = sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume"})
     chosen = configs[alive[0]] | {name: getattr(config, name) for name in fixed}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
-    print(f"the best: python train.py --model {config.model} --data {config.data} --minutes "
-          f"{config.minutes:g} {flags}")
+    print(f"all trials are in {folder}/trials.csv. The best, validation perplexity {best:.2f}:\n"
+          f"python train.py --model {config.model} --data {config.data} --minutes {config.minutes:g} {flags}")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -980,11 +992,11 @@ def check_resume_config(config, given, saved):
         raise UserError(f"the run in {config.run} is of another version of this script: {e}") from e
 
 
-def refuse_existing(run, resume_command, files=("last.pt", "result.json")):
+def refuse_existing(run, script, files=("last.pt", "result.json")):
     """UserError if a folder already holds a run."""
     if os.environ.get("RANK", "0") == "0" and any((Path(run) / file).exists() for file in files):
         raise UserError(f"{run} already holds a run{' or weights' if 'config.json' in files else ''}. Resume "
-                        f"it: {resume_command}; or choose another folder with --run")
+                        f"it: {script} --resume --run {run}; or choose another folder with --run")
 
 
 def check_text(corpus, fingerprint, run):
@@ -1018,7 +1030,7 @@ def main(argv=None):
         config = check_resume_config(config, given, checkpoint["options"])
     else:
         resolve_defaults(config)
-        refuse_existing(config.run, f"python train.py --resume --run {config.run}")
+        refuse_existing(config.run, "python train.py")
     rank, world, device = join_processes(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
     tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else config.tokenizer

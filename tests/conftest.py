@@ -36,3 +36,16 @@ def data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
+
+
+def next_words(language, words):
+    """{word: p} for the word after this text (which starts at a document's beginning), from a language's rules."""
+    stack, posterior = ["DOCUMENT"], [1 / len(language.moods)] * len(language.moods)
+    for word in words:
+        weights, push = language.rules[stack.pop()][word]
+        posterior = [q * w for q, w in zip(posterior, weights)]
+        posterior = [q / sum(posterior) for q in posterior]
+        stack.extend(push)
+        if not stack:
+            stack, posterior = ["DOCUMENT"], [1 / len(language.moods)] * len(language.moods)
+    return {word: sum(q * w for q, w in zip(posterior, weights)) for word, (weights, _) in language.rules[stack[-1]].items()}

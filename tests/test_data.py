@@ -17,7 +17,7 @@ import torch
 import data
 import train
 from data import UserError
-from tests.conftest import ROOT, real
+from tests.conftest import ROOT, next_words, real
 
 
 # ---------------------------------------------------------------------------------------- the embedded languages
@@ -28,7 +28,7 @@ def test_next_word_probabilities_sum_to_one_and_give_the_nll(domain):
     words = [w for doc, _ in data.embedded_documents(domain, "valid")[:5] for w in doc]
     nll = language.nll(words)
     for at in range(0, len(words), 3):
-        p = language.next_words(words[:at])
+        p = next_words(language, words[:at])
         assert abs(sum(p.values()) - 1) < 1e-9
         assert abs(-math.log(p[words[at]]) - nll[at]) < 1e-9
 
@@ -55,7 +55,7 @@ def test_what_is_generated_follows_the_stated_probabilities(domain):
     sample of the same source is small; and the first two words' frequencies pass a chi-square test."""
     language, documents = data.language(domain), data.embedded_documents(domain, "train")
     for prefix in ([], [data.TITLES[domain].split()[0]]):
-        p = language.next_words(prefix)
+        p = next_words(language, prefix)
         said = Counter(doc[len(prefix)] for doc, _ in documents if doc[:len(prefix)] == prefix)
         n = sum(said.values())
         chi2 = sum((said[w] - n * q) ** 2 / (n * q) for w, q in p.items())
@@ -139,7 +139,7 @@ class SourceModel(torch.nn.Module):
             for t, token in enumerate(row):
                 word = self.tokenizer.words[token]
                 state[b] = [] if word == "<eos>" else state[b] + [word]
-                for w, p in self.language.next_words(state[b]).items():
+                for w, p in next_words(self.language, state[b]).items():
                     hidden[b, t, self.tokenizer.ids[w]] = math.log(p)
         if targets is None:
             return hidden, state

@@ -16,7 +16,7 @@ import data
 import eval as evaluation
 import train
 from data import UserError, WordTokenizer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, next_words
 from tests.test_train import KINDS, make
 
 CLIMATE = ROOT / "tests" / "climate.txt"
@@ -52,13 +52,13 @@ def test_losses_equal_a_pass_per_token(kind, group):
     model = make(kind)
     texts = [torch.randint(31, (n,)).tolist() for n in (3, 1, 11, 7, 7, 12, 2)]
     with torch.no_grad():
-        for text, got in zip(texts, evaluation.losses_afresh(model, texts, 0, group=group)):
+        for text, got in zip(texts, evaluation.per_document_nll(model, texts, 0, group=group)):
             np.testing.assert_allclose(got, reference_losses(model, text, 0), atol=1e-5)
 
 
 def test_a_text_longer_than_the_context_is_read_in_windows():
     model, long = make("transformer"), torch.randint(31, (40,)).tolist()
-    got = evaluation.losses_afresh(model, [long, long[:5]], 0)
+    got = evaluation.per_document_nll(model, [long, long[:5]], 0)
     assert len(got[0]) == 40 and np.allclose(got[0][:5], got[1], atol=1e-5)
     np.testing.assert_allclose(got[0], train.token_losses(model, [0, *long]).numpy())
 
@@ -68,7 +68,7 @@ def test_scores_equal_the_definitions():
     ids = [[3, 4, 5, 6], [7, 2, 1, 8], [9]]
     with torch.no_grad():
         losses = [reference_losses(run.model, i, 0) for i in ids]
-    got, all_losses = evaluation.score(run, text, None), sum(losses, [])
+    got, all_losses = evaluation.score(run.model, run.tokenizer, text, None), sum(losses, [])
     each = [math.exp(sum(v) / len(v)) for v in losses]
     assert got["sentences"] == pytest.approx(each, rel=1e-5) and got["mean"] == pytest.approx(sum(each) / 3, rel=1e-5)
     assert got["corpus"] == pytest.approx(math.exp(sum(all_losses) / 9), rel=1e-5)
@@ -80,7 +80,7 @@ def test_scores_equal_the_definitions():
 
 def test_an_unk_in_the_text_itself_is_unknown_but_has_no_spelling():
     run = words_run()
-    got = evaluation.score(run, ["wa <unk> wb"], None)
+    got = evaluation.score(run.model, run.tokenizer, ["wa <unk> wb"], None)
     assert got["unknown"] == pytest.approx(1 / 3)
     assert got["bits_per_character"] == pytest.approx(sum(got["losses"]) / math.log(2) / len("wa <unk> wb "))
 
@@ -101,7 +101,7 @@ def test_a_uniform_model_has_the_size_of_its_vocabulary_as_perplexity(kind):
     run = words_run(kind)
     for p in run.model.parameters():
         torch.nn.init.zeros_(p)
-    got = evaluation.score(run, ["wa wb", "wc", "wd we wf wg zebra"], None)
+    got = evaluation.score(run.model, run.tokenizer, ["wa wb", "wc", "wd we wf wg zebra"], None)
     assert got["corpus"] == pytest.approx(31, rel=1e-5) and got["mean"] == pytest.approx(31, rel=1e-5)
 
 
@@ -121,7 +121,7 @@ class Source(torch.nn.Module):
             for k in range(len(text)):
                 said = [self.words[i] for i in text[1:k + 1]]               # text[0] is the end token before it
                 if "<eos>" not in said:
-                    for word, p in self.language.next_words(said).items():
+                    for word, p in next_words(self.language, said).items():
                         hidden[row, k, self.ids[word]] = math.log(p)
         if targets is None:
             return hidden, None
@@ -140,7 +140,7 @@ def few_documents(monkeypatch):
 @pytest.mark.parametrize("domain", ["finance", "reviews"])
 def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(domain, few_documents):
     run = evaluation.Run("source", Source(domain), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": domain})
-    got = evaluation.score(run, evaluation.read_domain(domain), None, ends=True)
+    got = evaluation.score(run.model, run.tokenizer, evaluation.read_domain(domain), None, ends=True)
     assert got["corpus"] == pytest.approx(data.embedded_floor(domain, "test"), rel=1e-9)
     memory = evaluation.name_memory(run, None)
     assert sum(cell[2] for cell in memory if cell) > 10
@@ -148,9 +148,11 @@ def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(doma
 
 
 def test_a_run_on_another_grammar_has_no_memory_section():
-    run = words_run(corpus="finance")
-    run.tokenizer = WordTokenizer(data.embedded_vocabulary()[:-20])         # the grammars have learned words since
-    assert evaluation.section_memory([run], None, None, {}) == []
+    older = WordTokenizer(data.embedded_vocabulary()[:-20])                 # the grammars have learned words since
+    run = words_run(model=make("lstm", older.vocab_size), corpus="finance")
+    run.tokenizer = older
+    report = evaluation.measure_runs([run], {}, [], "the", 5, None, [])
+    assert report["memory"] == {} and evaluation.memory_tables(report) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences
@@ -205,7 +207,9 @@ def test_frequencies_against_the_formulas():
         delta = math.log((b[w] + prior) / (1100 - b[w] - prior)) - math.log((a[w] + prior) / (1100 - a[w] - prior))
         assert row["z"] == pytest.approx(delta / math.sqrt(1 / (a[w] + prior) + 1 / (b[w] + prior)))
     assert [r["word"] for r in got["words"]] == ["y", "u", "x", "z"]
-    assert evaluation.compare_frequencies(a, a) == {"divergence_bits": 0, "words": []}
+    assert got["shares"] == [[(1, 0.9), (2, 0.09), (3, 0.01)], [(1, 0.6), (2, 0.3), (3, 0.1)]]
+    same = evaluation.compare_frequencies(a, a)
+    assert same["divergence_bits"] == 0 and same["words"] == []
     assert evaluation.compare_frequencies(Counter(x=3), Counter(y=5))["divergence_bits"] == pytest.approx(1)
 
 
@@ -267,6 +271,19 @@ def test_one_command_makes_the_whole_report(runs, few_documents, capsys):
         assert f"]({image}.png)" in md and (runs / "report" / f"{image}.png").read_bytes().startswith(b"\x89PNG")
     assert "written to runs/report/report.md" in capsys.readouterr().out
     evaluation.main(["--domains", "climate", "--sentences", "5"])   # its own report may be replaced
+
+
+def test_a_report_is_drawn_again_from_its_numbers_alone(runs, few_documents):
+    evaluation.main(["--domains", "climate", str(CLIMATE), "--sentences", "30", "--out", "r"])
+    files = {path.name: path.read_bytes() for path in Path("r").iterdir()}
+    shutil.rmtree("runs")
+    for name in files:
+        if name != "report.json":
+            Path("r", name).unlink()
+    evaluation.main(["--redraw", "--out", "r"])
+    assert {path.name: path.read_bytes() for path in Path("r").iterdir()} == files
+    with pytest.raises(UserError, match="nowhere/report.json is not there"):
+        evaluation.main(["--redraw", "--out", "nowhere"])
 
 
 def test_a_model_that_cannot_read_a_text_is_a_marked_gap(runs, few_documents):

@@ -34,7 +34,8 @@ def settings(folder, **changes):
 
 class Words:
     """A stand-in for a tokenizer."""
-    kind, vocab_size, eos = "gpt2", 97, 0
+    kind, vocab_size, eos, unk = "gpt2", 97, 0, None
+    begin, stops, suppressed = [0], [0], []
 
     def state(self):
         return {"kind": "gpt2"}
@@ -47,7 +48,7 @@ def tune(folder, model, dtype=torch.float32, ids=None, **changes):
     corpus = data.Corpus("random", Words(), {"train": ids, "valid": ids[:100]}, {})
     with pytest.MonkeyPatch.context() as m:
         m.setattr(finetune, "measure", lambda *a: {"each": 1})
-        m.setattr(finetune, "write_report", lambda *a: None)
+        m.setattr(finetune, "report", lambda *a: None)
         m.setattr(finetune, "grammar_floor", lambda *a: None)
         m.setattr(finetune, "encode_prompt", lambda *a: [0])
         finetune.finetune(config, model, Words(), corpus, torch.device("cpu"), dtype)
@@ -213,7 +214,7 @@ def test_before_and_after_are_measured_and_written(base, capsys):
     for which, run in (("before", base), ("after", "ft")):
         model, tokenizer, _ = train.load_run(run)
         alone = []
-        for _, ids in held_out("stories", tokenizer, 12):
+        for ids in map(tokenizer.encode, held_out("stories", 12)):
             with torch.no_grad():                                   # each afresh, behind the end token, its own end included
                 inputs, targets = torch.tensor([[tokenizer.eos, *ids[:-1]]]), torch.tensor([ids])
                 alone.append(model(inputs, targets=targets, reduction="none")[0][0].double())
@@ -346,7 +347,7 @@ def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
     sample.main(["--run", "ft", "--tokens", "3"])
-    assert evaluation.samples(finetune.open_run("ft", "cpu"), "the hen", None, n=2, tokens=3)[0]["text"].startswith("the hen")
+    assert evaluation.samples(evaluation.open_run("ft", "cpu"), "the hen", None, n=2, tokens=3)[0]["text"].startswith("the hen")
     finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
     assert json.load(open("again/result.json"))["options"]["lr"] == finetune.DEFAULTS[True]["lr"]      # a tuned Qwen2 is a Qwen2
 

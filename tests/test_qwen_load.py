@@ -511,7 +511,7 @@ def prompts_are_special(tokenizer, text):
 def test_ids_without_a_token_are_never_drawn(whole):
     _, folder = whole
     model, tokenizer = qwen_load.load_model(folder)
-    banned = sample.suppressed_tokens(tokenizer)
+    banned = tokenizer.suppressed
     assert banned == list(range(len(tokenizer.known), 300))
     drawn = {t for row in generate(model, [[1]] * 8, 60, temperature=3.0, seed=0, suppressed_tokens=banned) for t in row}
     free = {t for row in generate(model, [[1]] * 8, 60, temperature=3.0, seed=0) for t in row}
