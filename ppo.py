@@ -42,7 +42,8 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,20 +53,17 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import data
-from data import UserError, option, save_json, write_atomically
-from eval import COLOURS, Figures, distinct, read_log, table
-from finetune import C, context, is_embedded, read_before
+from data import UserError, option, save_json
+from eval import COLOURS, distinct, exp, figure, markdown_table, pyplot, read_log, write_report
+from finetune import C, is_embedded, read_before
 from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
-from sample import encode_prompt, generate_stream, stop_ids, suppressed_tokens
-from train import (COLUMNS, Log, NotFinite, Progress, StopRequest,
-                   check_finite, check_resume_config, clip_grad_norm, complete_checkpoint,
-                   configure_optimizer,
-                   environment, get_lr, kind_of, load_run, pick_device, pick_dtype, read_checkpoint,
-                   refuse_existing,
-                   save_checkpoint, step_seed, stopped)
+from sample import encode_prompt, generate_stream
+from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, autocast, base_result, check_finite,
+                   check_resume_config, clip_grad_norm, complete_checkpoint, configure_optimizer, context,
+                   dtype_name, get_lr, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing,
+                   resume_command, save_checkpoint, set_lr, step_seed, stopped)
 from transformer import Scorer, ScorerConfig
-
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 
@@ -84,7 +82,7 @@ def by_base(name):
 
 
 @dataclass
-class Config:
+class Config(RunOptions):
     """Reinforcement learning from a sentiment scorer: PPO on a language model.
     (--train-reward trains a scorer instead: python ppo.py --train-reward --help.)"""
     train_reward: bool = option(False, "train a scorer instead; it has options of its own")
@@ -94,74 +92,51 @@ class Config:
                                                     "DistilBERT sentiment classifier, a folder or its name "
                                                     "on the hub (0.3 GB)")
     data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, "
-                             "else imdb)",
-                       choices=REVIEWS)
-    run: str = option(None, "folder of the result (default: runs/ppo-BASE)")
-    resume: bool = option(False, "resume the run in --run, as it was started")
-    steps: int = option(None, f"iterations {by_base('steps')}", above=0, group="PPO")
-    lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0, group="PPO")
-    batch_size: int = option(64, "responses of an iteration", above=0, group="PPO")
-    minibatch: int = option(16, "responses of an update", above=0, group="PPO")
-    epochs: int = option(4, "times that each response is used", above=0, group="PPO")
-    response_tokens: int = option(24, "longest response", above=0, group="PPO")
-    kl_coef: float = option(0.2, "what a nat of KL to the reference costs", at_least=0, group="PPO")
-    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it "
-                                   "is fixed",
-                              at_least=0, group="PPO")
-    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats "
-                                       "a token",
-                                  above=0, group="PPO")
-    clip_coef: float = option(0.2, "clip the ratio, and the values, to within this", above=0, group="PPO")
-    value_coef: float = option(0.1, "weight of the value loss", at_least=0, group="PPO")
-    gamma: float = option(1.0, "discount", at_least=0, at_most=1, group="PPO")
-    gae_lambda: float = option(0.95, "GAE's lambda", at_least=0, at_most=1, group="PPO")
-    grad_clip: float = option(1.0, "largest gradient norm", above=0, group="PPO")
-    warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0, group="PPO")
-    whiten: bool = option(True, "advantages with mean 0 and variance 1", group="PPO")
-    repetition_coef: float = option(0.0, "take X times the share of bigrams that it or another response "
-                                         "repeats from a response's "
-                                         "reward", at_least=0, group="against degenerate texts")
-    sft_coef: float = option(0.0, "add X times the loss on --data's text to every update", at_least=0,
-                             group="against degenerate texts")
-    sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0,
-                            group="against degenerate texts")
+                             "else imdb)", choices=REVIEWS)
     held_out: int = option(256, "prompts that the policy is evaluated on", above=0)
-    eval_every: int = option(None, "iterations between evaluations (default: a 10th of the run)", above=0)
-    seed: int = option(1, "of prompts and responses", at_least=0, below=2 ** 62)
     sample: bool = option(True, "print a response at every evaluation")
-    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
-                                "multiplies it",
-                        choices=["auto", "float32", "bfloat16"])
+    steps: int = option(None, f"iterations {by_base('steps')}", above=0, group="PPO")
+    lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0)
+    warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
+    batch_size: int = option(64, "responses of an iteration", above=0)
+    minibatch: int = option(16, "responses of an update", above=0)
+    epochs: int = option(4, "times that each response is used", above=0)
+    response_tokens: int = option(24, "longest response", above=0)
+    kl_coef: float = option(0.2, "what a nat of KL to the reference costs", at_least=0)
+    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is "
+                                   "fixed", at_least=0)
+    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats a "
+                                       "token", above=0)
+    clip_coef: float = option(0.2, "clip the ratio, and the values, to within this", above=0)
+    value_coef: float = option(0.1, "weight of the value loss", at_least=0)
+    gamma: float = option(1.0, "discount", at_least=0, at_most=1)
+    gae_lambda: float = option(0.95, "GAE's lambda", at_least=0, at_most=1)
+    whiten: bool = option(True, "advantages with mean 0 and variance 1")
+    repetition_coef: float = option(0.0, "take X times the share of bigrams that it or another response "
+                                         "repeats from a response's reward", at_least=0,
+                                    group="against degenerate texts")
+    sft_coef: float = option(0.0, "add X times the loss on --data's text to every update", at_least=0)
+    sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0)
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(RunOptions):
     """Train a small sentiment scorer from scratch, for ppo.py to reward with."""
     train_reward: bool = option(False, "this")
     data: str = option("reviews", "the labelled texts", choices=REVIEWS)
-    run: str = option(None, "folder of the scorer (default: runs/scorer-DATA)")
-    resume: bool = option(False, "resume the training in --run, as it was started")
     epochs: float = option(None, "passes over the texts (default: " + ", ".join(
         f"{epochs:g} for {name}" for name, epochs in SCORER_EPOCHS.items()) + ")", above=0)
     lr: float = option(1e-3, "highest learning rate", above=0)
     batch_size: int = option(32, "texts of a batch", above=0)
-    grad_clip: float = option(1.0, "largest gradient norm", above=0)
     log_every: int = option(50, "steps between rows of log.csv", above=0)
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)", above=0)
-    seed: int = option(1, "of weights, batches and dropout", at_least=0, below=2 ** 63)
-    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware "
-                                "multiplies it",
-                        choices=["auto", "float32", "bfloat16"])
 
 
 # ------------------------------------------------------------------------------------------ training a scorer
 
 class TextBatches:
     """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once:
-    whole, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored is
-    short. `batch(step)` depends on nothing but (seed, step). texts: lists of ids; labels: 0 or 1."""
+    all of it, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored
+    is short. `batch(step)` depends on nothing but (seed, step). texts: lists of ids; labels: 0 or 1."""
 
     def __init__(self, scorer, texts, labels, batch_size, seed):
         self.scorer, self.texts, self.labels = scorer, texts, labels
@@ -169,17 +144,14 @@ class TextBatches:
         fits = scorer.config.max_position_embeddings - 2
         # pieces of a text, roughly
         self.block_size = round(sum(min(len(t), fits) + min(len(t), 32) for t in texts) / len(texts) / 2)
-        self.steps_per_epoch, self.planned = len(texts) // batch_size, (None, None)
+        self.steps_per_epoch = len(texts) // batch_size
+        self.plan = lru_cache(1)(self.plan)                     # of one epoch at a time
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
 
-    def is_epoch_start(self, step):
-        return step % self.steps_per_epoch == 0
-
     def plan(self, epoch):
         """The batches of an epoch as lists of (text, start, end)."""
-        rng = random.Random(f"{self.seed} {epoch}")
-        crops = []
+        rng, crops = random.Random(f"{self.seed} {epoch}"), []
         for k in rng.sample(range(len(self.texts)), self.steps_per_epoch * self.batch_size):
             n = len(self.texts[k])
             size = n if (k + epoch) % 2 else min(n, rng.randint(4, 60))
@@ -195,17 +167,14 @@ class TextBatches:
     def batch(self, step):
         """-> tokens [B, T], labels [B]."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        if self.planned[0] != epoch:
-            self.planned = epoch, self.plan(epoch)
-        crops = self.planned[1][k]
+        crops = self.plan(epoch)[k]
         return (self.scorer.batch([self.texts[t][start:end] for t, start, end in crops]),
                 torch.tensor([self.labels[t] for t, _, _ in crops]))
 
 
-def accuracy(scorer, texts, labels, dtype):
+def accuracy(scorer, texts, labels, device, dtype):
     """The mean cross-entropy and the accuracy on labelled texts (lists of ids)."""
-    with torch.autocast(scorer.classifier.weight.device.type, torch.bfloat16,
-                        enabled=dtype == torch.bfloat16):
+    with autocast(device, dtype):
         logits = scorer.logits(texts)
     labels = torch.tensor(labels)
     nll = F.cross_entropy(logits, labels).item()
@@ -224,7 +193,7 @@ def new_scorer(tokenizer, device):
 
 def train_reward(config, device, dtype, checkpoint=None):
     """Train a scorer from scratch on labelled reviews, into config.run: a folder in the hub's layout."""
-    run, script = Path(config.run), "python ppo.py --train-reward"
+    run = Path(config.run)
     splits = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
     torch.manual_seed(config.seed)
     tokenizer = (WordPiece(checkpoint["tokenizer"]["vocab"]) if checkpoint
@@ -235,7 +204,6 @@ def train_reward(config, device, dtype, checkpoint=None):
     # 4 model
     scorer = new_scorer(tokenizer, device)
     batches = TextBatches(scorer, ids["train"], labels["train"], config.batch_size, config.seed)
-    tokens_per_step = config.batch_size * batches.block_size
 
     # 5 optimizer
     optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
@@ -249,53 +217,45 @@ def train_reward(config, device, dtype, checkpoint=None):
             scorer.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             progress = Progress(**checkpoint["progress"])
-    start = progress.step
 
     # 7 loop
-    log = Log(run, COLUMNS, start if checkpoint else None)
+    log = Log(run, COLUMNS, progress.resumed_at)
     data.live(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on "
-              f"{len(ids['train']):,} texts of {config.data}, {steps} steps, {device.type} "
-              f"{str(dtype).removeprefix('torch.')}, {run}", "\n")
+              f"{len(ids['train']):,} texts of {config.data}, {steps} steps, {device.type} {dtype_name(dtype)}, "
+              f"{run}", "\n")
     scorer.train()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    clock, loss, lr, grad_norm = time.perf_counter() - progress.seconds, math.nan, "", ""
+    clock, loss, metrics = time.perf_counter() - progress.seconds, math.nan, {}
     with StopRequest() as stop:
-        for step in range(start, steps + 1):
+        for step in range(progress.step, steps + 1):
             # evaluate, log, save
-            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
-            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
+            progress.seconds, better = time.perf_counter() - clock, False
+            evaluating = progress.due(progress.eval_every)
             if evaluating:
-                scores = accuracy(scorer, ids["valid"], labels["valid"], dtype)
+                scores = accuracy(scorer, ids["valid"], labels["valid"], device, dtype)
                 check_finite(run, f"step {step}", validation_loss=scores["nll"])
                 better = progress.is_best(scores["nll"])
                 progress.seconds = time.perf_counter() - clock
-            if evaluating or step > start and step % config.log_every == 0:
-                row = progress.row(tokens_per_step, batches.steps_per_epoch)
-                row |= {"lr": lr, "grad_norm": grad_norm}
-                log.write(row | ({"val_loss": scores["nll"], "val_ppl": scores["ppl"]} if evaluating else {}))
+                metrics |= {"val_loss": scores["nll"], "val_ppl": scores["ppl"]}
+            if evaluating or progress.due(config.log_every):
+                log.write(progress.row(batches) | metrics)
             if step > 0 and (evaluating or stop.requested):
-                model = {"kind": "scorer", "config": asdict(scorer.config), "model": scorer.state_dict(),
-                         "tokenizer": tokenizer.state(), "step": step}
-                save_checkpoint(run, model,
-                                {"optimizer": optimizer.state_dict(), "progress": asdict(progress),
-                                             "options": asdict(config)}, better)
+                states = scorer.state_dict(), optimizer.state_dict()
+                save_checkpoint(config, scorer, tokenizer, states, progress, better)
             if evaluating and step > 0:
-                data.live(f"step {step}/{steps}  loss {loss:.3f}  validation loss {scores['nll']:.3f}"
-                          f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}  "
-                          f"{progress.seconds:.0f} s", "\n")
+                data.live(f"{progress}  loss {loss:.3f}  validation loss {scores['nll']:.3f}"
+                          f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}", "\n")
             if step == steps:
                 break
             if stop.requested:
-                stopped(step, f"{script} --resume --run {run}")
+                stopped(progress, resume_command("python ppo.py --train-reward", run, 1))
 
             # one step
             started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, step))            # dropout is a function of (seed, step)
+            torch.manual_seed(step_seed(config.seed, step))                         # of dropout
             lr = get_lr(step, steps, config.lr, warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             tokens, label = (part.to(device) for part in batches.batch(step))       # [B, T], [B]
-            with autocast:
+            with autocast(device, dtype):
                 loss = F.cross_entropy(scorer(tokens).float(), label)
             loss.backward()
             grad_norm = clip_grad_norm(scorer.parameters(), config.grad_clip)
@@ -304,25 +264,23 @@ def train_reward(config, device, dtype, checkpoint=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.add_loss(loss, time.perf_counter() - started)
-            data.live(f"step {step + 1}/{steps}  loss {loss:.3f}  {progress.left():.0f} s left")
+            metrics = {"lr": lr, "grad_norm": grad_norm}
+            data.live(f"{progress}  loss {loss:.3f}")
 
     # 8 results
     scorer.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     short = [text[:32] for text in ids["test"]]
-    complete = accuracy(scorer, ids["test"], labels["test"], dtype)
-    beginning = accuracy(scorer, short, labels["test"], dtype)
+    complete, beginning = (accuracy(scorer, texts, labels["test"], device, dtype)["accuracy"]
+                           for texts in (ids["test"], short))
     save_scorer(scorer, run)
-    result = {"model": "scorer", "data": config.data, "params": sum(p.numel() for p in scorer.parameters()),
-              "vocabulary": len(tokenizer.vocab), "seconds": progress.seconds, "steps": steps,
-              "best_step": progress.best_step, "seed": config.seed, "held_out": len(short),
-              "accuracy": complete["accuracy"], "accuracy_first_32": beginning["accuracy"],
-              "dtype": str(dtype).removeprefix("torch."), **environment(device)}
+    result = base_result(config, scorer, progress, device, dtype) | {
+        "vocabulary": len(tokenizer.vocab), "held_out": len(short), "accuracy": complete,
+        "accuracy_first_32": beginning}
     save_json(run / "result.json", result)
     for path in run.glob("*.pt"):                                   # the folder is the scorer now
         path.unlink()
-    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
-          f"texts {complete['accuracy']:.1%}, on their first 32 pieces {beginning['accuracy']:.1%}, "
-          f"{progress.seconds:.0f} s")
+    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts "
+          f"{complete:.1%}, on their first 32 pieces {beginning:.1%}, {progress.seconds:.0f} s")
     print(f"written to {run}")
 
 
@@ -414,20 +372,11 @@ def shared_repetition(texts):
 
 # ----------------------------------------------------------------------------------------- prompts, responses
 
-class Prompts:
-    """Batches of prompts (lists of ids) in random order, each once an epoch. `batch(step)` depends on (seed,
-    step) only."""
-
-    def __init__(self, prompts, batch_size, seed):
-        self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
-        self.steps_per_epoch = len(prompts) // batch_size
-        if self.steps_per_epoch < 1:
-            raise UserError(f"{len(prompts)} prompts are too few for a --batch-size of {batch_size}")
-
-    def batch(self, step):
-        epoch, k = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
-        return [self.prompts[i] for i in order[k * self.batch_size:(k + 1) * self.batch_size]]
+def prompt_batch(prompts, batch_size, seed, step):
+    """The prompts of an iteration, in random order, each once an epoch; depends on (seed, step) only."""
+    epoch, k = divmod(step, len(prompts) // batch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
+    return [prompts[i] for i in order[k * batch_size:(k + 1) * batch_size]]
 
 
 def read_prompts(name, split, tokenizer, most=10_000):
@@ -437,13 +386,13 @@ def read_prompts(name, split, tokenizer, most=10_000):
     for text, _ in data.labelled(name, split)[:most]:
         beginning = text[:300].rsplit(" ", 1)[0]                # 300 characters hold 8 tokens; no word is cut
         try:
-            head, ids = encode_prompt(tokenizer, "")[:tokenizer.kind != "qwen2"], tokenizer.encode(beginning)
+            ids = tokenizer.encode(beginning)
         except ValueError as e:
             raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take --data reviews for "
                             "a base on an embedded language, or a base that was trained with --tokenizer "
                             "gpt2") from e
         if len(ids) >= 2:
-            prompts.append(head + ids[:rng.randint(2, 8)])
+            prompts.append(tokenizer.begin + ids[:rng.randint(2, 8)])
     return prompts
 
 
@@ -467,18 +416,15 @@ class Task:
     scorer: object              # score(texts) -> float32 [N]
     tokenizer: object
     config: Config
-    autocast: object            # the context in which matmuls run
-    stop_ids: list              # tokens that end a response
+    dtype: torch.dtype          # of the matmuls
+    device: torch.device
     suppressed: torch.Tensor    # ids that have probability 0
 
 
 def make_task(reference, scorer, tokenizer, config, dtype):
-    stops = stop_ids(tokenizer.stops if tokenizer.kind == "qwen2" else tokenizer.eos)
     device = next(reference.parameters()).device
-    suppressed = torch.tensor(suppressed_tokens(tokenizer), dtype=torch.long, device=device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    return Task(reference.requires_grad_(False).eval(), scorer, tokenizer, config, autocast, stops,
-                suppressed)
+    suppressed = torch.tensor(tokenizer.suppressed, dtype=torch.long, device=device)
+    return Task(reference.requires_grad_(False).eval(), scorer, tokenizer, config, dtype, device, suppressed)
 
 
 def rollout(task, model, prompts, seed=None):
@@ -487,7 +433,7 @@ def rollout(task, model, prompts, seed=None):
     Detail: prompts of unequal length are stepped together, so nothing is padded on the left and no position
     is shifted; a response ends with its end token, whose probability is part of it.
     """
-    stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.stop_ids, seed=seed,
+    stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.tokenizer.stops, seed=seed,
                              suppressed_tokens=task.suppressed)
     drawn = [(token, log_prob) for token, log_prob, _ in stream]
     token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))     # [B, S]: a prompt is forced, then answered
@@ -504,14 +450,14 @@ def rollout(task, model, prompts, seed=None):
     row, k = mask.nonzero(as_tuple=True)
     tokens[row, prompt_lengths[row] + k] = actions[row, k]
     positions = (prompt_lengths[:, None] - 1 + offsets).masked_fill(~mask, 0)
-    responses = [[t for t in row[:n] if t not in task.stop_ids]
+    responses = [[t for t in row[:n] if t not in task.tokenizer.stops]
                  for row, n in zip(actions.tolist(), lengths.tolist())]
     return Rollout(prompts, tokens, positions, actions, mask.float(), log_probs, responses)
 
 
-def without_start(tokenizer, prompt):
-    """A prompt without the end token that our texts begin with; Qwen2's begin with nothing."""
-    return prompt[tokenizer.kind != "qwen2":]
+def decode_text(task, prompt, response=()):
+    """A prompt, without what every text begins with, and its response: as text."""
+    return task.tokenizer.decode([*prompt[len(task.tokenizer.begin):], *response])
 
 
 def score_responses(task, r):
@@ -520,8 +466,7 @@ def score_responses(task, r):
     if not any(r.responses):
         raise UserError("every response is empty: the policy ends its texts at once. Take another base, or a "
                         "smaller --lr")
-    texts = [task.tokenizer.decode(without_start(task.tokenizer, prompt) + response)
-             for prompt, response in zip(r.prompts, r.responses)]
+    texts = [decode_text(task, prompt, response) for prompt, response in zip(r.prompts, r.responses)]
     scores = task.scorer.score(texts).float().cpu()
     if not scores.isfinite().all():
         raise NotFinite(f"the scorer gives {int((~scores.isfinite()).sum())} of {len(scores)} responses a "
@@ -551,7 +496,7 @@ def evaluate_actions(task, model, r, value_head=None):
     outputs, reference = {}, task.reference
     for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
         token_mask, parts = r.mask[rows] > 0, []
-        with task.autocast:
+        with autocast(task.device, task.dtype):
             hidden, ref_hidden = response_hidden(model, r, rows), response_hidden(reference, r, rows)
             few = max(1, (1 << 21) // model.lm_head.out_features)   # distributions that stay in a CPU's cache
             for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few),
@@ -571,44 +516,38 @@ def evaluate_actions(task, model, r, value_head=None):
     return outputs
 
 
-def evaluate_policy(task, model, prompts, seed, group=64):
+def evaluate_policy(task, policy, prompts, seed, group=64):
     """Responses of a policy and what they are worth: figures over all, and a list of single ones."""
     each, responses = [], []
-    model.eval()
+    policy.eval()
     for at in range(0, len(prompts), group):
-        r = rollout(task, model, prompts[at:at + group], seed + at)
-        (rewards, texts), outputs = score_responses(task, r), evaluate_actions(task, model, r)
-        kl, nll, n = outputs["kl"].sum(1), -outputs["ref_log_prob"].sum(1), r.mask.sum(1)
+        r = rollout(task, policy, prompts[at:at + group], seed + at)
+        (rewards, texts), outputs = score_responses(task, r), evaluate_actions(task, policy, r)
+        kl, ref_nll, tokens = outputs["kl"].sum(1), -outputs["ref_log_prob"].sum(1), r.mask.sum(1)
         for k, text in enumerate(texts):
-            prompt = task.tokenizer.decode(without_start(task.tokenizer, r.prompts[k]))
-            each.append({"prompt": prompt, "text": text, "reward": rewards[k].item(), "kl": kl[k].item(),
-                         "tokens": int(n[k]), "ref_ppl": math.exp(min(nll[k].item() / int(n[k]), 700)),
+            each.append({"prompt": decode_text(task, r.prompts[k]), "text": text, "reward": rewards[k].item(),
+                         "kl": kl[k].item(), "tokens": int(tokens[k]), "ref_ppl": exp((ref_nll / tokens)[k].item()),
                          "repetition": repetition(r.responses[k])})
         responses += r.responses
-    columns = {name: np.array([row[name] for row in each])
-               for name in ("reward", "kl", "repetition", "tokens", "ref_ppl")}
-    tokens, ref_nll = columns["tokens"], np.log(columns["ref_ppl"])
-    return {"reward": columns["reward"].mean(), "reward_std": columns["reward"].std(ddof=1),
-            "kl": columns["kl"].mean(),
-            "distinct_2": distinct(responses, 2) or 1.0, "repetition": columns["repetition"].mean(),
-            "length": tokens.mean(),
-            "ref_ppl": math.exp(min((ref_nll * tokens).sum() / tokens.sum(), 700)), "each": each}
+    reward, kl, repeated, tokens, ref_ppl = (np.array([row[name] for row in each]) for name in
+                                             ("reward", "kl", "repetition", "tokens", "ref_ppl"))
+    return {"reward": reward.mean(), "reward_std": reward.std(ddof=1), "kl": kl.mean(),
+            "distinct_2": distinct(responses, 2) or 1.0, "repetition": repeated.mean(), "length": tokens.mean(),
+            "ref_ppl": exp((np.log(ref_ppl) * tokens).sum() / tokens.sum()), "each": each}
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
 
 METRICS = ("reward", "reward_std", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss",
-           "value_loss",
-           "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm", "updates",
-           "seconds_rollout", "seconds_scoring", "seconds_update")
+           "value_loss", "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm",
+           "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
 EVALUATED = ("reward", "reward_std", "kl", "distinct_2", "repetition", "length", "ref_ppl")
 
 
 def supervised_loss(task, policy, batch):
     """Nats per token of a batch of real text."""
-    device = next(policy.parameters()).device
-    x, y = (part.to(device) for part in batch)
-    with task.autocast:
+    x, y = (part.to(task.device) for part in batch)
+    with autocast(task.device, task.dtype):
         return policy(x, targets=y)[0]
 
 
@@ -630,7 +569,7 @@ def update_policy(task, policy, value_head, optimizer, r, old, text, text_step):
         for rows in torch.randperm(len(r.mask)).split(config.minibatch):
             token_mask = r.mask[rows] > 0
             part = {name: values[rows][token_mask] for name, values in old.items()}     # [N] each, N tokens
-            with task.autocast:
+            with autocast(task.device, task.dtype):
                 hidden = response_hidden(policy, r, rows)                               # [N, D]
                 dtype = compute_dtype(hidden)
             log_prob = TokenLogProb.apply(hidden.to(dtype), policy.lm_head.weight, policy.lm_head.bias,
@@ -675,11 +614,9 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
         before = read_before(run)
     else:
         before = evaluate_policy(task, reference, prompts["test"], config.seed)
-        run.mkdir(parents=True, exist_ok=True)
         save_json(run / "before.json", before)
 
     # 4 model
-    kind = kind_of(reference)
     policy = copy.deepcopy(reference).requires_grad_(True).eval()     # no dropout: the first ratio is to be 1
     # detail: V(s) is linear in the hidden state, which has read prompt and response, and begins at zero
     value_head = nn.Linear(policy.lm_head.in_features, 1).to(device)
@@ -687,7 +624,6 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     nn.init.zeros_(value_head.bias)
     in_bf16 = dtype == torch.bfloat16 and not policy.recurrent
     sampler = copy.deepcopy(policy).to(dtype) if in_bf16 else policy        # generation is as fast as memory
-    batches = Prompts(prompts["train"], config.batch_size, config.seed)
 
     # 5 optimizer. Detail: epsilon 1e-5 damps Adam's first updates. The value head, at zero, learns faster
     groups = [{"params": list(policy.parameters()), "lr_scale": 1},
@@ -703,20 +639,18 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             optimizer.load_state_dict(checkpoint["optimizer"])
             progress = Progress(**checkpoint["progress"])
             kl_coef, best = checkpoint["kl_coef"], checkpoint["best_scores"]
-    start, steps = progress.step, progress.steps
 
     # 7 loop
     columns = ["step", "seconds", "lr", *METRICS, *(f"eval_{name}" for name in EVALUATED)]
-    log = Log(run, columns, start if checkpoint else None)
-    data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {steps} "
-              f"iterations, {device.type} {str(dtype).removeprefix('torch.')}, {run}", "\n")
-    clock, lr, metrics = time.perf_counter() - progress.seconds, "", {}
+    log = Log(run, columns, progress.resumed_at)
+    data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {config.steps} "
+              f"iterations, {device.type} {dtype_name(dtype)}, {run}", "\n")
+    clock, metrics = time.perf_counter() - progress.seconds, {}
     with StopRequest() as stop:
-        for step in range(start, steps + 1):
+        for step in range(progress.step, config.steps + 1):
             # log, evaluate, save
             progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
-            evaluating = step == 0 or step > start and (step % progress.eval_every == 0 or step == steps)
-            row = metrics | {"step": step, "seconds": progress.seconds, "lr": lr}
+            evaluating, row = progress.due(progress.eval_every), metrics | {"step": step, "seconds": progress.seconds}
             if evaluating:
                 scores = evaluate_policy(task, policy, prompts["valid"], config.seed)
                 progress.seconds = time.perf_counter() - clock
@@ -726,36 +660,32 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
                 better = step > 0 and (best is None or worth > best[0] - kl_coef * best[1])
                 if better:
                     best, progress.best_step = (float(scores["reward"]), float(scores["kl"])), step
-            if evaluating or step > start:
+            if progress.due(1):
                 log.write(row)
             if step > 0 and (evaluating or stop.requested):
-                model = {"kind": kind, "config": asdict(policy.config), "model": policy.state_dict(),
-                         "tokenizer": tokenizer.state(), "step": step, "value_head": value_head.state_dict()}
-                save_checkpoint(run, model, {
-                    "optimizer": optimizer.state_dict(), "progress": asdict(progress), "kl_coef": kl_coef,
-                    "best_scores": best, "options": asdict(config), "fingerprint": fingerprint}, better)
+                save_checkpoint(config, policy, tokenizer, (policy.state_dict(), optimizer.state_dict()), progress,
+                                better, value_head=value_head.state_dict(), kl_coef=kl_coef, best_scores=best,
+                                fingerprint=fingerprint)
             if evaluating and step > 0:
-                data.live(f"iteration {step}/{steps}  reward {metrics['reward']:.2f}  KL "
-                          f"{metrics['kl']:.2f}  coefficient {kl_coef:.3f}  evaluated: reward "
-                          f"{scores['reward']:.2f}, KL {scores['kl']:.2f}, distinct-2 "
-                          f"{scores['distinct_2']:.2f}{' *' if better else ''}  {progress.seconds:.0f} "
-                          "s", "\n")
+                data.live(f"{progress}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}  coefficient "
+                          f"{kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, "
+                          f"distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}", "\n")
                 if config.sample:
                     data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
-            if step == steps:
+            if step == config.steps:
                 break
             if stop.requested:
-                stopped(step, f"python ppo.py --resume --run {run}")
+                stopped(progress, resume_command("python ppo.py", run, 1))
 
             # 1 rollout
             started = time.perf_counter()
             torch.manual_seed(step_seed(config.seed, step))                 # responses and minibatches
-            lr = get_lr(step, steps, config.lr, config.warmup_steps)
+            lr = get_lr(step, config.steps, config.lr, config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             if sampler is not policy:
                 sampler.load_state_dict(policy.state_dict())
-            r = rollout(task, sampler, batches.batch(step))
+            r = rollout(task, sampler, prompt_batch(prompts["train"], config.batch_size, config.seed, step))
             rolled = time.perf_counter()
 
             # 2 reward model, at the end of each response
@@ -791,7 +721,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
 
             # 7 KL coefficient, metrics
             tokens, rows = r.mask.sum(), len(r.mask)
-            metrics = {"reward": scores.mean().item(), "reward_std": scores.std().item(),
+            metrics = {"lr": lr, "reward": scores.mean().item(), "reward_std": scores.std().item(),
                        "kl": old["kl"].sum().item() / rows, "kl_estimate": kl_estimate.sum().item() / rows,
                        "kl_coef": kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
                        "explained_variance": (1 - unexplained).item(), "length": tokens.item() / rows,
@@ -804,21 +734,17 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
                 metrics[name] = sum(values) / len(values) if values else ""
             if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL begins at 0
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
-            data.live(f"iteration {step + 1}/{steps}  reward {metrics['reward']:.2f}  KL "
-                      f"{metrics['kl']:.2f}  coefficient {kl_coef:.3f}  {progress.left():.0f} s left")
+            data.live(f"{progress}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
 
     # 8 results
     policy.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     after = evaluate_policy(task, policy, prompts["test"], config.seed)
     if tokenizer.kind == "qwen2":
         save_model(policy, tokenizer, run)
-    result = {"model": kind, "base": config.base, "scorer": config.scorer, "data": config.data,
-              "params": sum(p.numel() for p in policy.parameters()), "steps": steps,
-              "best_step": progress.best_step,
-              "seconds": progress.seconds, "seed": config.seed, "dtype": str(dtype).removeprefix("torch."),
-              **environment(device), "rise": (after["reward"] - before["reward"]) / before["reward_std"],
-              "before": before, "after": after, "options": asdict(config)}
-    write_report(config, result, Figures(run))
+    result = base_result(config, policy, progress, device, dtype) | {
+        "base": config.base, "scorer": config.scorer, "before": before, "after": after,
+        "rise": (after["reward"] - before["reward"]) / before["reward_std"]}
+    report(config, result)
     save_json(run / "result.json", result)                            # last: it says that the run is complete
     return result
 
@@ -827,36 +753,30 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
 
 # prompts of the report, before those of the test split
 NAMED = "Life Begins", "Now I don't", "There are no people like"
-REPORTED = (("reward", "reward, mean"), ("reward_std", "reward, standard deviation"),
-            ("kl", "KL to the reference, nats a response"), ("distinct_2", "distinct-2"),
-            ("repetition", "repeated bigrams in a response, "
-                           "share"), ("ref_ppl", "perplexity under the reference"),
-            ("length", "tokens of a response"))
+REPORTED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
+            "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
+            "repetition": "repeated bigrams in a response, share", "ref_ppl": "perplexity under the reference",
+            "length": "tokens of a response"}
 
 
-def paint_rewards(rows):
+def plot_rewards(rows, path):
     """Figure 5: reward with its band of one standard deviation; KL; variety. rows: of log.csv."""
-    def paint(reward, kl, variety):
-        def draw(axes, name, **look):
-            points = [(r["step"], r[name]) for r in rows if name in r]
-            axes.plot(*zip(*points), **look) if points else None
-        steps, mean, std = (np.array([r[name] for r in rows if "reward" in r])
-                            for name in ("step", "reward", "reward_std"))
-        draw(reward, "reward", color=COLOURS[0], label="mean")
-        reward.fill_between(steps, mean - std, mean + std, color=COLOURS[0], alpha=0.2, linewidth=0,
-                            label="± standard deviation")
-        draw(reward, "eval_reward", color=COLOURS[1], marker="o", markersize=3, linestyle="--",
-             label="validation prompts")
-        draw(kl, "kl", color=COLOURS[0], label="all tokens at each prefix")
-        draw(kl, "kl_estimate", color=COLOURS[2], linewidth=0.7, label="from the sampled tokens")
-        draw(variety, "distinct_2", color=COLOURS[0], label="distinct-2")
-        draw(variety, "repetition", color=COLOURS[1], linestyle="--", label="repeated bigrams")
-        reward.set(xlabel="iteration", ylabel="reward (logit of positive)")
-        kl.set(xlabel="iteration", ylabel="KL to the reference (nats a response)")
-        variety.set(xlabel="iteration", ylabel="share", ylim=(0, 1))
-        for axes in (reward, kl, variety):
-            axes.legend(fontsize=7)
-    return paint
+    with figure(path, panels=3) as panels:
+        for axes, column, colour, label in (
+                (0, "reward", 0, "mean"), (0, "eval_reward", 1, "validation prompts"),
+                (1, "kl_estimate", 2, "from the sampled tokens"), (1, "kl", 0, "all tokens at each prefix"),
+                (2, "distinct_2", 0, "distinct-2"), (2, "repetition", 1, "repeated bigrams")):
+            points = [(r["step"], r[column]) for r in rows if column in r]
+            panels[axes].plot([x for x, _ in points], [y for _, y in points], color=COLOURS[colour], label=label,
+                              marker="o" if column.startswith("eval") else "", markersize=3)
+        band = np.array([(r["step"], r["reward"] - r["reward_std"], r["reward"] + r["reward_std"])
+                         for r in rows if "reward" in r])
+        panels[0].fill_between(*band.T, color=COLOURS[0], alpha=0.2, linewidth=0, label="± standard deviation")
+        panels[2].set_ylim(0, 1)
+        for axes, label in zip(panels, ("reward (logit of positive)", "KL to the reference (nats a response)",
+                                        "share")):
+            axes.set(xlabel="iteration", ylabel=label)
+            axes.legend()
 
 
 def reward_hacking_examples(each, badness, n=4):
@@ -870,37 +790,37 @@ def reward_hacking_examples(each, badness, n=4):
     return [each[k] for k in order[:n]]
 
 
-def write_report(args, result, figures):
+def report(config, result):
     """report.md: figures before and after, Figure 5, Tables 7 and 8."""
-    before, after, run = result["before"], result["after"], Path(args.run)
-    shown = [("repetition", lambda r: r["repetition"]),
-             ("perplexity under the reference", lambda r: math.log(r["ref_ppl"]))]
-    adapted = f"adapted to {args.kl_target:g} nats" if args.kl_target else "fixed"
-    repairs = [f"KL coefficient {args.kl_coef:g}, {adapted}", f"lr {args.lr:g}"]
-    repairs += [f"{name.replace('_', '-')} {getattr(args, name):g}"
-                for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(args, name)]
-    md = [f"# {args.base} with PPO, rewarded by {args.scorer}\n",
-          f"{result['steps']} iterations of {args.batch_size} responses of at most {args.response_tokens} "
-          f"tokens to beginnings of {args.data}, {result['seconds']:.0f} s; {', '.join(repairs)}; the best "
-          f"policy is that of iteration {result['best_step']}.\n",
-          f"## Before and after, {len(before['each'])} held-out prompts\n",
-          table(["", "before", "after"], [[label, before[name], after[name]] for name, label in REPORTED]),
-          f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n",
-          "## Reward (Figure 5)\n",
-          figures.draw("rewards", "Reward, KL and variety while "
-                                  "training", paint_rewards(read_log(run / "log.csv")),
-                       panels=3),
-          "## The same prompts, the same seed (Table 7)\n",
-          table(["prompt", "before", "reward", "after", "reward"],
-                [[b["prompt"], b["text"], b["reward"], a["text"], a["reward"]]
-                 for b, a in list(zip(before["each"], after["each"]))[:8]]),
-          "## Unexpected outputs, found automatically (Table 8)\n"]
-    for name, badness in shown:
-        md += [f"High reward with high {name}:\n",
-               table(["text", "reward", "repeated bigrams", "perplexity under the reference"],
-                     [[r["text"], r["reward"], r["repetition"],
-                       r["ref_ppl"]] for r in reward_hacking_examples(after["each"], badness)])]
-    write_atomically(run / "report.md", lambda f: f.write("\n".join(md).encode()))
+    before, after, run = result["before"], result["after"], Path(config.run)
+    adapted = f"adapted to {config.kl_target:g} nats" if config.kl_target else "fixed"
+    repairs = [f"KL coefficient {config.kl_coef:g}, {adapted}", f"lr {config.lr:g}"]
+    repairs += [f"{name.replace('_', '-')} {getattr(config, name):g}"
+                for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(config, name)]
+    pairs = list(zip(before["each"], after["each"]))[:8]
+    lines = [f"# {config.base} with PPO, rewarded by {config.scorer}\n",
+             f"{result['steps']} iterations of {config.batch_size} responses of at most {config.response_tokens} "
+             f"tokens to beginnings of {config.data}, {result['seconds']:.0f} s; {', '.join(repairs)}; the best "
+             f"policy is that of iteration {result['best_step']}.\n",
+             f"## Before and after, {len(before['each'])} held-out prompts\n",
+             markdown_table([{"": label, "before": before[name], "after": after[name]}
+                             for name, label in REPORTED.items()]),
+             f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n",
+             "## Reward (Figure 5)\n", "![Reward, KL and variety while training](rewards.png)\n",
+             "## The same prompts, the same seed (Table 7)\n",
+             markdown_table([{"prompt": b["prompt"], "before": b["text"], "its reward": b["reward"],
+                              "after": a["text"], "reward": a["reward"]} for b, a in pairs]),
+             "## Unexpected outputs, found automatically (Table 8)\n"]
+    columns = {"text": "text", "reward": "reward", "repetition": "repeated bigrams",
+               "ref_ppl": "perplexity under the reference"}
+    for title, badness in (("repetition", lambda r: r["repetition"]),
+                           ("perplexity under the reference", lambda r: math.log(r["ref_ppl"]))):
+        rows = reward_hacking_examples(after["each"], badness)
+        lines += [f"High reward with high {title}:\n",
+                  markdown_table([{label: row[name] for name, label in columns.items()} for row in rows])]
+    if pyplot():
+        plot_rewards(read_log(run / "log.csv"), run / "rewards.png")
+    write_report(run, lines)
 
 
 def fingerprint(*modules):
@@ -911,19 +831,22 @@ def fingerprint(*modules):
     return f"{crc:08x}"
 
 
-def check_fit(args, model, scorer, tokenizer, prompts):
-    """UserError for prompts that are too long, and for a scorer that cannot read what the policy writes."""
+def check_fit(config, model, scorer, tokenizer, prompts):
+    """UserError for prompts that are too few or too long, and for a scorer that cannot read what the policy
+    writes."""
     longest, limit = max(map(len, prompts)), context(model)
-    if longest + args.response_tokens > limit:
-        raise UserError(f"a prompt of {longest} tokens and a response of {args.response_tokens} do not fit "
+    if longest + config.response_tokens > limit:
+        raise UserError(f"a prompt of {longest} tokens and a response of {config.response_tokens} do not fit "
                         f"the base's context of {limit}; take a smaller --response-tokens, or a base with a "
                         "larger --block-size")
+    if len(prompts) < config.batch_size:
+        raise UserError(f"{len(prompts)} prompts are too few for a --batch-size of {config.batch_size}")
     pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(tokenizer.decode(prompt))]
     unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
     if unknown > 0.3:
-        raise UserError(f"{args.base} and {args.scorer} do not fit: the scorer does not know {unknown:.0%} "
+        raise UserError(f"{config.base} and {config.scorer} do not fit: the scorer does not know {unknown:.0%} "
                         "of the words of the prompts. Train one on the same reviews: python ppo.py "
-                        f"--train-reward --data {args.data}")
+                        f"--train-reward --data {config.data}")
 
 
 def resolve_defaults(config, tokenizer):
@@ -949,7 +872,7 @@ def open_task(config, device, dtype, checkpoint):
     named = [] if is_embedded(tokenizer) else [encode_prompt(tokenizer, text) for text in NAMED]
     prompts["test"] = (named + prompts["test"])[:config.held_out]
     prompts["valid"] = prompts["valid"][:config.held_out]
-    check_fit(config, reference, scorer, tokenizer, prompts["train"] + prompts["test"])
+    check_fit(config, reference, scorer, tokenizer, prompts["train"])
     weights = fingerprint(reference, scorer)
     if checkpoint and checkpoint.get("fingerprint") != weights:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
@@ -995,8 +918,7 @@ def main(argv=None):
             raise UserError(f"{config.run} is not a run of {script}; resume it with what started it")
         config = check_resume_config(config, given, saved)
     else:
-        refuse_existing(config.run, f"{script} --resume --run "
-                                    f"{config.run}", ("last.pt", "config.json", "result.json"))
+        refuse_existing(config.run, script, ("last.pt", "config.json", "result.json"))
         if train_a_scorer and config.epochs is None:
             config.epochs = SCORER_EPOCHS[config.data]
     device = pick_device(config.device)

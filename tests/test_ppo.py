@@ -21,7 +21,7 @@ import qwen_load
 import train
 from data import UserError
 from lstm import LSTMConfig, LSTMLM
-from ppo import Prompts, gae, load_scorer, policy_loss, repetition, rollout, value_loss, whiten
+from ppo import gae, load_scorer, policy_loss, prompt_batch, repetition, rollout, value_loss, whiten
 from qwen_load import WordPiece
 from rnn import RNNConfig, RNNLM
 from tests.conftest import real
@@ -339,6 +339,7 @@ V = 23
 class Words:
     """A stand-in for a tokenizer: token k is the word wk."""
     kind, vocab_size, eos = "gpt2", V, 0
+    begin, stops, suppressed = [0], [0], []
 
     def encode(self, text):
         return [int(w[1:]) for w in text.split()]
@@ -385,7 +386,7 @@ def run_policy(folder, model, worth=None, dtype=torch.float32, prompts=PROMPTS, 
     """train_policy on these prompts, without a report; -> its last checkpoint and the rows of log.csv."""
     scorer = Table(torch.linspace(-1, 1, V) if worth is None else worth)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(ppo, "write_report", lambda *a: None)
+        m.setattr(ppo, "report", lambda *a: None)
         ppo.train_policy(settings(folder, **changes), model, Words(), scorer, {"train": prompts, "valid": prompts[:8], "test": prompts[:8]},
                          torch.device("cpu"), dtype, text)
     return torch.load(folder / "last.pt", weights_only=True), list(csv.DictReader(open(folder / "log.csv")))
@@ -471,7 +472,7 @@ def test_the_sampled_estimate_of_the_divergence_is_unbiased_and_not_negative(tmp
 
 def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monkeypatch):
     suppressed = [3, 9, 22]
-    monkeypatch.setattr(ppo, "suppressed_tokens", lambda tokenizer: suppressed)
+    monkeypatch.setattr(Words, "suppressed", suppressed)
     model = next(policies()).eval()
     task = task_for(tmp_path, model, minibatch=500)
     r = rollout(task, model, PROMPTS * 10, seed=1)
@@ -481,11 +482,10 @@ def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monke
 
 
 def test_prompts_are_a_permutation_every_epoch():
-    prompts = Prompts([[k] for k in range(10)], 3, seed=1)
-    epochs = [sum((prompts.batch(3 * e + k) for k in range(3)), []) for e in range(2)]
-    assert all(len({p[0] for p in epoch}) == 9 for epoch in epochs) and epochs[0] != epochs[1] and prompts.batch(4) == prompts.batch(4)
-    with pytest.raises(UserError, match="2 prompts are too few"):
-        Prompts([[1], [2]], 3, 1)
+    prompts = [[k] for k in range(10)]
+    epochs = [sum((prompt_batch(prompts, 3, 1, 3 * e + k) for k in range(3)), []) for e in range(2)]
+    assert all(len({p[0] for p in epoch}) == 9 for epoch in epochs) and epochs[0] != epochs[1]
+    assert prompt_batch(prompts, 3, 1, 4) == prompt_batch(prompts, 3, 1, 4) != prompt_batch(prompts, 3, 2, 4)
 
 
 def test_prompts_are_the_first_two_to_eight_tokens_of_reviews():
