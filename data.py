@@ -153,8 +153,8 @@ RANGES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "
 
 def option(default, help, choices=None, group=None, **limits):
     """A field of a script's Config: its default, its line of --help, its choices, the heading that it and the
-    options after it stand under, and the range of a number by the words of RANGES."""
-    metadata = {"help": help, "choices": choices, "group": group, "limits": limits}
+    options after it stand under, and the range of a number by the words of RANGES (default: above 0)."""
+    metadata = {"help": help, "choices": choices, "group": group, "limits": limits or {"above": 0}}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -199,74 +199,66 @@ def parse_args(Config, argv=None, epilog=None):
     for f in fields(Config):
         value, limits = given.get(f.name), f.metadata["limits"].items()
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not (
+            if type(number) in (int, float) and not (
                     math.isfinite(number) and all(RANGES[word](number, limit) for word, limit in limits)):
                 allowed = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits)
-                parser.error(f"--{f.name.replace('_', '-')} must be {allowed or 'finite'}, not {number}")
+                parser.error(f"--{f.name.replace('_', '-')} must be {allowed}, not {number}")
     return Config(**given), set(given)
 
 
 # ------------------------------------------------------------------------------------- the embedded languages
 
-# One line a domain and class; a domain's words from the most to the least frequent. Verbs and nouns are
-# inflected by the two functions below.
-NOUNS = {
-    "finance": "company share bank fund price market investor profit stock bond rate trader dollar analyst "
-               "deal loan firm merger broker asset dividend debt portfolio earning contract tax lender buyer "
-               "seller budget currency exchange insurer subsidiary takeover holder auditor quarter option "
-               "pension creditor yield mortgage commodity ledger tariff retailer refinery",
-    "climate": "ocean storm glacier temperature forest drought emission river flood season region sensor "
-               "model coast gas cloud current winter summer island reef monsoon sheet wetland satellite "
-               "valley crop harvest wildfire aerosol basin permafrost methane plume cyclone delta tundra "
-               "canopy sediment estuary reservoir heatwave shoreline plateau savanna snowfield hurricane "
-               "isotope",
-    "stories": "fox girl boy dragon castle tree friend bird bear dog cat garden flower ball toy cake house "
-               "hill cave star boat rabbit mouse knight princess kite frog bridge village apple lantern pond "
-               "owl wolf crown puppy wizard kitten path meadow basket treasure giant blanket cottage fairy "
-               "meaning squirrel",
-    "reviews": "film movie scene plot actor story director character script camera ending performance "
-               "actress soundtrack joke thriller comedy drama sequel cast dialogue viewer audience effect "
-               "villain hero romance twist remake screenplay trailer critic montage cameo musical "
-               "documentary chapter episode franchise genre set costume monologue flashback narrator stunt "
-               "subplot prequel",
-}
-VERBS = {                                # with an object
-    "finance": "buy sell hold acquire finance trade value cut raise sign audit lend insure hedge tax "
-               "underwrite downgrade refinance merge auction liquidate outbid subsidize price",
-    "climate": "warm cool measure erode flood cover absorb cross melt affect track record reach dry surround "
-               "predict irrigate deplete bury reflect feed drain observe reshape",
-    "stories": "find love help chase carry hug see follow meet hide open climb share catch thank paint "
-               "rescue wake tickle build lick fetch visit hear",
-    "reviews": "praise enjoy hate ruin save spoil steal miss deserve waste replace mock parody adapt overuse "
-               "elevate rewrite recall drag light portray introduce resemble lift",
-}
-INTRANSITIVES = {
-    "finance": "rise fall recover default expand close plunge slip rebound stall",
-    "climate": "rain spread retreat shift evaporate collapse intensify thaw freeze drift",
-    "stories": "smile sleep run sing dance laugh jump cry play wander",
-    "reviews": "work fail shine flop sag impress disappoint bore land entertain",
-}
-ADJECTIVES = {
-    "finance": "new large foreign financial net corporate federal annual volatile profitable public domestic "
-               "private fiscal industrial senior taxable solvent liquid speculative quarterly bullish "
-               "bearish overdue commercial idle unsecured preferred",
-    "climate": "warm cold dry wet arctic tropical coastal global severe frozen rising heavy northern "
-               "southern polar humid shallow deep salty fragile barren windy seasonal thermal acidic murky "
-               "arid saline",
-    "stories": "little big happy sad old brave kind red blue tiny magic shiny scared soft sleepy golden "
-               "silly lonely green gentle hungry muddy fluffy curious secret round clever naughty",
-    "reviews": "great bad good awful funny boring brilliant terrible moving dull superb weak fresh stale "
-               "charming clumsy witty lazy gripping bland lovely ugly tender hollow stunning tedious "
-               "masterful wooden",
-}
-ADVERBS = {
-    "finance": "sharply modestly steadily narrowly broadly heavily cheaply jointly formally lately",
-    "climate": "rapidly slowly gradually locally globally yearly deeply unevenly suddenly widely",
-    "stories": "happily quickly quietly gently loudly bravely sadly together softly proudly",
-    "reviews": "well badly nicely poorly perfectly painfully beautifully lazily wonderfully horribly",
-}
-UNITS = {"finance": "percent cents points shillings", "climate": "degrees meters inches kilometers",
-         "stories": "steps days apples minutes", "reviews": "stars scenes hours laughs"}
+# A domain's words of a class, from the most to the least frequent. Verbs and nouns are inflected by the two
+# functions below; VERBS have an object.
+LEXICON = """
+NOUNS finance: company share bank fund price market investor profit stock bond rate trader dollar
+    analyst deal loan firm merger broker asset dividend debt portfolio earning contract tax lender buyer
+    seller budget currency exchange insurer subsidiary takeover holder auditor quarter option pension
+    creditor yield mortgage commodity ledger tariff retailer refinery
+NOUNS climate: ocean storm glacier temperature forest drought emission river flood season region sensor
+    model coast gas cloud current winter summer island reef monsoon sheet wetland satellite valley crop
+    harvest wildfire aerosol basin permafrost methane plume cyclone delta tundra canopy sediment estuary
+    reservoir heatwave shoreline plateau savanna snowfield hurricane isotope
+NOUNS stories: fox girl boy dragon castle tree friend bird bear dog cat garden flower ball toy cake
+    house hill cave star boat rabbit mouse knight princess kite frog bridge village apple lantern pond
+    owl wolf crown puppy wizard kitten path meadow basket treasure giant blanket cottage fairy meaning
+    squirrel
+NOUNS reviews: film movie scene plot actor story director character script camera ending performance
+    actress soundtrack joke thriller comedy drama sequel cast dialogue viewer audience effect villain
+    hero romance twist remake screenplay trailer critic montage cameo musical documentary chapter
+    episode franchise genre set costume monologue flashback narrator stunt subplot prequel
+VERBS finance: buy sell hold acquire finance trade value cut raise sign audit lend insure hedge tax
+    underwrite downgrade refinance merge auction liquidate outbid subsidize price
+VERBS climate: warm cool measure erode flood cover absorb cross melt affect track record reach dry
+    surround predict irrigate deplete bury reflect feed drain observe reshape
+VERBS stories: find love help chase carry hug see follow meet hide open climb share catch thank paint
+    rescue wake tickle build lick fetch visit hear
+VERBS reviews: praise enjoy hate ruin save spoil steal miss deserve waste replace mock parody adapt
+    overuse elevate rewrite recall drag light portray introduce resemble lift
+INTRANSITIVES finance: rise fall recover default expand close plunge slip rebound stall
+INTRANSITIVES climate: rain spread retreat shift evaporate collapse intensify thaw freeze drift
+INTRANSITIVES stories: smile sleep run sing dance laugh jump cry play wander
+INTRANSITIVES reviews: work fail shine flop sag impress disappoint bore land entertain
+ADJECTIVES finance: new large foreign financial net corporate federal annual volatile profitable public
+    domestic private fiscal industrial senior taxable solvent liquid speculative quarterly bullish
+    bearish overdue commercial idle unsecured preferred
+ADJECTIVES climate: warm cold dry wet arctic tropical coastal global severe frozen rising heavy northern
+    southern polar humid shallow deep salty fragile barren windy seasonal thermal acidic murky arid
+    saline
+ADJECTIVES stories: little big happy sad old brave kind red blue tiny magic shiny scared soft sleepy
+    golden silly lonely green gentle hungry muddy fluffy curious secret round clever naughty
+ADJECTIVES reviews: great bad good awful funny boring brilliant terrible moving dull superb weak fresh
+    stale charming clumsy witty lazy gripping bland lovely ugly tender hollow stunning tedious masterful
+    wooden
+ADVERBS finance: sharply modestly steadily narrowly broadly heavily cheaply jointly formally lately
+ADVERBS climate: rapidly slowly gradually locally globally yearly deeply unevenly suddenly widely
+ADVERBS stories: happily quickly quietly gently loudly bravely sadly together softly proudly
+ADVERBS reviews: well badly nicely poorly perfectly painfully beautifully lazily wonderfully horribly
+UNITS finance: percent cents points shillings
+UNITS climate: degrees meters inches kilometers
+UNITS stories: steps days apples minutes
+UNITS reviews: stars scenes hours laughs
+"""
 TITLES = {"finance": "mr. ms.", "climate": "dr. prof.", "stories": "king queen", "reviews": "actor actress"}
 NAMES = ("harlow benton mercer quill ashby lorne tessler vance orwin pell draper kimball sorrel fenwick "
          "hale marlow dunmore ellis rowan thorne")
@@ -360,8 +352,8 @@ QUALITY | 30 | very so not | ADJECTIVE
 QUALITY | 70 | ADJECTIVES |
 ADJECTIVE | 1 | ADJECTIVES |
 """
-CLASSES = {"NOUNS": NOUNS, "VERBS": VERBS, "INTRANSITIVES": INTRANSITIVES, "ADJECTIVES": ADJECTIVES,
-           "ADVERBS": ADVERBS, "UNITS": UNITS}
+# an entry goes on to where the next begins
+CLASSES = {tuple(head.split()): words.split() for head, words in re.findall(r"(?m)^([A-Z]+ \w+):([^:]*)$", LEXICON)}
 FORMS = {"NOUNS.p": plural, "VERBS.s": add_s, "INTRANSITIVES.s": add_s}
 
 
@@ -400,10 +392,10 @@ class Language:
 
     def words_of(self, said):
         """What a rule says, as [(words, share of its weight)]: of a class, this domain's words have 90 %."""
-        table, form = CLASSES.get(said.partition(".")[0]), FORMS.get(said, str)
-        if table is None:
+        name, form = said.partition(".")[0], FORMS.get(said, str)
+        if not name.isupper():
             return [(said.split(), 1)]
-        own, *others = ([form(w) for w in table[d].split()] for d in self.domains)
+        own, *others = ([form(word) for word in CLASSES[name, domain]] for domain in self.domains)
         rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)  # by rank, each once
         return [(own, 0.9), ([w for w in rest if w and w not in own], 0.1)]
 
@@ -609,14 +601,10 @@ def download(url, path, sha256=None, headers=None):
     path = Path(path)
     part = path.with_name(path.name + ".part")
     by_hand = f"Place it by hand at {path} and run again"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot create the folder {path.parent}: {e.strerror}") from e
     for attempt in range(3):
-        if attempt:
-            time.sleep(attempt)
+        time.sleep(attempt)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             size, published = fetch(url, part, headers)
         except requests.HTTPError as e:
             code, reason = e.response.status_code, str(e)
@@ -700,22 +688,16 @@ def article(title):
     path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
              "formatversion": 2, "titles": title}
-    answer = path.with_suffix(".json")
-    answer.unlink(missing_ok=True)                # of a download that was cut off before the text was written
     try:
-        download(f"{WIKIPEDIA_URL}?{urllib.parse.urlencode(query)}", answer,
-                 headers={"User-Agent": "language-modelling-course"})
-    except UserError as e:
-        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL}. "
+        answer = requests.get(WIKIPEDIA_URL, query, headers={"User-Agent": "language-modelling-course"}, timeout=30)
+        answer.raise_for_status()
+        text = answer.json()["query"]["pages"][0].get("extract", "")
+    except (requests.RequestException, ValueError, LookupError) as e:
+        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL} ({type(e).__name__}). "
                         f"Save its text as {path} and run again") from e
-    try:
-        text = json.loads(answer.read_text(encoding="utf-8"))["query"]["pages"][0].get("extract", "")
-    except (ValueError, KeyError, IndexError) as e:
-        raise UserError(f"{WIKIPEDIA_URL} did not send an article; try again later") from e
-    finally:
-        answer.unlink(missing_ok=True)
     if not text.strip():
         raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
                         "address")

@@ -62,7 +62,7 @@ class Config:
                                     "if it is on disk)")
     out: str = option("runs/report", "folder of the report")
     redraw: bool = option(False, "draw the report in --out again from its report.json; no model is needed")
-    sentences: int = option(200, "sentences read of each domain", above=0)
+    sentences: int = option(200, "sentences read of each domain")
     prompt: str = option("the meaning of life is", "what the samples continue")
     run: str = option(None, "with --text: one run")
     text: str = option(None, "with --run: a sentence, whose loss is printed token by token")
@@ -549,19 +549,29 @@ def write_report(folder, lines):
     write_atomically(folder / "report.md", lambda f: f.write("\n".join(lines).encode()))
 
 
-def distance_labels():
-    return [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
+def curves_section(report, out):
+    plot_curves(report["logs"], out / "loss_curves.png")
+    unreadable = [f"{run} has no readable log.\n" for run, rows in report["logs"].items() if not rows]
+    return ["## Loss curves (Figure 1)\n", *unreadable, "![Loss while training](loss_curves.png)\n"]
 
 
-def stage_rows(report):
-    """[(run, text, perplexities at STAGES)]"""
-    return [(run, "in domain" if column == "val_ppl" else column.removeprefix("ppl_"), values)
-            for run, columns in report["stages"].items() for column, values in columns.items()]
+def stages_section(report, out):
+    stages = [(run, "in domain" if column == "val_ppl" else column.removeprefix("ppl_"), values)
+              for run, columns in report["stages"].items() for column, values in columns.items()]
+    labels = [f"{share:.0%}" for share in STAGES]
+    plot_bars({f"{run}, {text}": values for run, text, values in stages[:12]}, labels, "perplexity",
+              out / "stages.png", log_scale=True)
+    lines = ["## Perplexity at stages of the training (Figure 2)\n",
+             markdown_table([{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]),
+             "![Perplexity at stages](stages.png)\n"]
+    if all(text == "in domain" for _, text, _ in stages):
+        lines.append("Only in domain: train with `--also climate`, say, to log another text's perplexity too.\n")
+    return lines
 
 
-def domain_tables(report):
-    """Tables 1: each domain under each run, and sentence by sentence."""
-    lines = ["## Other domains (Table 1)\n"]
+def domains_section(report, out):
+    """Each domain under each run, and sentence by sentence."""
+    lines, bits = ["## Other domains (Table 1)\n"], {run: [] for run in report["stages"]}
     if report["vocabularies"] > 1:
         lines.append("These runs have different vocabularies, so a token is not the same thing to them: compare "
                      "their bits per character, and these only where the characters are the same too.\n")
@@ -570,30 +580,29 @@ def domain_tables(report):
         if domain["floor"]:
             lines.append("The grammar's own perplexity on these documents, the floor for models with its "
                          f"vocabulary: {domain['floor']:.2f}.\n")
-        rows = [{"run": run, "mean of sentence perplexities": s["mean"], "corpus perplexity": s["corpus"],
-                 "tokens": s["tokens"], "unknown words": f"{s['unknown']:.1%}", "characters": s["characters"],
-                 "bits per character": s["bits_per_character"]} for run, s in domain["runs"].items()]
+        texts, rows, each = domain["sentences"][:20], [], [{"sentence": s} for s in domain["sentences"][:20]]
+        for run, s in domain["runs"].items():
+            rows.append({"run": run, "mean of sentence perplexities": s["mean"], "corpus perplexity": s["corpus"],
+                         "tokens": s["tokens"], "unknown words": f"{s['unknown']:.1%}",
+                         "characters": s["characters"], "bits per character": s["bits_per_character"]})
+            each = [row | {run: ppl} for row, ppl in zip(each, s["sentences"])]
         if rows:
-            texts = domain["sentences"][:20]
-            each = [{"sentence": text} | {run: s["sentences"][k] for run, s in domain["runs"].items()}
-                    for k, text in enumerate(texts)]
             lines += [markdown_table(rows), f"Perplexity of the first {len(texts)} of {len(domain['sentences'])} "
                       "sentences (all are in report.json):\n", markdown_table(each)]
         lines += [f"{run}: – ({reason}).\n" for run, reason in domain["gaps"].items()]
-    return [*lines, "![Bits per character in each domain](domains.png)\n"] if rows_of_bits(report) else lines
+        for run in bits:
+            bits[run].append(domain["runs"].get(run, {}).get("bits_per_character"))
+    if not any(domain["runs"] for domain in report["domains"].values()):
+        return lines
+    plot_bars(bits, [Path(name).name for name in report["domains"]], "bits per character", out / "domains.png")
+    return [*lines, "![Bits per character in each domain](domains.png)\n"]
 
 
-def rows_of_bits(report):
-    """{run: bits per character in each domain, None for a gap}, for runs with any."""
-    domains = report["domains"].values()
-    bits = {run: [d["runs"].get(run, {}).get("bits_per_character") for d in domains] for run in report["stages"]}
-    return {run: values for run, values in bits.items() if any(values)}
-
-
-def frequency_tables(report):
+def frequencies_section(report, out):
     lines = ["## Word frequencies (Figure 3)\n"]
     lines += [f"The text of {corpus} cannot be read: {reason}.\n" for corpus, reason in report["unread"].items()]
     for k, (name, found) in enumerate(report["frequencies"].items()):
+        plot_frequencies(name, found, out / f"frequencies_{k + 1}.png")
         correlations = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
         lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. Correlation of a "
                   f"token's loss with how much rarer its word was in training than it is here: {correlations}.\n",
@@ -601,49 +610,43 @@ def frequency_tables(report):
     return lines
 
 
-def memory_tables(report):
-    lines = ["## Memory: the loss where a name must be repeated\n",
-             "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own loss "
-             "is the floor. A guess among the 20 names costs ln 20 = 3.00.\n"]
+def memory_section(report, out):
+    lines = []
+    labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
     for corpus, memory in report["memory"].items():
-        cells = [*memory.items(), ("floor", next(iter(memory.values()))), ("cases", next(iter(memory.values())))]
-        rows = [{"run": name} | {label: cell and cell[{"floor": 1, "cases": 2}.get(name, 0)]
-                                 for label, cell in zip(distance_labels(), row)} for name, row in cells]
+        plot_memory(memory, labels, out / f"memory_{corpus}.png")
+        any_run = next(iter(memory.values()))
+        cells = [(run, 0, row) for run, row in memory.items()] + [("floor", 1, any_run), ("cases", 2, any_run)]
+        rows = [{"run": name} | {label: cell and cell[k] for label, cell in zip(labels, row)} for name, k, row in cells]
         lines += [f"### {corpus}\n", markdown_table(rows), f"![Loss at the repeated name](memory_{corpus}.png)\n"]
-    return lines if report["memory"] else []
+    return lines and ["## Memory: the loss where a name must be repeated\n",
+                      "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own "
+                      "loss is the floor. A guess among the 20 names costs ln 20 = 3.00.\n", *lines]
 
 
-def search_columns(rows):
-    """The rungs of a search, and the columns of the hyperparameters in which its trials differ."""
-    rungs, others = [c for c in rows[0] if c.startswith("val_ppl_")], "trial params tokens seconds diverged".split()
-    return rungs, [c for c in rows[0] if c not in (*others, *rungs) and len({r[c] for r in rows}) > 1]
+def samples_section(report, out):
+    rows = [{"run": run} | row for run, rows in report["samples"].items() for row in rows]
+    return ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the first is shown.\n",
+            markdown_table(rows)]
 
 
 def draw_report(report, out):
     """report.md and its figures in the folder out, from what measure_runs returned or report.json holds."""
     lines = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines all at "
              "its top.\n", *(f"Left out: {reason}.\n" for reason in report["left_out"])]
-    if report["stages"]:
-        stages = stage_rows(report)
-        lines += ["## Summary\n", markdown_table(report["summary"]), "## Loss curves (Figure 1)\n"]
-        lines += [f"{run} has no readable log.\n" for run, rows in report["logs"].items() if not rows]
-        lines += ["![Loss while training](loss_curves.png)\n", "## Perplexity at stages of the training (Figure 2)\n",
-                  markdown_table([{"run": run, "text": text} | {f"{s:.0%}": v for s, v in zip(STAGES, values)}
-                                  for run, text, values in stages]), "![Perplexity at stages](stages.png)\n"]
-        if all(text == "in domain" for _, text, _ in stages):
-            lines.append("Only in domain: train with `--also climate`, say, to log another text's perplexity too.\n")
-        lines += domain_tables(report) + frequency_tables(report) + memory_tables(report)
-        lines += ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the first is "
-                  "shown.\n", markdown_table([{"run": run} | row for run, rows in report["samples"].items()
-                                              for row in rows])]
+    if report["summary"]:
+        lines += ["## Summary\n", markdown_table(report["summary"])]
+        for section in (curves_section, stages_section, domains_section, frequencies_section, memory_section,
+                        samples_section):
+            lines += section(report, out)
     if report["rewards"]:
+        plot_frontier(report["frontier"], out / "frontier.png")
         lines += ["## Policies trained by PPO\n", markdown_table(report["rewards"]),
                   "![Reward against KL while training](frontier.png)\n"]
     for name, rows in report["search"].items():
-        lines += [f"## Search: {name}\n", markdown_table([{k: v or None for k, v in r.items()} for r in rows]),
+        plot_search(rows, out / f"{name}.png")
+        lines += [f"## Search: {name}\n", markdown_table([{k: v or None for k, v in row.items()} for row in rows]),
                   f"![Validation perplexity against each hyperparameter]({name}.png)\n"]
-    if pyplot():
-        draw_figures(report, out)
     write_report(out, lines)
 
 
@@ -654,7 +657,7 @@ LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 
 
 def pyplot():
-    """matplotlib.pyplot, set up; None where it is not installed."""
+    """matplotlib.pyplot, set up; None where it is not installed, and then nothing is drawn."""
     try:
         import matplotlib
     except ImportError:
@@ -677,32 +680,33 @@ def figure(path, panels=1, width=4.2, height=3.2):
     plt.close(drawn)
 
 
-def style(k):
-    return {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
-
-
-def marked(k, name):
-    return style(k) | {"marker": MARKERS[k % len(MARKERS)], "markersize": 3, "label": name}
+def style(k, name=None):
+    """How the k-th line looks; marked where it has a name."""
+    look = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
+    return look | {"marker": MARKERS[k % len(MARKERS)], "markersize": 3, "label": name} if name else look
 
 
 def plot_curves(logs, path):
     """Figure 1: {run: rows of log.csv}; validation and training loss against tokens and against time."""
-    with figure(path, panels=2) as (by_tokens, by_time):
-        for k, (name, rows) in enumerate(logs.items()):
-            for axes, column, scale in ((by_tokens, "tokens", 1e-6), (by_time, "seconds", 1 / 60)):
+    if not pyplot():
+        return
+    with figure(path, panels=2) as panels:
+        for axes, column, scale, label in zip(panels, ("tokens", "seconds"), (1e-6, 1 / 60),
+                                              ("million tokens seen", "minutes of training")):
+            for k, (name, rows) in enumerate(logs.items()):
                 thin = style(k) | {"alpha": 0.45, "linewidth": 0.8}
-                for loss, look in (("train_loss", thin), ("val_loss", marked(k, name))):
+                for loss, look in (("train_loss", thin), ("val_loss", style(k, name))):
                     points = [(r[column] * scale, r[loss]) for r in rows if r.get("tokens") and loss in r]
                     axes.plot([x for x, _ in points], [y for _, y in points], **look)
-        by_tokens.set(xlabel="million tokens seen", title="marked: validation; thin: training")
-        by_time.set(xlabel="minutes of training")
-        by_tokens.legend()
-        for axes in (by_tokens, by_time):
-            axes.set_ylabel("loss (nats per token)")
+            axes.set(xlabel=label, ylabel="loss (nats per token)")
+        panels[0].set_title("marked: validation; thin: training")
+        panels[0].legend()
 
 
-def plot_bars(groups, labels, ylabel, path, log_scale):
+def plot_bars(groups, labels, ylabel, path, log_scale=False):
     """groups: {series: [value or None per label]}."""
+    if not pyplot():
+        return
     with figure(path, width=6.5) as [axes]:
         width = 0.8 / len(groups)
         for k, (name, values) in enumerate(groups.items()):
@@ -718,33 +722,41 @@ def plot_bars(groups, labels, ylabel, path, log_scale):
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)     # above, not over the bars
 
 
-def plot_memory(memory, path):
+def plot_memory(memory, labels, path):
+    if not pyplot():
+        return
     with figure(path, width=5) as [axes]:
         for k, (name, cells) in enumerate(memory.items()):
-            points = [(j, cell[0]) for j, cell in enumerate(cells) if cell]
-            axes.plot(*zip(*points), **marked(k, name))
+            axes.plot(range(len(labels)), [cell[0] if cell else math.nan for cell in cells], **style(k, name))
         axes.axhline(math.log(20), color="grey", linewidth=0.8, linestyle=":", label="a guess: ln 20")
-        axes.set_xticks(range(len(DISTANCES)), distance_labels())
+        axes.set_xticks(range(len(labels)), labels)
         axes.set(xlabel="words since the name was last said", ylabel="loss at the repeated name (nats)",
                  ylim=(-0.1, 3.4))
         axes.legend(loc="center left")
 
 
 def plot_frequencies(name, found, path):
+    if not pyplot():
+        return
+    here, there = name.split(" and ")
     with figure(path, panels=2, height=3.8) as (ranks, apart):
-        for k, (label, shares) in enumerate(zip(name.split(" and "), found["shares"])):
+        for k, (label, shares) in enumerate(zip((here, there), found["shares"])):
             ranks.loglog(*zip(*shares), **style(k), label=label)
         ranks.set(xlabel="rank of the word", ylabel="share of all words")
         ranks.legend()
         rows = sorted(found["words"], key=lambda r: r["z"])
         apart.barh(range(len(rows)), [r["z"] for r in rows], color=[COLOURS[r["z"] > 0] for r in rows])
         apart.set_yticks(range(len(rows)), [r["word"].replace("$", r"\$") for r in rows], fontsize=6)
-        apart.set(xlabel="log-odds z: {} < 0 < {}".format(*name.split(" and ")))
+        apart.set_xlabel(f"log-odds z: {here} < 0 < {there}")
 
 
 def plot_search(rows, path):
-    rungs, varied = search_columns(rows)
-    with figure(path, max(1, len(varied)), width=2.2) as panels:
+    """The validation perplexity of each rung against each hyperparameter in which trials differ."""
+    if not pyplot():
+        return
+    rungs, others = [c for c in rows[0] if c.startswith("val_ppl_")], "trial params tokens seconds diverged".split()
+    varied = [c for c in rows[0] if c not in (*others, *rungs) and len({r[c] for r in rows}) > 1] or ["trial"]
+    with figure(path, len(varied), width=2.2) as panels:
         for axes, column in zip(panels, varied):
             for k, rung in enumerate(rungs):
                 points = [(float(r[column]), float(r[rung])) for r in rows if r[rung] not in ("", "inf")]
@@ -759,30 +771,13 @@ def plot_search(rows, path):
 
 def plot_frontier(frontier, path):
     """Reward against KL: what a nat of KL buys."""
+    if not pyplot():
+        return
     with figure(path, width=5) as [axes]:
         for k, (name, points) in enumerate(frontier.items()):
-            axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.8, **marked(k, name))
+            axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.8, **style(k, name))
         axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def draw_figures(report, out):
-    """Every figure that report.md names."""
-    if report["stages"]:
-        plot_curves(report["logs"], out / "loss_curves.png")
-        bars = {f"{run}, {text}": values for run, text, values in stage_rows(report)[:12]}
-        plot_bars(bars, [f"{s:.0%}" for s in STAGES], "perplexity", out / "stages.png", log_scale=True)
-        if bits := rows_of_bits(report):
-            labels = [Path(d).name for d in report["domains"]]
-            plot_bars(bits, labels, "bits per character", out / "domains.png", log_scale=False)
-        for k, (name, found) in enumerate(report["frequencies"].items()):
-            plot_frequencies(name, found, out / f"frequencies_{k + 1}.png")
-        for corpus, memory in report["memory"].items():
-            plot_memory(memory, out / f"memory_{corpus}.png")
-    if report["rewards"]:
-        plot_frontier(report["frontier"], out / "frontier.png")
-    for name, rows in report["search"].items():
-        plot_search(rows, out / f"{name}.png")
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -49,15 +49,15 @@ import torch
 
 import data
 from data import UserError, option, save_json
-from eval import exp, format_number, markdown_table, plot_curves, pyplot, read_log, run_options, score, write_report
+from eval import exp, format_number, markdown_table, plot_curves, read_log, run_options, score, write_report
 from qwen_load import read_json, save_model
 from sample import encode_prompt, generate
 from train import (COLUMNS, LOCAL, Log, Progress, RunOptions, StopRequest, autocast, average_gradients, base_result,
-                   broadcast, build_model, check_finite, check_resume_config, check_text, clip_grad_norm,
+                   broadcast, build_model, check_finite, check_text, clip_grad_norm,
                    complete_checkpoint, configure_optimizer, context, detach_state, dtype_name, environment,
                    eval_batch_size, first_process_first, gather_state, get_lr, job_errors, join_processes,
                    leave_processes, load_run, mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos,
-                   read_checkpoint, refuse_existing, resume_command, sample_line, save_checkpoint, set_lr, step_seed,
+                   read_checkpoint, refuse_existing, resume_command, resume_or_refuse, sample_line, save_checkpoint, set_lr, step_seed,
                    stopped, take_rows, tokenizer_from)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
@@ -79,31 +79,30 @@ class Config(RunOptions):
     base: str = option("Qwen/Qwen2-0.5B", "a run of train.py; or Qwen2's weights: a folder, or their name on "
                                           "the hub, downloaded once (1 GB)")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
-    epochs: float = option(2.0, "passes over the training text", above=0)
-    steps: int = option(None, "optimizer steps, instead of --epochs", above=0)
+    epochs: float = option(2.0, "passes over the training text")
+    steps: int = option(None, "optimizer steps, instead of --epochs")
     data_fraction: float = option(0.9, "the first share of the training text", above=0, at_most=1)
     ablate: bool = option(False, "a complete run for every pair of the next two, and a table")
-    ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table", above=0)
+    ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table")
     ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data of the table", above=0, at_most=1)
-    lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0, group="the step")
-    batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}", above=0)
-    block_size: int = option(None, f"tokens of a window, at most the base's context {by_base('block_size')}",
-                             above=0)
-    accumulate: int = option(1, "cut a batch into N micro-batches: less memory", above=0)
+    lr: float = option(None, f"highest learning rate {by_base('lr')}", group="the step")
+    batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}")
+    block_size: int = option(None, f"tokens of a window, at most the base's context {by_base('block_size')}")
+    accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
     checkpointing: bool = option(False, "keep the inputs of layers only and compute the rest twice: less memory")
     shard: bool = option(False, "under torchrun: weights and moments are split across the processes")
     weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
     warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
-    log_every: int = option(10, "steps between rows of log.csv", above=0)
-    eval_tokens: int = option(8192, "of the validation split, for the loss curve", above=0)
+    log_every: int = option(10, "steps between rows of log.csv")
+    eval_tokens: int = option(8192, "of the validation split, for the loss curve")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
-    held_out: int = option(200, "documents of the test split", above=0, group="before and after")
+    held_out: int = option(200, "documents of the test split", group="before and after")
     retain: str = option(None, "a text that is not trained on (default: what the base was trained on; "
                                "wikitext2 for Qwen2)")
     prompts: list[str] = option([], "to continue (default: a knight's journey and the climate; for an "
                                     "embedded language the beginnings of a document of --data and of another "
                                     "one)")
-    sample_tokens: int = option(60, "of a continuation", above=0)
+    sample_tokens: int = option(60, "of a continuation")
     temperature: float = option(0.7, "of the continuations", at_least=0)
 
 
@@ -197,6 +196,14 @@ def shard_model(model, device, dtype, world):
     model.to_empty(device=device)
 
 
+def renamed(state, names):
+    """An optimizer's state with its parameters called by other names: names, {old: new}."""
+    groups = [group | {"params": [names[name] for name in group["params"]],
+                       "betas": tuple(group["betas"])}              # a list after a resume
+              for group in state["param_groups"]]
+    return {"state": {names[name]: v for name, v in state["state"].items()}, "param_groups": groups}
+
+
 def sharded_state(model, optimizer):
     """(weights, optimizer state) as an unsharded run has them, on the first process; {} on the others."""
     from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
@@ -204,13 +211,10 @@ def sharded_state(model, optimizer):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     state = get_optimizer_state_dict(model, optimizer, options=options)
-    if not state:
-        return weights, state
-    names = [name for group in state["param_groups"] for name in group["params"]]       # parameters by number
-    groups = [group | {"params": [names.index(name) for name in group["params"]],
-                       "betas": tuple(group["betas"])}              # a list after a resume
-              for group in state["param_groups"]]
-    return weights, {"state": {k: state["state"][name] for k, name in enumerate(names)}, "param_groups": groups}
+    if state:                                                       # an unsharded run counts its parameters
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        state = renamed(state, {name: k for k, name in enumerate(names)})
+    return weights, state
 
 
 def load_sharded_state(model, optimizer, weights, state=None):
@@ -224,8 +228,7 @@ def load_sharded_state(model, optimizer, weights, state=None):
     if state:
         by_id = {id(p): name for name, p in model.named_parameters()}
         names = [by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        groups = [group | {"params": [names[k] for k in group["params"]]} for group in state["param_groups"]]
-        state = {"state": {names[k]: v for k, v in state["state"].items()}, "param_groups": groups}
+        state = renamed(state, dict(enumerate(names)))
     optimizer.zero_grad(set_to_none=True)                           # torch allocates gradients for a moment
     set_optimizer_state_dict(model, optimizer, state, options=options)
 
@@ -350,8 +353,7 @@ def report(config, result):
         lines += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
                   markdown_table([{"": when, b["prompt"]: sample["text"] or "(nothing)"}
                                   for when, sample in (("before", b), ("after", a))])]
-    if pyplot():
-        plot_curves({run.name: read_log(run / "log.csv")}, run / "loss.png")
+    plot_curves({run.name: read_log(run / "log.csv")}, run / "loss.png")
     write_report(run, [*lines, "## Loss (Figure 4)\n", "![Loss while fine-tuning](loss.png)\n"])
 
 
@@ -491,7 +493,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 loss.backward()
                 loss, grad_norm = loss.item(), bf16_grad_norm(bf16_model, pairs)
                 check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
-                step_with_bf16_gradients(optimizer, pairs, config.grad_clip / max(config.grad_clip, grad_norm))
+                step_with_bf16_gradients(optimizer, pairs, min(1.0, config.grad_clip / (grad_norm + 1e-6)))
             else:
                 loss = 0.0
                 for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
@@ -638,19 +640,13 @@ def main(argv=None):
                         "torchrun --nproc-per-node 2 -- finetune.py --shard")
     if config.ablate and ("RANK" in os.environ or config.steps):
         raise UserError("--ablate runs in one process, and its cells say how long")
-    kind = "ablate" if config.ablate else "finetune"
+    kind, checkpoint = "ablate" if config.ablate else "finetune", None
     config.run = config.run or f"runs/{kind}-{Path(config.base).name}-{Path(config.data).stem}"
-    checkpoint, an_ablation = None, (Path(config.run) / "ablation.json").exists()
-    if config.resume and not config.ablate:
-        checkpoint = read_checkpoint(Path(config.run) / "last.pt", "python finetune.py", mmap=config.shard)
-        if "data_fraction" not in checkpoint.get("options", {}):
-            raise UserError(f"{config.run} is not a run of finetune.py; "
-                            f"python train.py --resume --run {config.run} may resume it")
-        config = check_resume_config(config, given, checkpoint["options"])
-    elif not an_ablation:
-        refuse_existing(config.run, "python finetune.py", ("last.pt", "config.json", "result.json"))
-    elif not config.ablate:
-        raise UserError(f"{config.run} holds an ablation; choose another folder with --run")
+    files = ("last.pt", "result.json", "config.json")
+    if not config.ablate:
+        checkpoint, config = resume_or_refuse(config, given, "python finetune.py", (*files, "ablation.json"))
+    elif not (Path(config.run) / "ablation.json").exists():
+        refuse_existing(config.run, "python finetune.py", files)
 
     # 2 device and processes
     rank, world, device = join_processes(pick_device(config.device))

@@ -60,9 +60,9 @@ from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream
 from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, autocast, base_result, check_finite,
-                   check_resume_config, clip_grad_norm, complete_checkpoint, configure_optimizer, context,
-                   dtype_name, get_lr, load_run, pick_device, pick_dtype, read_checkpoint, refuse_existing,
-                   resume_command, save_checkpoint, set_lr, step_seed, stopped)
+                   clip_grad_norm, complete_checkpoint, configure_optimizer, context,
+                   dtype_name, get_lr, load_run, pick_device, pick_dtype, read_checkpoint,
+                   resume_command, resume_or_refuse, save_checkpoint, set_lr, step_seed, stopped)
 from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
@@ -93,21 +93,21 @@ class Config(RunOptions):
                                                     "on the hub (0.3 GB)")
     data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, "
                              "else imdb)", choices=REVIEWS)
-    held_out: int = option(256, "prompts that the policy is evaluated on", above=0)
+    held_out: int = option(256, "prompts that the policy is evaluated on")
     sample: bool = option(True, "print a response at every evaluation")
-    steps: int = option(None, f"iterations {by_base('steps')}", above=0, group="PPO")
-    lr: float = option(None, f"highest learning rate {by_base('lr')}", above=0)
+    steps: int = option(None, f"iterations {by_base('steps')}", group="PPO")
+    lr: float = option(None, f"highest learning rate {by_base('lr')}")
     warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
-    batch_size: int = option(64, "responses of an iteration", above=0)
-    minibatch: int = option(16, "responses of an update", above=0)
-    epochs: int = option(4, "times that each response is used", above=0)
-    response_tokens: int = option(24, "longest response", above=0)
+    batch_size: int = option(64, "responses of an iteration")
+    minibatch: int = option(16, "responses of an update")
+    epochs: int = option(4, "times that each response is used")
+    response_tokens: int = option(24, "longest response")
     kl_coef: float = option(0.2, "what a nat of KL to the reference costs", at_least=0)
     kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is "
                                    "fixed", at_least=0)
     max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats a "
-                                       "token", above=0)
-    clip_coef: float = option(0.2, "clip the ratio, and the values, to within this", above=0)
+                                       "token")
+    clip_coef: float = option(0.2, "clip the ratio, and the values, to within this")
     value_coef: float = option(0.1, "weight of the value loss", at_least=0)
     gamma: float = option(1.0, "discount", at_least=0, at_most=1)
     gae_lambda: float = option(0.95, "GAE's lambda", at_least=0, at_most=1)
@@ -125,10 +125,10 @@ class RewardConfig(RunOptions):
     train_reward: bool = option(False, "this")
     data: str = option("reviews", "the labelled texts", choices=REVIEWS)
     epochs: float = option(None, "passes over the texts (default: " + ", ".join(
-        f"{epochs:g} for {name}" for name, epochs in SCORER_EPOCHS.items()) + ")", above=0)
-    lr: float = option(1e-3, "highest learning rate", above=0)
-    batch_size: int = option(32, "texts of a batch", above=0)
-    log_every: int = option(50, "steps between rows of log.csv", above=0)
+        f"{epochs:g} for {name}" for name, epochs in SCORER_EPOCHS.items()) + ")")
+    lr: float = option(1e-3, "highest learning rate")
+    batch_size: int = option(32, "texts of a batch")
+    log_every: int = option(50, "steps between rows of log.csv")
 
 
 # ------------------------------------------------------------------------------------------ training a scorer
@@ -315,9 +315,8 @@ class TokenLogProb(torch.autograd.Function):
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where there is a token,
-    then 0 to the end of the row; after the last token nothing follows. -> advantages, returns (advantages +
-    values), 0 outside."""
+    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where a token is an action,
+    without gaps; after the last one nothing follows. -> advantages, returns (advantages + values), 0 outside."""
     advantages, last_gae, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]           # the surprise at t
@@ -398,15 +397,13 @@ def read_prompts(name, split, tokenizer, most=10_000):
 
 @dataclass
 class Rollout:
-    """What a model wrote after B prompts. R: the longest response; a response's end token is part of it."""
+    """What a model wrote after B prompts. Everything is aligned with what the model reads: column t holds what
+    it says after t + 1 tokens."""
     prompts: list               # lists of ids
-    # int64 [B, T]: prompt and response, zeros on the right, where a causal model does not look
-    tokens: torch.Tensor
-    positions: torch.Tensor     # int64 [B, R]: where in the inputs each token of the response is predicted
-    actions: torch.Tensor       # int64 [B, R]: the tokens of the response
-    mask: torch.Tensor          # float32 [B, R]: 1 where there is one
-    log_probs: torch.Tensor     # float32 [B, R]: as the sampler had them
     responses: list             # lists of ids, without end tokens
+    tokens: torch.Tensor        # int64 [B, T + 1]: prompt, response with its end token, zeros
+    mask: torch.Tensor          # float32 [B, T]: 1 where the next token is part of the response
+    log_probs: torch.Tensor     # float32 [B, T]: of that token, as the sampler had it; 0 elsewhere
 
 
 @dataclass
@@ -436,23 +433,15 @@ def rollout(task, model, prompts, seed=None):
     stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.tokenizer.stops, seed=seed,
                              suppressed_tokens=task.suppressed)
     drawn = [(token, log_prob) for token, log_prob, _ in stream]
-    token, log_prob = (torch.stack(v, 1) for v in zip(*drawn))     # [B, S]: a prompt is forced, then answered
-    new, device = token >= 0, token.device
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    lengths = new.sum(1)                                                    # [B]
-    offsets = torch.arange(int(lengths.max()), device=device)               # [R]
-    mask = offsets < lengths[:, None]                                       # [B, R]
-    column = (new.int().argmax(1)[:, None] + offsets).clamp(max=token.shape[1] - 1)
-    actions = token.gather(1, column).masked_fill(~mask, 0)
-    log_probs = log_prob.gather(1, column).masked_fill(~mask, 0.0)
-    width = int((prompt_lengths + lengths).max())
-    tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
-    row, k = mask.nonzero(as_tuple=True)
-    tokens[row, prompt_lengths[row] + k] = actions[row, k]
-    positions = (prompt_lengths[:, None] - 1 + offsets).masked_fill(~mask, 0)
-    responses = [[t for t in row[:n] if t not in task.tokenizer.stops]
-                 for row, n in zip(actions.tolist(), lengths.tolist())]
-    return Rollout(prompts, tokens, positions, actions, mask.float(), log_probs, responses)
+    new, log_probs = (torch.stack(v, 1) for v in zip(*drawn))     # [B, S]; -1: a prompt's token, or nothing
+    shortest, width = min(map(len, prompts)), max(map(len, prompts)) + task.config.response_tokens
+    tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=new.device)
+    tokens = tokens[:, :shortest + new.shape[1]]
+    tokens[:, shortest:] = torch.where(new >= 0, new, tokens[:, shortest:])
+    before = (shortest - 1, 0)                                              # columns that say nothing new
+    mask, log_probs = F.pad((new >= 0).float(), before), F.pad(log_probs, before)
+    responses = [[t for t in row if t >= 0 and t not in task.tokenizer.stops] for row in new.tolist()]
+    return Rollout(prompts, responses, tokens, mask, log_probs)
 
 
 def decode_text(task, prompt, response=()):
@@ -476,11 +465,12 @@ def score_responses(task, r):
 
 
 def response_hidden(model, r, rows):
-    """The model's hidden states where it predicts the tokens of these rows' responses: [N, D] for N
-    tokens."""
-    tokens, positions, mask = r.tokens[rows], r.positions[rows], r.mask[rows] > 0
-    hidden = model(tokens[:, :int(positions[mask].max()) + 1])[0]      # no column that is padding in all rows
-    return hidden[torch.arange(len(positions), device=positions.device)[:, None], positions][mask]
+    """The model's hidden states where it predicts the tokens of these rows' responses: [N, D] for N tokens;
+    and these tokens [N]."""
+    mask = r.mask[rows] > 0
+    width = int(mask.any(0).nonzero().max()) + 1                            # beyond it all rows are padding
+    hidden = model(r.tokens[rows, :width])[0]
+    return hidden[mask[:, :width]], r.tokens[rows, 1:][mask]
 
 
 def log_softmax(model, hidden, suppressed):
@@ -490,19 +480,18 @@ def log_softmax(model, hidden, suppressed):
 
 @torch.no_grad()
 def evaluate_actions(task, model, r, value_head=None):
-    """The policy beside the reference at every token of the responses: float32 [B, R] each, 0 outside the
+    """The policy beside the reference at every token of the responses: float32 [B, T] each, 0 outside the
     mask. log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in nats; entropy;
     value."""
-    outputs, reference = {}, task.reference
+    outputs = {}
     for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
         token_mask, parts = r.mask[rows] > 0, []
         with autocast(task.device, task.dtype):
-            hidden, ref_hidden = response_hidden(model, r, rows), response_hidden(reference, r, rows)
+            (hidden, actions), (ref_hidden, _) = (response_hidden(m, r, rows) for m in (model, task.reference))
             few = max(1, (1 << 21) // model.lm_head.out_features)   # distributions that stay in a CPU's cache
-            for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few),
-                                        r.actions[rows][token_mask].split(few)):
+            for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few), actions[:, None].split(few)):
                 log_p = log_softmax(model, h, task.suppressed)              # [few, V]
-                log_q, action = log_softmax(reference, ref_h, task.suppressed), action[:, None]
+                log_q = log_softmax(task.reference, ref_h, task.suppressed)
                 p = log_p.exp()
                 entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
                 parts.append((log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy,
@@ -570,10 +559,10 @@ def update_policy(task, policy, value_head, optimizer, r, old, text, text_step):
             token_mask = r.mask[rows] > 0
             part = {name: values[rows][token_mask] for name, values in old.items()}     # [N] each, N tokens
             with autocast(task.device, task.dtype):
-                hidden = response_hidden(policy, r, rows)                               # [N, D]
+                hidden, actions = response_hidden(policy, r, rows)                      # [N, D], [N]
                 dtype = compute_dtype(hidden)
-            log_prob = TokenLogProb.apply(hidden.to(dtype), policy.lm_head.weight, policy.lm_head.bias,
-                                          r.actions[rows][token_mask], task.suppressed)
+            log_prob = TokenLogProb.apply(hidden.to(dtype), policy.lm_head.weight, policy.lm_head.bias, actions,
+                                          task.suppressed)
             pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"],
                                                        config.clip_coef)
             if approx_kl > config.max_update_kl:  # too far from what sampled these responses: no more updates
@@ -693,16 +682,15 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             repeated = torch.tensor(shared_repetition(r.responses))         # [B]
             scored = time.perf_counter()
 
-            # 3 log-probs and values of the policy that sampled, log-probs of the reference: [B, R]
+            # 3 log-probs and values of the policy that sampled, log-probs of the reference: [B, T]
             old = evaluate_actions(task, policy, r, value_head)
 
             # 4 reward per token. Detail: KL everywhere, the score at the last token only; rewards are not
             # whitened: dividing them would change what a nat of KL costs
             kl_estimate = old["log_prob"] - old["ref_log_prob"]             # its mean over samples is the KL
             rewards = -kl_coef * kl_estimate
-            last = r.mask.sum(1).long() - 1
-            rewards[torch.arange(len(last)),
-                    last] += (scores - config.repetition_coef * repeated).to(rewards.device)
+            last = (r.mask * torch.arange(1, r.mask.shape[1] + 1, device=device)).argmax(1)
+            rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(device)
 
             # 5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
             advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
@@ -761,6 +749,8 @@ REPORTED = {"reward": "reward, mean", "reward_std": "reward, standard deviation"
 
 def plot_rewards(rows, path):
     """Figure 5: reward with its band of one standard deviation; KL; variety. rows: of log.csv."""
+    if not pyplot():
+        return
     with figure(path, panels=3) as panels:
         for axes, column, colour, label in (
                 (0, "reward", 0, "mean"), (0, "eval_reward", 1, "validation prompts"),
@@ -818,8 +808,7 @@ def report(config, result):
         rows = reward_hacking_examples(after["each"], badness)
         lines += [f"High reward with high {title}:\n",
                   markdown_table([{label: row[name] for name, label in columns.items()} for row in rows])]
-    if pyplot():
-        plot_rewards(read_log(run / "log.csv"), run / "rewards.png")
+    plot_rewards(read_log(run / "log.csv"), run / "rewards.png")
     write_report(run, lines)
 
 
@@ -909,18 +898,10 @@ def main(argv=None):
     script = "python ppo.py" + " --train-reward" * train_a_scorer
     default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{Path(config.base).name}"
     config.run = config.run or f"runs/{default}"
-    checkpoint = None
     keep_memory()
-    if config.resume:
-        checkpoint = read_checkpoint(Path(config.run) / "last.pt", script)
-        saved = checkpoint.get("options", {})
-        if "train_reward" not in saved or saved["train_reward"] != train_a_scorer:
-            raise UserError(f"{config.run} is not a run of {script}; resume it with what started it")
-        config = check_resume_config(config, given, saved)
-    else:
-        refuse_existing(config.run, script, ("last.pt", "config.json", "result.json"))
-        if train_a_scorer and config.epochs is None:
-            config.epochs = SCORER_EPOCHS[config.data]
+    checkpoint, config = resume_or_refuse(config, given, script)
+    if train_a_scorer:
+        config.epochs = config.epochs or SCORER_EPOCHS[config.data]
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if train_a_scorer:

@@ -35,13 +35,12 @@ class Config:
     prompt: str = option("", "what the text begins with")
     chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
-    top_k: int = option(None, "draw from the N likeliest tokens only", above=0)
-    top_p: float = option(None, "draw from the likeliest tokens that make up probability "
-                                "X", above=0, at_most=1)
+    top_k: int = option(None, "draw from the N likeliest tokens only")
+    top_p: float = option(None, "draw from the likeliest tokens that make up probability X", above=0, at_most=1)
     repetition_penalty: float = option(1.0, "above 1: tokens that the text already has become less likely; "
-                                            "1.1 is much", above=0)
-    tokens: int = option(100, "at most so many new tokens", above=0)
-    n: int = option(1, "how many samples", above=0)
+                                            "1.1 is much")
+    tokens: int = option(100, "at most so many new tokens")
+    n: int = option(1, "how many samples")
     stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
     seed: int = option(None, "the same seed gives the same text (default: another one every "
                              "time)", at_least=0,

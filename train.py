@@ -81,9 +81,8 @@ class RunOptions:
     run: str = option(None, "folder of the run (default: in runs/, named after what is trained on what)",
                       group="the run")
     resume: bool = option(False, "resume the run in --run, as it was started")
-    grad_clip: float = option(1.0, "largest gradient norm", above=0)
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, a 10th of PPO's)",
-                             above=0)
+    grad_clip: float = option(1.0, "largest gradient norm")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, a 10th of PPO's)")
     seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware has it",
@@ -100,23 +99,23 @@ class Config(RunOptions):
     also: list[str] = option([], "other corpora to log the perplexity of")
     search: int = option(None, "try N random configurations and the default one within --minutes, narrowed "
                                "by thirds; what else you type is held fixed; looks at the validation split "
-                               "only", above=0)
-    epochs: float = option(None, "passes over the training text", above=0)
-    steps: int = option(None, "optimizer steps, instead of --epochs", above=0)
-    minutes: float = option(None, "instead: measure the speed, then plan as many steps as fit", above=0)
+                               "only")
+    epochs: float = option(None, "passes over the training text")
+    steps: int = option(None, "optimizer steps, instead of --epochs")
+    minutes: float = option(None, "instead: measure the speed, then plan as many steps as fit")
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
-    log_every: int = option(50, "steps between rows of log.csv", above=0)
+    log_every: int = option(50, "steps between rows of log.csv")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
-    batch_size: int = option(None, "rows of a batch", above=0,
+    batch_size: int = option(None, "rows of a batch",
                              group="by model and corpus (the defaults are below)")
     block_size: int = option(None, "tokens of a row: back-propagation through time goes so far, or the "
-                                   "Transformer's context", above=0)
-    lr: float = option(None, "highest learning rate", above=0)
-    n_layer: int = option(None, "layers", above=0)
-    n_head: int = option(None, "attention heads", above=0)
-    n_embd: int = option(None, "width", above=0)
+                                   "Transformer's context")
+    lr: float = option(None, "highest learning rate")
+    n_layer: int = option(None, "layers")
+    n_head: int = option(None, "attention heads")
+    n_embd: int = option(None, "width")
     n_hidden: int = option(None, "width inside: of all recurrent layers but the last (default: n_embd), of "
-                                 "the Transformer's MLP (default: 3 n_embd)", above=0)
+                                 "the Transformer's MLP (default: 3 n_embd)")
     dropout: float = option(None, "on the output of the last recurrent layer, or of each half of a layer",
                             at_least=0, below=1)
     dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1)
@@ -200,17 +199,6 @@ def build_model(kind, config, weights=None):
                         f"{' '.join(str(e).split())[:200]}") from e
 
 
-def command_for(folder):
-    """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
-    runs/ppo-..., ..."""
-    kind, _, corpus = folder.name.partition("-")
-    if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
-        return f"python train.py --model {kind} --data {corpus}"
-    if kind in ("finetune", "ppo"):
-        return f"python {kind}.py --run {folder} (python {kind}.py --help says from what)"
-    return f"python train.py --model {kind if kind in MODELS else 'lstm'} --run {folder}"
-
-
 def load_run(folder, device="cpu", dtype=None):
     """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or
     pretrained weights: a folder in the hub's layout, or the name of a repository there; dtype None keeps
@@ -220,7 +208,8 @@ def load_run(folder, device="cpu", dtype=None):
         return model, tokenizer, model.config
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
+        raise UserError(f"there is no run at {folder}. Train one first, for example: python train.py --model lstm "
+                        f"--run {folder}")
     path = folder / "best.pt"
     checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
     if checkpoint["kind"] not in MODELS:
@@ -935,10 +924,6 @@ def defaults_text():
     return "\n".join(lines)
 
 
-def default_run(config):
-    return f"runs/{'search-' if config.search else ''}{config.model}-{Path(config.data).stem}"
-
-
 def resolve_defaults(config):
     """Fill in what depends on model and corpus."""
     embedded = config.data in data.DOMAINS
@@ -952,7 +937,6 @@ def resolve_defaults(config):
             setattr(config, name, value)
     if config.n_hidden is None:
         config.n_hidden = 3 * config.n_embd if config.model == "transformer" else config.n_embd
-    config.run = config.run or default_run(config)
 
 
 def model_config(config, vocab_size):
@@ -977,26 +961,30 @@ def model_config(config, vocab_size):
 LOCAL = "run", "resume", "sample", "shard"
 
 
-def check_resume_config(config, given, saved):
-    """The options that a run was started with (saved, of a checkpoint), where it is now; UserError if the
-    command line says others."""
-    for name in sorted(given.difference(LOCAL)):
-        if getattr(config, name) != saved.get(name):
-            raise UserError(f"the run in {config.run} was started with {name} {saved.get(name)}, not "
-                            f"{getattr(config, name)}. Resume it without other options, or choose another "
-                            "folder with --run")
-    here = {name: value for name, value in asdict(config).items() if name in LOCAL}
-    try:
-        return type(config)(**saved | here)
-    except TypeError as e:
-        raise UserError(f"the run in {config.run} is of another version of this script: {e}") from e
-
-
-def refuse_existing(run, script, files=("last.pt", "result.json")):
+def refuse_existing(run, script, files):
     """UserError if a folder already holds a run."""
     if os.environ.get("RANK", "0") == "0" and any((Path(run) / file).exists() for file in files):
         raise UserError(f"{run} already holds a run{' or weights' if 'config.json' in files else ''}. Resume "
                         f"it: {script} --resume --run {run}; or choose another folder with --run")
+
+
+def resume_or_refuse(config, given, script, files=("last.pt", "result.json", "config.json")):
+    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config). UserError
+    if the run is not one of this script, or was started with other options than are given now; without
+    --resume, if the folder holds a run."""
+    if not config.resume:
+        refuse_existing(config.run, script, files)
+        return None, config
+    checkpoint = read_checkpoint(Path(config.run) / "last.pt", script, mmap=getattr(config, "shard", False))
+    saved, here = checkpoint.get("options", {}), asdict(config)
+    if saved.keys() != here.keys():
+        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with what "
+                        "started it")
+    for name in sorted(given.difference(LOCAL)):
+        if here[name] != saved[name]:
+            raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not {here[name]}. "
+                            "Resume it without other options, or choose another folder with --run")
+    return checkpoint, type(config)(**saved | {name: here[name] for name in LOCAL if name in here})
 
 
 def check_text(corpus, fingerprint, run):
@@ -1015,22 +1003,16 @@ def main(argv=None):
     config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
     if len(given & {"epochs", "steps", "minutes"}) > 1:
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
-    if config.search and ("n_hidden" in given or "RANK" in os.environ):
-        raise UserError("--search runs in one process, and draws --n-hidden with --n-embd")
-    if config.search and not config.minutes:
-        raise UserError("--search needs --minutes: the time for all trials together")
+    if config.search and (not config.minutes or "n_hidden" in given or "RANK" in os.environ):
+        raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, and "
+                        "draws --n-hidden with --n-embd")
     if "val" in config.also:
         raise UserError("--also val: this name is taken; rename the file")
-    checkpoint = None
-    if config.resume:
-        config.run = config.run or default_run(config)
-        checkpoint = read_checkpoint(Path(config.run) / "last.pt")
-        if checkpoint.get("options", {}).get("model") != checkpoint["kind"]:
-            raise UserError(f"{config.run}/last.pt is not a run of train.py that could be resumed")
-        config = check_resume_config(config, given, checkpoint["options"])
-    else:
+    default = f"{'search-' if config.search else ''}{config.model}-{Path(config.data).stem}"
+    config.run = config.run or f"runs/{default}"
+    checkpoint, config = resume_or_refuse(config, given, "python train.py", ("last.pt", "result.json"))
+    if not checkpoint:
         resolve_defaults(config)
-        refuse_existing(config.run, "python train.py")
     rank, world, device = join_processes(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
     tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else config.tokenizer

@@ -311,7 +311,7 @@ class OurPPO:
         clock.append(time.perf_counter())
         old = ppo.evaluate_actions(task, self.policy, r, self.value_head)
         rewards = -config.kl_coef * (old["log_prob"] - old["ref_log_prob"])
-        last = r.mask.sum(1).long() - 1
+        last = (r.mask * torch.arange(1, r.mask.shape[1] + 1)).argmax(1)
         rewards[torch.arange(len(last)), last] += scores
         advantages, returns = ppo.gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
         old |= {"advantages": ppo.whiten(advantages, r.mask), "returns": returns}

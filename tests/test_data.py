@@ -93,9 +93,9 @@ def test_every_domain_can_say_every_other_domains_text_but_less_readily():
 
 def test_a_name_is_always_repeated_and_verbs_agree():
     names, titles = set(data.NAMES.split()), set(" ".join(data.TITLES.values()).split())
-    singular = {data.add_s(v) for table in (data.VERBS, data.INTRANSITIVES) for v in table["finance"].split()}
-    plural = {v for table in (data.VERBS, data.INTRANSITIVES) for v in table["finance"].split()}
-    nouns = {form(n) for n in data.NOUNS["finance"].split() for form in (str, data.plural)}
+    singular = {data.add_s(v) for kind in ("VERBS", "INTRANSITIVES") for v in data.CLASSES[kind, "finance"]}
+    plural = {v for kind in ("VERBS", "INTRANSITIVES") for v in data.CLASSES[kind, "finance"]}
+    nouns = {form(n) for n in data.CLASSES["NOUNS", "finance"] for form in (str, data.plural)}
     singular, plural, repeats = singular - nouns, plural - nouns, 0
     for words, _ in data.embedded_documents("finance", "valid"):
         pairs = [(a, b) for a, b in zip(words, words[1:]) if b in names]

@@ -152,7 +152,7 @@ def test_a_run_on_another_grammar_has_no_memory_section():
     run = words_run(model=make("lstm", older.vocab_size), corpus="finance")
     run.tokenizer = older
     report = evaluation.measure_runs([run], {}, [], "the", 5, None, [])
-    assert report["memory"] == {} and evaluation.memory_tables(report) == []
+    assert report["memory"] == {} and evaluation.memory_section(report, None) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences

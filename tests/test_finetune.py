@@ -398,10 +398,10 @@ def test_a_document_longer_than_the_context_is_read_whole(base, tmp_path):
 
 
 def test_a_run_of_train_py_is_not_resumed_here_nor_the_other_way_round(base):
-    with pytest.raises(UserError, match="not a run of finetune.py"):
+    with pytest.raises(UserError, match="not a run of python finetune.py"):
         finetune.main(["--resume", "--run", base])
     finetune.main(["--base", base, "--run", "ft", "--steps", "2", *QUICK])
-    with pytest.raises(UserError, match="not a run of train.py"):
+    with pytest.raises(UserError, match="not a run of python train.py"):
         train.main(["--resume", "--run", "ft"])
 
 

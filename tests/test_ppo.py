@@ -409,14 +409,14 @@ def test_sampled_and_recomputed_log_probabilities_agree(model, tmp_path):
     lengths = r.mask.sum(1)
     assert lengths.min() < 6 and lengths.max() == 6
     for row, prompt in enumerate(PROMPTS):                                  # each row, read alone, says the same
-        n = int(lengths[row])
-        answer = r.actions[row, :n].tolist()
+        n, here = int(lengths[row]), r.mask[row] > 0
+        answer = r.tokens[row, 1:][here].tolist()
         assert r.tokens[row, :len(prompt) + n].tolist() == prompt + answer and (answer[-1] == 0 or n == 6) and 0 not in answer[:-1]
         assert r.responses[row] == [t for t in answer if t]
         with torch.no_grad():
             log_p = torch.log_softmax(model.logits(model(torch.tensor([prompt + answer]))[0]), -1)[0]
         alone = [log_p[len(prompt) - 1 + k, t].item() for k, t in enumerate(answer)]
-        np.testing.assert_allclose(there["log_prob"][row, :n].numpy(), alone, atol=2e-5)
+        np.testing.assert_allclose(there["log_prob"][row][here].numpy(), alone, atol=2e-5)
     assert (there["log_prob"][r.mask == 0] == 0).all() and there["kl"].abs().max() < 1e-6
 
 
@@ -436,13 +436,13 @@ def test_divergence_and_entropy_equal_torchs(tmp_path):
     r = rollout(task, model, PROMPTS, seed=3)
     there = ppo.evaluate_actions(task, model, r)
     for row, prompt in enumerate(PROMPTS):
-        n = int(r.mask[row].sum())
+        n, here = int(r.mask[row].sum()), r.mask[row] > 0
         with torch.no_grad():
             hidden = [m(r.tokens[row:row + 1])[0][0, len(prompt) - 1:len(prompt) - 1 + n] for m in (model, task.reference)]
             p, q = (torch.distributions.Categorical(logits=m.logits(h)) for m, h in zip((model, task.reference), hidden))
-        np.testing.assert_allclose(there["kl"][row, :n], torch.distributions.kl_divergence(p, q), atol=1e-5)
-        np.testing.assert_allclose(there["entropy"][row, :n], p.entropy(), atol=1e-5)
-        np.testing.assert_allclose(there["ref_log_prob"][row, :n], q.log_prob(r.actions[row, :n]), atol=1e-5)
+        np.testing.assert_allclose(there["kl"][row][here], torch.distributions.kl_divergence(p, q), atol=1e-5)
+        np.testing.assert_allclose(there["entropy"][row][here], p.entropy(), atol=1e-5)
+        np.testing.assert_allclose(there["ref_log_prob"][row][here], q.log_prob(r.tokens[row, 1:][here]), atol=1e-5)
     assert there["kl"].min() > -1e-6 and there["kl"].sum(1).mean() > 0.1
 
 
@@ -455,7 +455,7 @@ def test_values_are_linear_in_the_hidden_state(tmp_path):
         n = int(r.mask[row].sum())
         with torch.no_grad():
             expected = head(model(r.tokens[row:row + 1])[0][0, len(prompt) - 1:len(prompt) - 1 + n])[:, 0]
-        np.testing.assert_allclose(values[row, :n], expected, atol=1e-5)
+        np.testing.assert_allclose(values[row][r.mask[row] > 0], expected, atol=1e-5)
     assert (values[r.mask == 0] == 0).all()
 
 
@@ -476,7 +476,7 @@ def test_ids_that_are_no_words_are_never_drawn_and_count_nothing(tmp_path, monke
     model = next(policies()).eval()
     task = task_for(tmp_path, model, minibatch=500)
     r = rollout(task, model, PROMPTS * 10, seed=1)
-    assert not torch.isin(r.actions, torch.tensor(suppressed)).any()
+    assert not torch.isin(r.tokens[:, 1:][r.mask > 0], torch.tensor(suppressed)).any()
     there = ppo.evaluate_actions(task, model, r)
     assert ((there["log_prob"] - r.log_probs).exp() - 1).abs().max() < 1e-5 and there["kl"].abs().max() < 1e-6 and there["entropy"].max() <= math.log(V - 3) + 1e-5
 
@@ -551,10 +551,10 @@ def test_rewards_stand_on_the_last_token_and_the_penalty_on_every_one(tmp_path, 
     repeated = ppo.shared_repetition(r.responses)
     assert max(repeated) > 0 and (old["log_prob"] - old["ref_log_prob"]).abs().max() > 0.01
     for row in range(len(r.responses)):
-        n = int(r.mask[row].sum())
-        expected = (-0.3 * (old["log_prob"] - old["ref_log_prob"]))[row, :n].tolist()
+        here = r.mask[row] > 0
+        expected = (-0.3 * (old["log_prob"] - old["ref_log_prob"]))[row][here].tolist()
         expected[-1] += worth[row].item() - 2.0 * repeated[row]
-        np.testing.assert_allclose(rewards[row, :n], expected, atol=1e-4)
+        np.testing.assert_allclose(rewards[row][here], expected, atol=1e-4)
 
 
 def test_supervised_steps_have_the_gradient_of_the_text(tmp_path):
@@ -598,9 +598,9 @@ def test_a_reward_that_is_not_a_number_ends_the_run_in_a_line(tmp_path):
 
 def test_only_empty_responses_end_the_run_in_a_line_but_single_ones_do_not(tmp_path):
     task = task_for(tmp_path, next(policies()))
-    assert ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], None, None, None, None, None, [[], [4]]))[0].shape == (2,)
+    assert ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], [[], [4]], None, None, None))[0].shape == (2,)
     with pytest.raises(UserError, match="every response is empty"):
-        ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], None, None, None, None, None, [[], []]))
+        ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], [[], []], None, None, None))
 
 
 @pytest.mark.parametrize("settings, scores, best, best_step", [
@@ -762,9 +762,9 @@ def test_what_does_not_go_together_is_said_in_a_line(there, tmp_path, monkeypatc
         ppo.main(["--resume", "--run", "out", "--lr", "1"])
     with pytest.raises(UserError, match="is not a run of python ppo.py"):
         ppo.main(["--resume", "--run", "base"])
-    with pytest.raises(UserError, match="is not a run of finetune.py"):
+    with pytest.raises(UserError, match="is not a run of python finetune.py"):
         finetune.main(["--resume", "--run", "out"])
-    with pytest.raises(UserError, match="not a run of train.py"):
+    with pytest.raises(UserError, match="is not a run of python train.py"):
         train.main(["--resume", "--run", "out"])
     with pytest.raises(UserError, match="unrecognized arguments: --kl-coef"):
         ppo.main(["--train-reward", "--kl-coef", "1"])
