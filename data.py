@@ -285,8 +285,9 @@ def plural(noun):
     return irregular.get(noun) or (noun[:-3] + "men" if noun.endswith("man") else add_s(noun))
 
 
-# The rules: symbol | weight | what it says | the symbols that follow. {n} is s or p, singular or plural; {title} and
-# {name} are all titles and names. A word in capitals is a class of the tables above, in the form after its stop.
+# The rules: symbol | weight | what it says | the symbols that follow. {n} is s or p, singular or plural;
+# {title} and {name} are all titles and names. A word in capitals is a class of the tables above, in the form
+# after its stop.
 GRAMMAR = """
 NAME:{title} | 1 | {name} | COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
 MORE:{title}:{name} | 32 | {title} | NAME:{name} VERB.s MORE:{title}:{name}
@@ -353,7 +354,8 @@ QUALITY | 70 | ADJECTIVES |
 ADJECTIVE | 1 | ADJECTIVES |
 """
 # an entry goes on to where the next begins
-CLASSES = {tuple(head.split()): words.split() for head, words in re.findall(r"(?m)^([A-Z]+ \w+):([^:]*)$", LEXICON)}
+CLASSES = {(name, domain): words.split()
+           for name, domain, words in re.findall(r"(?m)^([A-Z]+) (\w+):([^:]*)$", LEXICON)}
 FORMS = {"NOUNS.p": plural, "VERBS.s": add_s, "INTRANSITIVES.s": add_s}
 
 
@@ -369,7 +371,8 @@ class Language:
         self.domains = sorted(DOMAINS, key=lambda d: d != domain)          # its own first
         titles = [title for d in self.domains for title in TITLES[d].split()]
         for title in titles:
-            self.add_rule("DOCUMENT", [title], 45 if title in TITLES[domain].split() else 1, [f"NAME:{title}"])
+            own = title in TITLES[domain].split()
+            self.add_rule("DOCUMENT", [title], 45 if own else 1, [f"NAME:{title}"])
         values = {"{n}": "sp", "{title}": titles, "{name}": NAMES.split()}
         for line in GRAMMAR.strip().splitlines():
             used = [variable for variable in values if variable in line]
@@ -692,12 +695,13 @@ def article(title):
     query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
              "formatversion": 2, "titles": title}
     try:
-        answer = requests.get(WIKIPEDIA_URL, query, headers={"User-Agent": "language-modelling-course"}, timeout=30)
+        headers = {"User-Agent": "language-modelling-course"}
+        answer = requests.get(WIKIPEDIA_URL, query, headers=headers, timeout=30)
         answer.raise_for_status()
         text = answer.json()["query"]["pages"][0].get("extract", "")
     except (requests.RequestException, ValueError, LookupError) as e:
-        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL} ({type(e).__name__}). "
-                        f"Save its text as {path} and run again") from e
+        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL} "
+                        f"({type(e).__name__}). Save its text as {path} and run again") from e
     if not text.strip():
         raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
                         "address")

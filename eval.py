@@ -50,16 +50,16 @@ import data
 from data import UserError, option, save_json, write_atomically
 from qwen_load import read_json
 from sample import encode_prompt, generate
-from train import LOCAL, autocast, load_run, pick_device, pick_dtype, read_checkpoint, token_losses
+from train import LOCAL, autocast, context, load_run, pick_device, pick_dtype, read_checkpoint, token_losses
 
 
 @dataclass
 class Config:
     """Compare trained models across domains: tables, figures, one report."""
     runs: list[str] = option([], "folders of runs (default: all under runs/)")
-    domains: list[str] = option([], f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, or a UTF-8 file "
-                                    "(default: the other embedded languages; for runs on real text, wikitext2 "
-                                    "if it is on disk)")
+    domains: list[str] = option([], f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, or a UTF-8 "
+                                    "file (default: the other embedded languages; for runs on real text, "
+                                    "wikitext2 if it is on disk)")
     out: str = option("runs/report", "folder of the report")
     redraw: bool = option(False, "draw the report in --out again from its report.json; no model is needed")
     sentences: int = option(200, "sentences read of each domain")
@@ -129,10 +129,10 @@ def find_runs(folder="runs"):
 
 NEVER_LAST = set("mr mrs ms dr prof st gen col gov sen rep fig figs eq eqs vol ed eds pp cf ca approx vs e.g "
                  "i.e".split())
-ABBREVIATIONS = NEVER_LAST | set("jr sr etc inc corp co ltd est al u.s u.k u.n a.m p.m jan feb mar apr jun jul "
-                                 "aug sep sept oct nov dec".split())
-OPENERS = set("The A An In On At It Its This That These Those He She They We I But And However For From By As "
-              "With When While After Since If There".split())
+ABBREVIATIONS = NEVER_LAST | set("jr sr etc inc corp co ltd est al u.s u.k u.n a.m p.m jan feb mar apr jun "
+                                 "jul aug sep sept oct nov dec".split())
+OPENERS = set("The A An In On At It Its This That These Those He She They We I But And However For From By "
+              "As With When While After Since If There".split())
 BOUNDARY = re.compile(r"""([.!?]+)((?:["'\u2019\u201d)\]]|\[[^\]\s]{1,12}\])*)(\s+)(?=(\S+))""")
 
 
@@ -168,9 +168,9 @@ def sentences(text):
 
 def read_domain(name):
     """The sentences, as raw text, of the test split of an embedded language (there a document is read as one
-    sentence, because only a document can be scored independently: it begins by saying who it is about), of the
-    validation split of a downloaded corpus, or of a complete file or article. UserError if it cannot be had or
-    holds no sentence."""
+    sentence, because only a document can be scored independently: it begins by saying who it is about), of
+    the validation split of a downloaded corpus, or of a complete file or article. UserError if it cannot be
+    had or holds no sentence."""
     embedded = name in data.DOMAINS
     if name in data.CORPORA:
         texts = data.documents(name, "test" if embedded else "valid")
@@ -193,9 +193,9 @@ def read_domain(name):
 
 @torch.no_grad()
 def per_document_nll(model, texts, eos, dtype=None, group=32):
-    """[-log p of every token, float64 array] for each of texts (lists of ids), each scored independently after
-    the end token. Texts of like length are read side by side, padded on the right, where a causal model cannot
-    see it."""
+    """[-log p of every token, float64 array] for each of texts (lists of ids), each scored independently
+    after the end token. Texts of like length are read side by side, padded on the right, where a causal model
+    cannot see it."""
     device = next(model.parameters()).device
     limit = 4096 if model.recurrent else model.config.block_size
     out, order = [None] * len(texts), sorted(range(len(texts)), key=lambda k: -len(texts[k]))
@@ -222,7 +222,8 @@ def exp(nats):
 
 
 class Speller:
-    """Bits to spell a word: a letter-bigram model of a vocabulary, add-one smoothed; see the top of this file."""
+    """Bits to spell a word: a letter-bigram model of a vocabulary, add-one smoothed; see the top of this
+    file."""
 
     def __init__(self, words):
         self.pairs, self.firsts = Counter(), Counter()
@@ -240,13 +241,14 @@ class Speller:
 
 def in_words(tokenizer, sentence):
     """A sentence as words in a word tokenizer's conventions, unknown ones still spelled out."""
-    if "@-@" not in tokenizer.ids:                                          # WikiText's marks inside words and numbers
+    if "@-@" not in tokenizer.ids:                                 # WikiText's marks inside words and numbers
         sentence = re.sub(r" @([-,.])@ ", r"\1", sentence)
     return [w for w in tokenizer.normalize(sentence) if w != "<eos>"]
 
 
 def read_sentence(tokenizer, sentence):
-    """-> (ids, unknown words, characters) of a sentence; ValueError for a word that a vocabulary without <unk> lacks."""
+    """-> (ids, unknown words, characters) of a sentence; ValueError for a word that a vocabulary without
+    <unk> lacks."""
     if tokenizer.kind != "word":
         return tokenizer.encode(sentence), [], len(sentence) + 1
     words = in_words(tokenizer, sentence)
@@ -269,11 +271,12 @@ def score(model, tokenizer, sentence_list, dtype, ends=False):
     unknown = [w for k in kept for w in read[k][1]]
     speller = Speller(w for w in getattr(tokenizer, "words", ()) if w not in ("<unk>", "<eos>"))
     spelling = sum(speller.bits(w) for w in unknown if w != "<unk>")
-    each, nats, characters = dict.fromkeys(range(len(read))), np.concatenate(losses), sum(read[k][2] for k in kept)
-    each |= {k: exp(v.mean()) for k, v in zip(kept, losses)}
+    nats, characters = np.concatenate(losses), sum(read[k][2] for k in kept)
+    each = dict.fromkeys(range(len(read))) | {k: exp(v.mean()) for k, v in zip(kept, losses)}
     return {"sentences": list(each.values()), "mean": statistics.fmean(each[k] for k in kept),
             "corpus": exp(nats.mean()), "tokens": len(nats), "unknown": len(unknown) / len(nats),
-            "characters": characters, "bits_per_character": (nats.sum() / math.log(2) + spelling) / characters,
+            "characters": characters,
+            "bits_per_character": (nats.sum() / math.log(2) + spelling) / characters,
             "ids": [i for ids in texts for i in ids], "losses": nats}
 
 
@@ -306,8 +309,8 @@ def by_rank(shares, points=100):
 
 
 def frequency_and_loss(train, domain, tokenizer, scored):
-    """Pearson's correlation, over the tokens of a text, of a word's log-frequency ratio (how much rarer it was
-    in training than it is here; half a count added) with its loss."""
+    """Pearson's correlation, over the tokens of a text, of a word's log-frequency ratio (how much rarer it
+    was in training than it is here; half a count added) with its loss."""
     n, m = sum(train.values()), sum(domain.values())
     words = [tokenizer.words[i] for i in scored["ids"]]
     pairs = [(math.log((domain[w] + 0.5) / (m + 0.5)) - math.log((train[w] + 0.5) / (n + 0.5)), loss)
@@ -325,7 +328,7 @@ def train_counts(corpus, tokenizer):
     return Counter({w: int(c) for w, c in zip(tokenizer.words, counts) if c and w != "<eos>"})
 
 
-# ------------------------------------------------------------------------------------ numbers: memory, samples
+# ----------------------------------------------------------------------------------- numbers: memory, samples
 
 def name_memory(run, dtype):
     """[(mean loss in nats, the grammar's own, how many)] at names that must be repeated, for each range of
@@ -357,7 +360,8 @@ def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     prompt = encode_prompt(tokenizer, prompt)
     read = prompt[len(tokenizer.begin):]
     for temperature in temperatures:
-        texts = generate(run.model, [prompt] * n, tokens, temperature, seed=1, suppressed_tokens=tokenizer.suppressed)
+        texts = generate(run.model, [prompt] * n, tokens, temperature, seed=1,
+                         suppressed_tokens=tokenizer.suppressed)
         losses = per_document_nll(run.model, [read + t for t in texts], tokenizer.eos, dtype)
         own = np.concatenate([v[len(read):] for v in losses])
         out.append({"temperature": temperature, "text": tokenizer.decode(read + texts[0]),
@@ -366,7 +370,7 @@ def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     return out
 
 
-# ------------------------------------------------------------------------------------------- numbers: the report
+# ---------------------------------------------------------------------------------------- numbers: the report
 
 def by_configuration(runs):
     """[{seed: run}]: finished runs that differ in their seed alone are together."""
@@ -374,7 +378,7 @@ def by_configuration(runs):
     for run in runs:
         same = {k: v for k, v in run.options.items() if k not in ("seed", *LOCAL)}
         key, seed = json.dumps([run.corpus, same], sort_keys=True), run.options.get("seed", "?")
-        if not run.result or seed in groups[key]:                           # not finished, or a copy: a row of its own
+        if not run.result or seed in groups[key]:                  # not finished, or a copy: a row of its own
             key += run.name
         groups[key][seed] = run
     return list(groups.values())
@@ -399,7 +403,8 @@ def summary(runs):
                                              for k in ("val_ppl", "test_ppl", "tokens_per_second", "seconds"))
         rows.append({"run": first.name if first.result else f"{first.name} (unfinished)",
                      "model": first.options.get("model") or f"{first.options.get('base', '?')}, fine-tuned",
-                     "trained on": first.corpus, "parameters": sum(p.numel() for p in first.model.parameters()),
+                     "trained on": first.corpus,
+                     "parameters": sum(p.numel() for p in first.model.parameters()),
                      "best validation": val_ppl if first.result else min(logged), "test": test_ppl,
                      "floor": first.result.get("floor_ppl"), "tokens/s": speed, "seconds": seconds,
                      "seeds": " ".join(map(str, members))})
@@ -412,7 +417,8 @@ def at_stages(run):
     rows = [r for r in run.log if r["step"] > 0]
     end = run.steps or max((r["step"] for r in rows), default=0)
     out = {}
-    for column in sorted({c for r in rows for c in r if c == "val_ppl" or c.startswith("ppl_")}, reverse=True):
+    columns = {c for row in rows for c in row if c == "val_ppl" or c.startswith("ppl_")}
+    for column in sorted(columns, reverse=True):
         logged = [(r["step"] / end, r[column]) for r in rows if column in r]
         nearest = [min((abs(at - share), value) for at, value in logged) for share in STAGES]
         out[column] = [value if distance <= 0.03 else None for distance, value in nearest]
@@ -444,7 +450,8 @@ def frequencies(runs, domains, scores):
 
 
 def search_trials(path):
-    """The trials of one search, best first: those that reached the last rung, then those of the rung before."""
+    """The trials of one search, best first: those that reached the last rung, then those of the rung
+    before."""
     with open(path, newline="") as f:
         rows = [r for r in csv.DictReader(f) if r.get("val_ppl_1")]
     rungs = sorted((k for k in rows[0] if k.startswith("val_ppl_")), reverse=True) if rows else []
@@ -473,25 +480,29 @@ def rewards(runs):
             row[name.replace("_", "-")] = f"{first.options[name]:g}"
         row["reward before"] = mean_std([r["before"]["reward"] for r in finished])
         row["rise, deviations"] = mean_std([r["rise"] for r in finished])
-        for title, name in (("reward", "reward"), ("KL", "kl"), ("distinct-2", "distinct_2"),
-                            ("repeated bigrams", "repetition"), ("perplexity under the reference", "ref_ppl")):
+        titles = {"reward": "reward", "kl": "KL", "distinct_2": "distinct-2",
+                  "repetition": "repeated bigrams", "ref_ppl": "perplexity under the reference"}
+        for name, title in titles.items():
             row[title] = mean_std([r["after"][name] for r in finished])
         kept = [r["after"]["distinct_2"] / r["before"]["distinct_2"] for r in finished]
         reached = [reward for run in members.values() if (reward := reward_at(run, common)) is not None]
-        row |= {"distinct-2 of the reference's": mean_std(kept),
-                f"reward when KL came to {common:.1f}": mean_std(reached), "seeds": " ".join(map(str, members))}
-        rows.append(row)
+        row["distinct-2 of the reference's"] = mean_std(kept)
+        row[f"reward when KL came to {common:.1f}"] = mean_std(reached)
+        rows.append(row | {"seeds": " ".join(map(str, members))})
         frontier[first.name] = [(r["eval_kl"], r["eval_reward"]) for r in first.log if "eval_kl" in r]
     return rows, frontier
 
 
 def measure_runs(runs, domains, left_out, prompt, n_sentences, dtype, searches):
-    """All numbers of a report, as report.json has them. Policies of ppo.py have a part of their own and are in
-    no other."""
-    policies, runs = [r for r in runs if "kl_coef" in r.options], [r for r in runs if "kl_coef" not in r.options]
+    """All numbers of a report, as report.json has them. Policies of ppo.py have a part of their own and are
+    in no other."""
+    policies = [run for run in runs if "kl_coef" in run.options]
+    runs = [run for run in runs if run not in policies]
     report = {"left_out": left_out, "prompt": prompt, "summary": summary(runs),
-              "logs": {run.name: run.log for run in runs}, "stages": {run.name: at_stages(run) for run in runs},
-              "vocabularies": len({run.tokenizer.vocab_size for run in runs}), "domains": {}, "memory": {}, "samples": {}}
+              "logs": {run.name: run.log for run in runs},
+              "stages": {run.name: at_stages(run) for run in runs},
+              "vocabularies": len({run.tokenizer.vocab_size for run in runs}), "domains": {}, "memory": {},
+              "samples": {}}
     scores = {}
     for name, sentence_list in domains.items():
         embedded, gaps = name in data.DOMAINS, {}
@@ -519,7 +530,7 @@ def measure_runs(runs, domains, left_out, prompt, n_sentences, dtype, searches):
     return report
 
 
-# ------------------------------------------------------------------------------------- tables, from the dictionary
+# -------------------------------------------------------------------------------- tables, from the dictionary
 
 def format_number(value, digits=2):
     if value is None:
@@ -528,17 +539,18 @@ def format_number(value, digits=2):
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
+    if abs(value) < 1000:
+        return f"{value:,.{digits}f}"
+    return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 
 def markdown_table(rows):
-    """A markdown table of dicts with the keys of the first; None is a dash, and <unk> is not taken for HTML."""
+    """A markdown table of dicts with the keys of the first; None is a dash."""
     if not rows:
         return ""
-    cells = [[format_number(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " / ") for value in row]
-             for row in [rows[0].keys(), *([row.get(k) for k in rows[0]] for row in rows)]]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([row.get(name) for name in rows[0]] for row in rows)]
+    escaped = str.maketrans({"|": "\\|", "<": "&lt;", "\n": " / "})          # <unk> is not HTML
+    return "".join(f"| {' | '.join(format_number(v).translate(escaped) for v in line)} |\n" for line in lines)
 
 
 def write_report(folder, lines):
@@ -561,11 +573,11 @@ def stages_section(report, out):
     labels = [f"{share:.0%}" for share in STAGES]
     plot_bars({f"{run}, {text}": values for run, text, values in stages[:12]}, labels, "perplexity",
               out / "stages.png", log_scale=True)
-    lines = ["## Perplexity at stages of the training (Figure 2)\n",
-             markdown_table([{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]),
+    rows = [{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]
+    lines = ["## Perplexity at stages of the training (Figure 2)\n", markdown_table(rows),
              "![Perplexity at stages](stages.png)\n"]
-    if all(text == "in domain" for _, text, _ in stages):
-        lines.append("Only in domain: train with `--also climate`, say, to log another text's perplexity too.\n")
+    if all(row["text"] == "in domain" for row in rows):
+        lines.append("Only in domain: `--also climate`, say, logs another text's perplexity too.\n")
     return lines
 
 
@@ -573,39 +585,44 @@ def domains_section(report, out):
     """Each domain under each run, and sentence by sentence."""
     lines, bits = ["## Other domains (Table 1)\n"], {run: [] for run in report["stages"]}
     if report["vocabularies"] > 1:
-        lines.append("These runs have different vocabularies, so a token is not the same thing to them: compare "
-                     "their bits per character, and these only where the characters are the same too.\n")
+        lines.append("These runs have different vocabularies, and a token is not the same thing to them: "
+                     "compare bits per character, and these only where the characters are the same too.\n")
     for name, domain in report["domains"].items():
         lines.append(f"### {name}\n")
         if domain["floor"]:
             lines.append("The grammar's own perplexity on these documents, the floor for models with its "
                          f"vocabulary: {domain['floor']:.2f}.\n")
-        texts, rows, each = domain["sentences"][:20], [], [{"sentence": s} for s in domain["sentences"][:20]]
-        for run, s in domain["runs"].items():
-            rows.append({"run": run, "mean of sentence perplexities": s["mean"], "corpus perplexity": s["corpus"],
-                         "tokens": s["tokens"], "unknown words": f"{s['unknown']:.1%}",
-                         "characters": s["characters"], "bits per character": s["bits_per_character"]})
-            each = [row | {run: ppl} for row, ppl in zip(each, s["sentences"])]
+        rows, each = [], [{"sentence": sentence} for sentence in domain["sentences"][:20]]
+        for run, scores in domain["runs"].items():
+            rows.append({"run": run, "mean of sentence perplexities": scores["mean"],
+                         "corpus perplexity": scores["corpus"], "tokens": scores["tokens"],
+                         "unknown words": f"{scores['unknown']:.1%}", "characters": scores["characters"],
+                         "bits per character": scores["bits_per_character"]})
+            each = [row | {run: ppl} for row, ppl in zip(each, scores["sentences"])]
         if rows:
-            lines += [markdown_table(rows), f"Perplexity of the first {len(texts)} of {len(domain['sentences'])} "
-                      "sentences (all are in report.json):\n", markdown_table(each)]
+            n = len(domain["sentences"])
+            lines += [markdown_table(rows), f"Perplexity of the first {len(each)} of {n} sentences (all are in "
+                      "report.json):\n", markdown_table(each)]
         lines += [f"{run}: – ({reason}).\n" for run, reason in domain["gaps"].items()]
         for run in bits:
             bits[run].append(domain["runs"].get(run, {}).get("bits_per_character"))
     if not any(domain["runs"] for domain in report["domains"].values()):
         return lines
-    plot_bars(bits, [Path(name).name for name in report["domains"]], "bits per character", out / "domains.png")
+    labels = [Path(name).name for name in report["domains"]]
+    plot_bars(bits, labels, "bits per character", out / "domains.png")
     return [*lines, "![Bits per character in each domain](domains.png)\n"]
 
 
 def frequencies_section(report, out):
     lines = ["## Word frequencies (Figure 3)\n"]
-    lines += [f"The text of {corpus} cannot be read: {reason}.\n" for corpus, reason in report["unread"].items()]
+    for corpus, reason in report["unread"].items():
+        lines.append(f"The text of {corpus} cannot be read: {reason}.\n")
     for k, (name, found) in enumerate(report["frequencies"].items()):
         plot_frequencies(name, found, out / f"frequencies_{k + 1}.png")
-        correlations = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
-        lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. Correlation of a "
-                  f"token's loss with how much rarer its word was in training than it is here: {correlations}.\n",
+        runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
+        lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. "
+                  "Correlation of a token's loss with how much rarer its word was in training than it is "
+                  f"here: {runs}.\n",
                   f"![Word frequencies](frequencies_{k + 1}.png)\n", markdown_table(found["words"])]
     return lines
 
@@ -616,24 +633,28 @@ def memory_section(report, out):
     for corpus, memory in report["memory"].items():
         plot_memory(memory, labels, out / f"memory_{corpus}.png")
         any_run = next(iter(memory.values()))
-        cells = [(run, 0, row) for run, row in memory.items()] + [("floor", 1, any_run), ("cases", 2, any_run)]
-        rows = [{"run": name} | {label: cell and cell[k] for label, cell in zip(labels, row)} for name, k, row in cells]
-        lines += [f"### {corpus}\n", markdown_table(rows), f"![Loss at the repeated name](memory_{corpus}.png)\n"]
+        cells = [(run, 0, row) for run, row in memory.items()]
+        cells += [("floor", 1, any_run), ("cases", 2, any_run)]
+        rows = [{"run": name} | {label: cell and cell[k] for label, cell in zip(labels, row)}
+                for name, k, row in cells]
+        lines += [f"### {corpus}\n", markdown_table(rows),
+                  f"![Loss at the repeated name](memory_{corpus}.png)\n"]
     return lines and ["## Memory: the loss where a name must be repeated\n",
-                      "Nats, by how many words ago the name was last said. The grammar leaves no choice there: its own "
-                      "loss is the floor. A guess among the 20 names costs ln 20 = 3.00.\n", *lines]
+                      "Nats, by how many words ago the name was last said. The grammar leaves no choice "
+                      "there: its own loss is the floor. A guess among the 20 names costs ln 20 = 3.00.\n",
+                      *lines]
 
 
 def samples_section(report, out):
     rows = [{"run": run} | row for run, rows in report["samples"].items() for row in rows]
-    return ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the first is shown.\n",
-            markdown_table(rows)]
+    return ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the first "
+            "is shown.\n", markdown_table(rows)]
 
 
 def draw_report(report, out):
     """report.md and its figures in the folder out, from what measure_runs returned or report.json holds."""
-    lines = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines all at "
-             "its top.\n", *(f"Left out: {reason}.\n" for reason in report["left_out"])]
+    lines = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines "
+             "all at its top.\n", *(f"Left out: {reason}.\n" for reason in report["left_out"])]
     if report["summary"]:
         lines += ["## Summary\n", markdown_table(report["summary"])]
         for section in (curves_section, stages_section, domains_section, frequencies_section, memory_section,
@@ -645,14 +666,15 @@ def draw_report(report, out):
                   "![Reward against KL while training](frontier.png)\n"]
     for name, rows in report["search"].items():
         plot_search(rows, out / f"{name}.png")
-        lines += [f"## Search: {name}\n", markdown_table([{k: v or None for k, v in row.items()} for row in rows]),
+        table = markdown_table([{k: v or None for k, v in row.items()} for row in rows])
+        lines += [f"## Search: {name}\n", table,
                   f"![Validation perplexity against each hyperparameter]({name}.png)\n"]
     write_report(out, lines)
 
 
-# ------------------------------------------------------------------------------------ figures, from the dictionary
+# ------------------------------------------------------------------------------- figures, from the dictionary
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")      # Okabe & Ito (2008)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")   # Okabe & Ito (2008)
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 
 
@@ -754,7 +776,8 @@ def plot_search(rows, path):
     """The validation perplexity of each rung against each hyperparameter in which trials differ."""
     if not pyplot():
         return
-    rungs, others = [c for c in rows[0] if c.startswith("val_ppl_")], "trial params tokens seconds diverged".split()
+    others = "trial params tokens seconds diverged".split()
+    rungs = [c for c in rows[0] if c.startswith("val_ppl_")]
     varied = [c for c in rows[0] if c not in (*others, *rungs) and len({r[c] for r in rows}) > 1] or ["trial"]
     with figure(path, len(varied), width=2.2) as panels:
         for axes, column in zip(panels, varied):
@@ -784,22 +807,23 @@ def plot_frontier(frontier, path):
 
 def token_table(run, text, dtype):
     """Print the loss of every token of a sentence, and what the model would have said."""
+    model, tokenizer = run.model, run.tokenizer
     try:
-        ids, unknown, _ = read_sentence(run.tokenizer, text)
+        ids, unknown, _ = read_sentence(tokenizer, text)
     except ValueError as e:
         raise UserError(f"{run.name} cannot read this: {e}; take words it was trained on") from e
     if not ids:
         raise UserError("nothing in this text is a word of the run's vocabulary")
-    losses = per_document_nll(run.model, [ids], run.tokenizer.eos, dtype)[0]
-    limit = len(ids) if run.model.recurrent else run.model.config.block_size
+    losses = per_document_nll(model, [ids], tokenizer.eos, dtype)[0]
+    inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(len(ids), context(model))]])
     with torch.no_grad():
-        inputs = torch.tensor([[run.tokenizer.eos, *ids[:-1]][:limit]], device=next(run.model.parameters()).device)
-        likeliest = run.model.logits(run.model(inputs)[0])[0].argmax(-1).tolist() + [None] * (len(ids) - limit)
-    words = getattr(run.tokenizer, "words", None)
+        hidden, _ = model(inputs.to(next(model.parameters()).device))
+        guesses = model.logits(hidden)[0].argmax(-1).tolist()
+    shown = tokenizer.words.__getitem__ if tokenizer.kind == "word" else lambda i: repr(tokenizer.decode([i]))
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
-    for i, loss, guess in zip(ids, losses, likeliest):
-        token, guess = ("" if k is None else words[k] if words else repr(run.tokenizer.decode([k])) for k in (i, guess))
-        print(f"{token:<18} {loss:7.3f} {math.exp(-loss):9.5f}   {guess}")
+    for k, (i, loss) in enumerate(zip(ids, losses)):
+        guess = shown(guesses[k]) if k < len(guesses) else ""
+        print(f"{shown(i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {guess}")
     if unknown:
         print(f"<unk> stands for: {', '.join(unknown)}")
     print(f"{len(ids)} tokens, {losses.mean():.3f} nats per token, perplexity {exp(losses.mean()):.2f}")
@@ -843,8 +867,8 @@ def main(argv=None):
     if not runs:
         raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")
     if len({run.name for run in runs}) < len(config.runs or runs):
-        raise UserError("two of these runs have the same name, and the tables could not tell them apart; rename "
-                        "one folder")
+        raise UserError("two of these runs have the same name, and the tables could not tell them apart; "
+                        "rename one folder")
     domains = opened(config.domains or default_domains(runs), config.domains, left_out, read_domain)
     searches = sorted(Path("runs").glob("*/trials.csv")) if not config.runs else []
     save_json(out / "report.json", {})                                      # marks the folder as ours

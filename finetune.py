@@ -52,13 +52,13 @@ from data import UserError, option, save_json
 from eval import exp, format_number, markdown_table, plot_curves, read_log, run_options, score, write_report
 from qwen_load import read_json, save_model
 from sample import encode_prompt, generate
-from train import (COLUMNS, LOCAL, Log, Progress, RunOptions, StopRequest, autocast, average_gradients, base_result,
-                   broadcast, build_model, check_finite, check_text, clip_grad_norm,
+from train import (COLUMNS, LOCAL, Log, Progress, RunOptions, StopRequest, autocast, average_gradients,
+                   base_result, broadcast, build_model, check_finite, check_text, clip_grad_norm,
                    complete_checkpoint, configure_optimizer, context, detach_state, dtype_name, environment,
                    eval_batch_size, first_process_first, gather_state, get_lr, job_errors, join_processes,
                    leave_processes, load_run, mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos,
-                   read_checkpoint, refuse_existing, resume_command, resume_or_refuse, sample_line, save_checkpoint, set_lr, step_seed,
-                   stopped, take_rows, tokenizer_from)
+                   read_checkpoint, refuse_existing, resume_command, resume_or_refuse, sample_line,
+                   save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -89,7 +89,7 @@ class Config(RunOptions):
     batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}")
     block_size: int = option(None, f"tokens of a window, at most the base's context {by_base('block_size')}")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
-    checkpointing: bool = option(False, "keep the inputs of layers only and compute the rest twice: less memory")
+    checkpointing: bool = option(False, "keep the inputs of layers only, compute the rest twice: less memory")
     shard: bool = option(False, "under torchrun: weights and moments are split across the processes")
     weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
     warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
@@ -305,8 +305,8 @@ def measure(model, tokenizer, config, dtype):
         texts = held_out(config.data, config.held_out)
         scores = score(model, tokenizer, texts, dtype, ends=tokenizer.kind == "word")
     except ValueError as e:
-        raise UserError(f"the test split of {config.data} cannot be read by the base: {e}. Take a longer text, or "
-                        "a base that was trained with --tokenizer gpt2") from e
+        raise UserError(f"the test split of {config.data} cannot be read by the base: {e}. Take a longer "
+                        "text, or a base that was trained with --tokenizer gpt2") from e
     out = {"documents": scores["sentences"], "retained": None, "samples": []}
     out |= {name: scores[name] for name in ("mean", "corpus", "tokens")}
     if config.retain:
@@ -334,7 +334,7 @@ def report(config, result):
     rows = [before_and_after("mean of the documents' perplexities", before["mean"], after["mean"]),
             before_and_after("corpus perplexity", before["corpus"], after["corpus"])]
     if before["retained"]:
-        rows.append(before_and_after(f"{config.retain} (not trained on), perplexity", before["retained"]["ppl"],
+        rows.append(before_and_after(f"{config.retain} (not trained on)", before["retained"]["ppl"],
                                      after["retained"]["ppl"]))
     lines = [f"# {config.base} fine-tuned on {config.data}\n",
              f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
@@ -344,7 +344,8 @@ def report(config, result):
     if result["floor"]:
         lines.append("The grammar's own corpus perplexity on these documents, the floor: "
                      f"{result['floor']:.2f}.\n")
-    texts = [text.replace(data.SEPARATOR, "").strip() for text in held_out(config.data, min(20, config.held_out))]
+    texts = held_out(config.data, min(20, config.held_out))
+    texts = [text.replace(data.SEPARATOR, "").strip() for text in texts]
     rows = [{"document": text if len(text) <= 80 else text[:80] + " …", "before": b, "after": a}
             for text, b, a in zip(texts, before["documents"], after["documents"])]
     lines += [f"{len(before['documents'])} held-out documents, each scored independently, "
@@ -471,7 +472,8 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                                     fingerprint=corpus.fingerprint())
                 states = None                                       # their memory
             if evaluating and step > 0 and rank == 0:
-                data.live(f"{progress}  loss {loss:.3f}  val ppl {scores['ppl']:.2f}{' *' if better else ''}", "\n")
+                star = " *" if better else ""
+                data.live(f"{progress}  loss {loss:.3f}  val ppl {scores['ppl']:.2f}{star}", "\n")
                 if config.sample and not config.shard:
                     data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             if step == steps:
@@ -546,7 +548,8 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
 
     def row(epochs, share, measured):
         kept, sample = measured["retained"], measured["samples"][0]
-        return {"epochs": epochs, "share of the data": share, "mean of the documents' perplexities": measured["mean"],
+        return {"epochs": epochs, "share of the data": share,
+                "mean of the documents' perplexities": measured["mean"],
                 "corpus perplexity": measured["corpus"],
                 f"{result['options']['retain'] or 'another text'}, not trained on": kept and kept["ppl"],
                 f"continues: {sample['prompt']}": sample["text"]}
@@ -558,16 +561,19 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
             check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
             one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
-            result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype, checkpoint=checkpoint,
-                              before=before, resume_hint="the same command again; finished cells are kept")
+            result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype,
+                              checkpoint=checkpoint, before=before,
+                              resume_hint="the same command again; finished cells are kept")
         for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
         before = result["before"]
         rows.append(row(f"{epochs:g}", f"{100 * fraction:g} %", result["after"]))
     rows.append(row("none", "", before))
-    floor = f"The grammar's corpus perplexity on these documents, the floor: {result['floor'] or math.nan:.2f}.\n"
-    write_report(folder, [f"# {config.base} fine-tuned on {config.data}: epochs and share of the data (Table 6)\n",
-                          markdown_table(rows), *[floor] * bool(result["floor"])])
+    lines = [f"# {config.base} fine-tuned on {config.data}: epochs and share of the data (Table 6)\n",
+             markdown_table(rows)]
+    if floor := result["floor"]:
+        lines.append(f"The grammar's corpus perplexity on these documents, the floor: {floor:.2f}.\n")
+    write_report(folder, lines)
     save_json(folder / "result.json", {"rows": rows, **environment(device), "options": asdict(config)})
     print(markdown_table([dict(list(row.items())[:-1]) for row in rows]) + f"written to {folder}/report.md")
 

@@ -59,10 +59,10 @@ from finetune import C, is_embedded, read_before
 from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream
-from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, autocast, base_result, check_finite,
-                   clip_grad_norm, complete_checkpoint, configure_optimizer, context,
-                   dtype_name, get_lr, load_run, pick_device, pick_dtype, read_checkpoint,
-                   resume_command, resume_or_refuse, save_checkpoint, set_lr, step_seed, stopped)
+from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, autocast, base_result,
+                   check_finite, clip_grad_norm, complete_checkpoint, configure_optimizer, context,
+                   dtype_name, get_lr, load_run, pick_device, pick_dtype, read_checkpoint, resume_command,
+                   resume_or_refuse, save_checkpoint, set_lr, step_seed, stopped)
 from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
@@ -103,10 +103,10 @@ class Config(RunOptions):
     epochs: int = option(4, "times that each response is used")
     response_tokens: int = option(24, "longest response")
     kl_coef: float = option(0.2, "what a nat of KL to the reference costs", at_least=0)
-    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it is "
-                                   "fixed", at_least=0)
-    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats a "
-                                       "token")
+    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it "
+                                   "is fixed", at_least=0)
+    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats "
+                                       "a token")
     clip_coef: float = option(0.2, "clip the ratio, and the values, to within this")
     value_coef: float = option(0.1, "weight of the value loss", at_least=0)
     gamma: float = option(1.0, "discount", at_least=0, at_most=1)
@@ -221,8 +221,8 @@ def train_reward(config, device, dtype, checkpoint=None):
     # 7 loop
     log = Log(run, COLUMNS, progress.resumed_at)
     data.live(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on "
-              f"{len(ids['train']):,} texts of {config.data}, {steps} steps, {device.type} {dtype_name(dtype)}, "
-              f"{run}", "\n")
+              f"{len(ids['train']):,} texts of {config.data}, {steps} steps, {device.type} "
+              f"{dtype_name(dtype)}, {run}", "\n")
     scorer.train()
     clock, loss, metrics = time.perf_counter() - progress.seconds, math.nan, {}
     with StopRequest() as stop:
@@ -279,8 +279,8 @@ def train_reward(config, device, dtype, checkpoint=None):
     save_json(run / "result.json", result)
     for path in run.glob("*.pt"):                                   # the folder is the scorer now
         path.unlink()
-    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out texts "
-          f"{complete:.1%}, on their first 32 pieces {beginning:.1%}, {progress.seconds:.0f} s")
+    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
+          f"texts {complete:.1%}, on their first 32 pieces {beginning:.1%}, {progress.seconds:.0f} s")
     print(f"written to {run}")
 
 
@@ -315,8 +315,9 @@ class TokenLogProb(torch.autograd.Function):
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where a token is an action,
-    without gaps; after the last one nothing follows. -> advantages, returns (advantages + values), 0 outside."""
+    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where a token is an
+    action, without gaps; after the last one nothing follows. -> advantages, returns (advantages + values), 0
+    outside."""
     advantages, last_gae, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]           # the surprise at t
@@ -397,8 +398,8 @@ def read_prompts(name, split, tokenizer, most=10_000):
 
 @dataclass
 class Rollout:
-    """What a model wrote after B prompts. Everything is aligned with what the model reads: column t holds what
-    it says after t + 1 tokens."""
+    """What a model wrote after B prompts. Everything is aligned with what the model reads: column t holds
+    what it says after t + 1 tokens."""
     prompts: list               # lists of ids
     responses: list             # lists of ids, without end tokens
     tokens: torch.Tensor        # int64 [B, T + 1]: prompt, response with its end token, zeros
@@ -487,9 +488,10 @@ def evaluate_actions(task, model, r, value_head=None):
     for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
         token_mask, parts = r.mask[rows] > 0, []
         with autocast(task.device, task.dtype):
-            (hidden, actions), (ref_hidden, _) = (response_hidden(m, r, rows) for m in (model, task.reference))
+            hidden, actions = response_hidden(model, r, rows)
+            ref_hidden, _ = response_hidden(task.reference, r, rows)
             few = max(1, (1 << 21) // model.lm_head.out_features)   # distributions that stay in a CPU's cache
-            for h, ref_h, action in zip(hidden.split(few), ref_hidden.split(few), actions[:, None].split(few)):
+            for h, ref_h, action in zip(*(v.split(few) for v in (hidden, ref_hidden, actions[:, None]))):
                 log_p = log_softmax(model, h, task.suppressed)              # [few, V]
                 log_q = log_softmax(task.reference, ref_h, task.suppressed)
                 p = log_p.exp()
@@ -515,13 +517,15 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
         kl, ref_nll, tokens = outputs["kl"].sum(1), -outputs["ref_log_prob"].sum(1), r.mask.sum(1)
         for k, text in enumerate(texts):
             each.append({"prompt": decode_text(task, r.prompts[k]), "text": text, "reward": rewards[k].item(),
-                         "kl": kl[k].item(), "tokens": int(tokens[k]), "ref_ppl": exp((ref_nll / tokens)[k].item()),
+                         "kl": kl[k].item(), "tokens": int(tokens[k]),
+                         "ref_ppl": exp((ref_nll / tokens)[k].item()),
                          "repetition": repetition(r.responses[k])})
         responses += r.responses
     reward, kl, repeated, tokens, ref_ppl = (np.array([row[name] for row in each]) for name in
                                              ("reward", "kl", "repetition", "tokens", "ref_ppl"))
     return {"reward": reward.mean(), "reward_std": reward.std(ddof=1), "kl": kl.mean(),
-            "distinct_2": distinct(responses, 2) or 1.0, "repetition": repeated.mean(), "length": tokens.mean(),
+            "distinct_2": distinct(responses, 2) or 1.0, "repetition": repeated.mean(),
+            "length": tokens.mean(),
             "ref_ppl": exp((np.log(ref_ppl) * tokens).sum() / tokens.sum()), "each": each}
 
 
@@ -561,8 +565,8 @@ def update_policy(task, policy, value_head, optimizer, r, old, text, text_step):
             with autocast(task.device, task.dtype):
                 hidden, actions = response_hidden(policy, r, rows)                      # [N, D], [N]
                 dtype = compute_dtype(hidden)
-            log_prob = TokenLogProb.apply(hidden.to(dtype), policy.lm_head.weight, policy.lm_head.bias, actions,
-                                          task.suppressed)
+            head = policy.lm_head
+            log_prob = TokenLogProb.apply(hidden.to(dtype), head.weight, head.bias, actions, task.suppressed)
             pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"],
                                                        config.clip_coef)
             if approx_kl > config.max_update_kl:  # too far from what sampled these responses: no more updates
@@ -639,7 +643,8 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
         for step in range(progress.step, config.steps + 1):
             # log, evaluate, save
             progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
-            evaluating, row = progress.due(progress.eval_every), metrics | {"step": step, "seconds": progress.seconds}
+            evaluating = progress.due(progress.eval_every)
+            row = metrics | {"step": step, "seconds": progress.seconds}
             if evaluating:
                 scores = evaluate_policy(task, policy, prompts["valid"], config.seed)
                 progress.seconds = time.perf_counter() - clock
@@ -652,8 +657,9 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             if progress.due(1):
                 log.write(row)
             if step > 0 and (evaluating or stop.requested):
-                save_checkpoint(config, policy, tokenizer, (policy.state_dict(), optimizer.state_dict()), progress,
-                                better, value_head=value_head.state_dict(), kl_coef=kl_coef, best_scores=best,
+                states = policy.state_dict(), optimizer.state_dict()
+                save_checkpoint(config, policy, tokenizer, states, progress, better,
+                                value_head=value_head.state_dict(), kl_coef=kl_coef, best_scores=best,
                                 fingerprint=fingerprint)
             if evaluating and step > 0:
                 data.live(f"{progress}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}  coefficient "
@@ -743,7 +749,8 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
 NAMED = "Life Begins", "Now I don't", "There are no people like"
 REPORTED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
             "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
-            "repetition": "repeated bigrams in a response, share", "ref_ppl": "perplexity under the reference",
+            "repetition": "repeated bigrams in a response, share",
+            "ref_ppl": "perplexity under the reference",
             "length": "tokens of a response"}
 
 
@@ -757,11 +764,12 @@ def plot_rewards(rows, path):
                 (1, "kl_estimate", 2, "from the sampled tokens"), (1, "kl", 0, "all tokens at each prefix"),
                 (2, "distinct_2", 0, "distinct-2"), (2, "repetition", 1, "repeated bigrams")):
             points = [(r["step"], r[column]) for r in rows if column in r]
-            panels[axes].plot([x for x, _ in points], [y for _, y in points], color=COLOURS[colour], label=label,
+            panels[axes].plot([x for x, _ in points], [y for _, y in points], color=COLOURS[colour],
+                              label=label,
                               marker="o" if column.startswith("eval") else "", markersize=3)
         band = np.array([(r["step"], r["reward"] - r["reward_std"], r["reward"] + r["reward_std"])
                          for r in rows if "reward" in r])
-        panels[0].fill_between(*band.T, color=COLOURS[0], alpha=0.2, linewidth=0, label="± standard deviation")
+        panels[0].fill_between(*band.T, color=COLOURS[0], alpha=0.2, linewidth=0, label="± deviation")
         panels[2].set_ylim(0, 1)
         for axes, label in zip(panels, ("reward (logit of positive)", "KL to the reference (nats a response)",
                                         "share")):
@@ -789,9 +797,9 @@ def report(config, result):
                 for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(config, name)]
     pairs = list(zip(before["each"], after["each"]))[:8]
     lines = [f"# {config.base} with PPO, rewarded by {config.scorer}\n",
-             f"{result['steps']} iterations of {config.batch_size} responses of at most {config.response_tokens} "
-             f"tokens to beginnings of {config.data}, {result['seconds']:.0f} s; {', '.join(repairs)}; the best "
-             f"policy is that of iteration {result['best_step']}.\n",
+             f"{result['steps']} iterations of {config.batch_size} responses of at most "
+             f"{config.response_tokens} tokens to beginnings of {config.data}, {result['seconds']:.0f} s; "
+             f"{', '.join(repairs)}; the best policy is that of iteration {result['best_step']}.\n",
              f"## Before and after, {len(before['each'])} held-out prompts\n",
              markdown_table([{"": label, "before": before[name], "after": after[name]}
                              for name, label in REPORTED.items()]),
@@ -833,9 +841,9 @@ def check_fit(config, model, scorer, tokenizer, prompts):
     pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(tokenizer.decode(prompt))]
     unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
     if unknown > 0.3:
-        raise UserError(f"{config.base} and {config.scorer} do not fit: the scorer does not know {unknown:.0%} "
-                        "of the words of the prompts. Train one on the same reviews: python ppo.py "
-                        f"--train-reward --data {config.data}")
+        raise UserError(f"{config.base} and {config.scorer} do not fit: the scorer does not know "
+                        f"{unknown:.0%} of the words of the prompts. Train one on the same reviews: python "
+                        f"ppo.py --train-reward --data {config.data}")
 
 
 def resolve_defaults(config, tokenizer):

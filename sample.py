@@ -36,7 +36,8 @@ class Config:
     chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
     top_k: int = option(None, "draw from the N likeliest tokens only")
-    top_p: float = option(None, "draw from the likeliest tokens that make up probability X", above=0, at_most=1)
+    top_p: float = option(None, "draw from the likeliest tokens that have probability X together", above=0,
+                          at_most=1)
     repetition_penalty: float = option(1.0, "above 1: tokens that the text already has become less likely; "
                                             "1.1 is much")
     tokens: int = option(100, "at most so many new tokens")

@@ -85,7 +85,7 @@ class RunOptions:
     eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, a 10th of PPO's)")
     seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of the matmuls, weights are float32; auto: bfloat16 where the hardware has it",
+    dtype: str = option("auto", "of matmuls, weights are float32; auto: bfloat16 where the hardware has it",
                         choices=["auto", "float32", "bfloat16"])
 
 
@@ -199,6 +199,17 @@ def build_model(kind, config, weights=None):
                         f"{' '.join(str(e).split())[:200]}") from e
 
 
+def command_for(folder):
+    """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
+    runs/ppo-..., ..."""
+    kind, _, corpus = folder.name.partition("-")
+    if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
+        return f"python train.py --model {kind} --data {corpus}"
+    if kind in ("finetune", "ppo"):
+        return f"python {kind}.py --run {folder} (python {kind}.py --help says from what)"
+    return f"python train.py --model {kind if kind in MODELS else 'lstm'} --run {folder}"
+
+
 def load_run(folder, device="cpu", dtype=None):
     """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or
     pretrained weights: a folder in the hub's layout, or the name of a repository there; dtype None keeps
@@ -208,8 +219,7 @@ def load_run(folder, device="cpu", dtype=None):
         return model, tokenizer, model.config
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no run at {folder}. Train one first, for example: python train.py --model lstm "
-                        f"--run {folder}")
+        raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
     path = folder / "best.pt"
     checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
     if checkpoint["kind"] not in MODELS:
@@ -429,7 +439,8 @@ class Log:
         if resumed_at >= 0 and not path.exists():
             data.live(f"{path} is missing; it begins again at step {resumed_at}", "\n")
         elif resumed_at >= 0:
-            lines = path.read_text(errors="replace").split("\n")[1:-1]     # a last line without an end was cut off
+            # a last line without an end was cut off
+            lines = path.read_text(errors="replace").split("\n")[1:-1]
             rows = [row for row in csv.reader(lines)
                     if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= resumed_at]
         write_atomically(path, lambda f: f.write(csv_text([columns, *rows])))
@@ -969,21 +980,22 @@ def refuse_existing(run, script, files):
 
 
 def resume_or_refuse(config, given, script, files=("last.pt", "result.json", "config.json")):
-    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config). UserError
-    if the run is not one of this script, or was started with other options than are given now; without
-    --resume, if the folder holds a run."""
+    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config).
+    UserError if the run is not one of this script, or was started with other options than are given now;
+    without --resume, if the folder holds a run."""
     if not config.resume:
         refuse_existing(config.run, script, files)
         return None, config
     checkpoint = read_checkpoint(Path(config.run) / "last.pt", script, mmap=getattr(config, "shard", False))
     saved, here = checkpoint.get("options", {}), asdict(config)
     if saved.keys() != here.keys():
-        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with what "
-                        "started it")
+        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with "
+                        "what started it")
     for name in sorted(given.difference(LOCAL)):
         if here[name] != saved[name]:
-            raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not {here[name]}. "
-                            "Resume it without other options, or choose another folder with --run")
+            raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not "
+                            f"{here[name]}. Resume it without other options, or choose another folder with "
+                            "--run")
     return checkpoint, type(config)(**saved | {name: here[name] for name in LOCAL if name in here})
 
 
@@ -1004,8 +1016,8 @@ def main(argv=None):
     if len(given & {"epochs", "steps", "minutes"}) > 1:
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
     if config.search and (not config.minutes or "n_hidden" in given or "RANK" in os.environ):
-        raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, and "
-                        "draws --n-hidden with --n-embd")
+        raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, "
+                        "and draws --n-hidden with --n-embd")
     if "val" in config.also:
         raise UserError("--also val: this name is taken; rename the file")
     default = f"{'search-' if config.search else ''}{config.model}-{Path(config.data).stem}"

@@ -492,7 +492,7 @@ def test_chat_asks_in_chatml_shows_the_answer_alone_and_stops_at_its_end(whole, 
     end, asked = tokenizer.added["<|im_end|>"], []
 
     def steps(model, prompts, n, temperature, top_k, top_p, eos, *rest):
-        asked.append((tokenizer.decode(prompts[0]), eos))
+        asked.append((tokenizer.decode(prompts[0]), set(eos)))
         for token in [*tokenizer.encode("hello the"), end]:
             yield torch.tensor([token]), None, None
     monkeypatch.setattr(sample, "generate_stream", steps)
