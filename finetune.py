@@ -56,9 +56,9 @@ from train import (COLUMNS, LOCAL, Log, Progress, RunOptions, StopRequest, autoc
                    base_result, broadcast, build_model, check_finite, check_text, clip_grad_norm,
                    complete_checkpoint, configure_optimizer, context, detach_state, dtype_name, environment,
                    eval_batch_size, first_process_first, gather_state, get_lr, job_errors, join_processes,
-                   leave_processes, load_run, mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos,
-                   read_checkpoint, refuse_existing, resume_command, resume_or_refuse, sample_line,
-                   save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
+                   kind_of, leave_processes, load_run, mean_and_any, perplexity, pick_device, pick_dtype,
+                   prepend_eos, read_checkpoint, refuse_existing, resume_command, resume_or_refuse,
+                   sample_line, save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -519,7 +519,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
         return None
     optimizer = bf16_model = pairs = ddp_model = None               # their memory
     if config.shard:
-        model = build_model(model.kind, asdict(model.config))
+        model = build_model(kind_of(model), asdict(model.config))
     model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     if tokenizer.kind == "qwen2":
         save_model(model, tokenizer, run)
@@ -631,7 +631,7 @@ def open_base(config, device, checkpoint, world):
         resolve_defaults(config, model, tokenizer, world)
         if config.shard:
             with torch.device("meta"):
-                model = build_model(model.kind, asdict(model.config))
+                model = build_model(kind_of(model), asdict(model.config))
     if config.shard and model.recurrent:
         raise UserError("--shard needs a Transformer for a base")
     return model, tokenizer

@@ -148,7 +148,6 @@ class LSTMLM(RNNLM):
     keeps its cell for about tau steps. With tau uniform in 1..MEMORY (Tallec & Ollivier 2018, "chrono
     initialization"), some units remember a sentence from the first step on; from torch's biases near 0 they
     must first learn to."""
-    kind = "lstm"
     layer_type = LSTM
     MEMORY = 64                                                 # tokens
     # Wide: with the usual 0.1 words look so alike at first that a name's trace drowns before its recall is

@@ -27,7 +27,6 @@ through tiktoken.
 """
 import json
 import math
-import mmap
 import os
 import re
 import unicodedata
@@ -98,34 +97,22 @@ def read_header(f):
     return found, metadata
 
 
-def read_safetensors(path, copy=False):
-    """{name: tensor} of a safetensors file; ValueError that names the file and the fault. The tensors are
-    views of the mapped file: their bytes are read when they are first used. Writing to a tensor does not
-    change the file. copy: each in memory of its own, which begins where fast arithmetic wants it to; of the
-    file no more than one tensor stays in memory."""
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file, each read straight into memory of its own; ValueError that names
+    the file and the fault."""
+    tensors = {}
     try:
         with open(path, "rb") as f:
             header, _ = read_header(f)
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        tensors = {}
-        for name, (dtype, shape, begin, end) in header.items():
-            if begin == end:
+            for name, (dtype, shape, begin, _) in header.items():
                 tensors[name] = torch.empty(shape, dtype=dtype)
-                continue
-            # torch wants memory aligned to the dtype; a header of odd length leaves none
-            aligned = begin % dtype.itemsize == 0
-            buffer, offset = (mapped, begin) if aligned else (bytearray(mapped[begin:end]), 0)
-            raw = torch.frombuffer(buffer, dtype=torch.uint8, count=end - begin, offset=offset)
-            if dtype == torch.bool and raw.max() > 1:
-                raise ValueError(f"{name!r} has truth values other than 0 and 1")
-            tensors[name] = raw.view(dtype).view(shape)
-            if copy:
-                tensors[name] = tensors[name].clone()
-                if hasattr(mmap, "MADV_DONTNEED"):                          # not on Windows
-                    page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-                    mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
+                raw = tensors[name].view(-1).view(torch.uint8)
+                f.seek(begin)
+                f.readinto(raw.numpy())
+                if dtype == torch.bool and (raw > 1).any():
+                    raise ValueError(f"{name!r} has truth values other than 0 and 1")
     except (ValueError, RuntimeError) as e:                     # RuntimeError: shapes beyond torch's counting
-        raise ValueError(f"{path} is not a whole safetensors file: {e}. Delete it and fetch it again") from e
+        raise ValueError(f"{path} is not a complete safetensors file: {e}. Delete it and fetch it again") from e
     return tensors
 
 
@@ -243,7 +230,7 @@ def read_parameters(model, folder, prefix, device="cpu", dtype=None):
     state = {}
     for path in weight_files(folder):
         try:
-            tensors = read_safetensors(path, copy=True) if path.suffix == ".safetensors" else \
+            tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
                 torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as e:
             raise UserError(f"{path} is missing; fetch it again") from e

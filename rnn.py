@@ -281,7 +281,6 @@ class RNNLM(nn.Module):
     """Embedding, a stack of recurrent layers, softmax. Three members, as every model here has: forward,
     init_state and logits; the embedding is called embed_tokens and the softmax's matrix lm_head in all of
     them."""
-    kind = "rnn"
     layer_type = RNN
     recurrent = True
     embed_range = 0.1                                           # embeddings start uniform in +- this

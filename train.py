@@ -199,6 +199,11 @@ def build_model(kind, config, weights=None):
                         f"{' '.join(str(e).split())[:200]}") from e
 
 
+def kind_of(model):
+    """A model's name in MODELS; ppo.py's reward model is in none of them."""
+    return next((kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type), "scorer")
+
+
 def command_for(folder):
     """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
     runs/ppo-..., ..."""
@@ -464,7 +469,7 @@ def save_checkpoint(config, model, tokenizer, states, progress, better, **more):
     """Write last.pt, and best.pt if these weights are the best. states: of the weights and of the optimizer;
     more: what else this kind of run needs to resume."""
     run, (weights, moments) = Path(config.run), states
-    best = {"kind": model.kind, "config": asdict(model.config), "model": weights,
+    best = {"kind": kind_of(model), "config": asdict(model.config), "model": weights,
             "tokenizer": tokenizer.state(), "step": progress.step}
     last = best | {"optimizer": moments, "progress": asdict(progress) | {"resumed_at": progress.step},
                    "options": asdict(config)} | more
@@ -502,7 +507,7 @@ def environment(device):
 
 def base_result(config, model, progress, device, dtype):
     """What every result.json holds."""
-    return {"model": model.kind, "data": config.data, "params": sum(p.numel() for p in model.parameters()),
+    return {"model": kind_of(model), "data": config.data, "params": sum(p.numel() for p in model.parameters()),
             "steps": progress.steps, "best_step": progress.best_step, "seconds": progress.seconds,
             "dtype": dtype_name(dtype), "seed": config.seed, **environment(device), "options": asdict(config)}
 

@@ -195,7 +195,6 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """The language model. Three members, as every model here has: forward, init_state and logits. Parameters
     have the names of Qwen2's checkpoint, without its leading `model.`."""
-    kind = "transformer"
     recurrent = False
     checkpointing = False      # keep the input of every layer only and compute the rest again when going back
 
@@ -339,7 +338,6 @@ class Embeddings(nn.Module):
 class Scorer(nn.Module):
     """DistilBERT with a classification head, and the tokenizer that it reads with (qwen_load.WordPiece).
     Parameters have the hub's names without the leading `distilbert.`."""
-    kind = "scorer"
     recurrent = False
 
     def __init__(self, config, tokenizer):

@@ -49,3 +49,9 @@ def next_words(language, words):
         if not stack:
             stack, posterior = ["DOCUMENT"], [1 / len(language.moods)] * len(language.moods)
     return {word: sum(q * w for q, w in zip(posterior, weights)) for word, (weights, _) in language.rules[stack[-1]].items()}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The tests of the exercises pass where an exercise is solved: they run when they are asked for."""
+    asked = any("exercises" in str(arg) for arg in config.invocation_params.args)
+    return True if collection_path.parent.name == "exercises" and not asked else None

@@ -121,7 +121,7 @@ LIARS = {
 def test_a_lying_file_is_refused_by_name(tmp_path, name):
     path = tmp_path / "liar.safetensors"
     path.write_bytes(LIARS[name])
-    with pytest.raises(ValueError, match="liar.safetensors is not a whole safetensors file: .+"):
+    with pytest.raises(ValueError, match="liar.safetensors is not a complete safetensors file: .+"):
         read_safetensors(path)
 
 
@@ -150,7 +150,7 @@ def test_no_corruption_of_a_header_passes_for_something_else(tmp_path):
         try:
             got = read_safetensors(path)
         except ValueError as e:
-            assert "a.safetensors is not a whole" in str(e)
+            assert "a.safetensors is not a complete" in str(e)
             refused += 1
             continue
         assert k % 3 < 2 and sorted(bytes(t.contiguous().view(-1).view(torch.uint8).tolist()) for t in got.values()) == sorted(kept)
@@ -321,7 +321,7 @@ def test_a_folder_without_what_is_needed_is_named(saved, tmp_path):
     _, folder = saved()
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors is not a complete safetensors file"):
         load_weights(folder)
     path.unlink()
     with pytest.raises(UserError, match="holds no weights"):
