@@ -16,6 +16,14 @@ separates models: verbs agree with a subject that may be several clauses back, c
 introduced in the first sentence (`mr. harlow`) must be named again after any later title. A split's *floor*
 is the perplexity of the grammar itself on it; no honest model goes below it but by chance.
 
+Where each is:
+    the rules, and a word's weight      GRAMMAR, LEXICON; Language.add_rule (Zipf), Language.words_of
+    a text, its exact -log p            Language.document, Language.nll
+    the floor                           embedded_floor
+    words, PTB's conventions            word_pieces, WordTokenizer
+    a corpus                            CORPORA, and the function that reads it
+    batches of a text                   ContiguousBatches (recurrent), WindowBatches (Transformer)
+
     python -c "import data; print(data.embedded_text('finance', 'train', 60))"     # what it looks like
 """
 import argparse

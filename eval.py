@@ -601,8 +601,8 @@ def domains_section(report, out):
             each = [row | {run: ppl} for row, ppl in zip(each, scores["sentences"])]
         if rows:
             n = len(domain["sentences"])
-            lines += [markdown_table(rows), f"Perplexity of the first {len(each)} of {n} sentences (all are in "
-                      "report.json):\n", markdown_table(each)]
+            lines += [markdown_table(rows), f"Perplexity of the first {len(each)} of {n} sentences (all are "
+                      "in report.json):\n", markdown_table(each)]
         lines += [f"{run}: – ({reason}).\n" for run, reason in domain["gaps"].items()]
         for run in bits:
             bits[run].append(domain["runs"].get(run, {}).get("bits_per_character"))

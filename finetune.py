@@ -34,6 +34,13 @@ Measured before and after, always: each held-out document read independently (it
 these, and the corpus perplexity, all as eval.py defines them), the perplexity of a text from outside (what
 was forgotten), and continuations of a prompt in the style of the data and of one that has nothing to do with
 it, from the same seed.
+
+Where each is:
+    the bfloat16 copy, its gradients    make_bf16_model, bf16_grad_norm, step_with_bf16_gradients
+    shares of weights and moments       shard_model, sharded_state, load_sharded_state
+    the bytes                           memory_needed
+    before and after                    measure; report (Tables 3 to 5), ablate (Table 6)
+    a whole fine-tuning                 finetune, stages 3 to 8
 """
 import copy
 import ctypes

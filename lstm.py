@@ -25,6 +25,15 @@ tanh' = 1 - tanh^2:
 Only this recursion is sequential. The weight gradients are one product each over all steps: dW = sum_t da_t
 x_t^T, dU = sum_t da_t h_{t-1}^T, db = sum_t da_t. Initial and final states have gradients too.
 
+Where each is:
+    i_t, f_t, g_t, o_t, c_t, h_t        LSTM.plain; forward_loop
+    dh_t, do_t, dc_t, di_t .. da_t      backward_loop, a line each
+    dx, dW, dU, db                      LSTMFunction.backward, after the loop
+    forget biases of many time scales   LSTMLM.__init__
+
+forward_loop and backward_loop are run as they are in float64; the last section holds faster forms of the same
+two functions, which fast_loops chooses among, and which tests hold equal to them.
+
     python train.py --model lstm
 """
 import ctypes

@@ -26,6 +26,14 @@ scorer likes best, one sentence for all prompts; with it the optimum is ref(text
 normalised. The KL is logged twice: as the mean of log pi - log ref over the sampled tokens, which is noisy,
 and in full, sum over all tokens of pi log(pi / ref) at every prefix that was sampled.
 
+Where each is:
+    a_t, log pi_old                     rollout (sample.generate_stream)
+    log pi, log ref, V, the full KL     evaluate_actions
+    r_t                                 train_policy, stage 4
+    delta_t, A_t, R_t                   gae; whiten
+    policy loss, value loss             policy_loss, value_loss; their step: update_policy
+    the gradient of log pi              TokenLogProb
+
 The published details (Huang et al. 2023, "The N Implementation Details of RLHF with PPO") are comments at the
 lines that follow them, or do not.
 

@@ -22,6 +22,9 @@ at spaces and punctuation; each word then is cut, from its left end, into the lo
 vocabulary has, those inside a word marked with ##. Qwen2's is byte-pair encoding (Sennrich et al. 2016),
 through tiktoken.
 
+Where each is: the format, read_header, read_safetensors, write_safetensors; the hub, repo_folder; Qwen2,
+read_config, load_weights, Qwen2Tokenizer; DistilBERT, load_scorer; WordPiece, basic_words, WordPiece.pieces.
+
     model, tokenizer = load_model("path/of/Qwen2-0.5B")   # a folder in the hub's layout, or a name on the hub
     scorer = load_scorer("lvwerra/distilbert-imdb")
 """
@@ -112,7 +115,8 @@ def read_safetensors(path):
                 if dtype == torch.bool and (raw > 1).any():
                     raise ValueError(f"{name!r} has truth values other than 0 and 1")
     except (ValueError, RuntimeError) as e:                     # RuntimeError: shapes beyond torch's counting
-        raise ValueError(f"{path} is not a complete safetensors file: {e}. Delete it and fetch it again") from e
+        raise ValueError(f"{path} is not a complete safetensors file: {e}. Delete it and fetch it "
+                         "again") from e
     return tensors
 
 

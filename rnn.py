@@ -23,6 +23,13 @@ the regularisation that word-level corpora need (Gal & Ghahramani 2016; Merity e
 2017): whole words dropped from the embedding, one dropout mask for all time steps, embedding and softmax
 weights shared.
 
+Where each is:
+    h_t                                 RNN.plain; RNNFunction.forward, the loop
+    dh_t, da_t                          RNNFunction.backward, the loop
+    dx, dW_ih, dW_hh, db                RNNFunction.backward, after the loop
+    the loss and softmax - onehot       softmax_loss, LinearCrossEntropy; token_nll (evaluation)
+    words, masks, elements dropped      embedded_dropout, locked_dropout, dropout
+
     python train.py --model rnn                      # trains it; see train.py
 """
 import functools

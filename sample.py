@@ -14,6 +14,9 @@ between steps is its state: h, or h and c, or the KV cache.
 
 Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a
 row whose prompt continues is given its next prompt token instead of the sampled one.
+
+Where each is: the softmax and the draw, sample_token; the cuts, top_k_top_p; the penalty, penalize; the
+steps, generate_stream.
 """
 import sys
 from dataclasses import dataclass

@@ -24,6 +24,13 @@ has them):
 where m' = m / (1 - b1^t) and v' likewise, and wd is 0 for biases and norms. lr rises linearly to its peak,
 then falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
 
+Where each is:
+    L                                   the models' forward (rnn.softmax_loss); perplexity, token_losses
+    what a step sees                    data.ContiguousBatches, data.WindowBatches; detach_state
+    g scaled down, m, v, w              clip_grad_norm, configure_optimizer
+    lr                                  get_lr, set_lr
+    a whole training                    train, stages 4 to 8
+
 A run is a folder: last.pt (all that is needed to resume), best.pt (the weights with the lowest validation
 loss), log.csv (a row for every log step and evaluation), result.json (the final figures). Every file is
 written under another name first and then renamed, so a kill at any moment leaves the previous one whole.
@@ -507,7 +514,8 @@ def environment(device):
 
 def base_result(config, model, progress, device, dtype):
     """What every result.json holds."""
-    return {"model": kind_of(model), "data": config.data, "params": sum(p.numel() for p in model.parameters()),
+    return {"model": kind_of(model), "data": config.data,
+            "params": sum(p.numel() for p in model.parameters()),
             "steps": progress.steps, "best_step": progress.best_step, "seconds": progress.seconds,
             "dtype": dtype_name(dtype), "seed": config.seed, **environment(device), "options": asdict(config)}
 

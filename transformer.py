@@ -28,6 +28,15 @@ else; the norm comes after the sum (post-norm, as in 2017); GELU in place of Swi
 
 Its scorer's head reads the first position, [CLS]: logits of two classes W_c relu(W_p x_0).
 
+Where each is:
+    RMSNorm, SwiGLU                     the classes of these names
+    softmax over s <= t                 attention, causal_mask; fast_attention
+    q, k, v and W_o                     Attention.forward
+    the angles of RoPE                  rotary_cos_sin, apply_rotary_emb
+    x <- x + ...                        DecoderLayer.forward; post-norm: EncoderLayer.forward
+    k and v of what was read            KVCache
+    the head of the scorer              Scorer.forward
+
     python train.py --model transformer
 """
 import ctypes
