@@ -31,8 +31,8 @@ Where each is:
     dx, dW, dU, db                      LSTMFunction.backward, after the loop
     forget biases of many time scales   LSTMLM.__init__
 
-forward_loop and backward_loop are run as they are in float64; the last section holds faster forms of the same
-two functions, which fast_loops chooses among, and which tests hold equal to them.
+Where there is a C compiler, a CPU runs the last section's form of forward_loop and backward_loop, whose cell
+is in C; tests hold the two forms equal. Elsewhere the equations are run as they are.
 
     python train.py --model lstm
 """
@@ -125,7 +125,7 @@ class LSTM(RNN):
         h, c = self.zero_state(x.shape[0]) if state is None else state
         x, w_ih, w_hh, bias = self.operands(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        loops = fast_loops(x.device.type, x.dtype)       # change the equations? (forward_loop, backward_loop)
+        loops = fast_loops(x.device.type, x.dtype)     # new equations? here (forward_loop, backward_loop)
         with torch.autocast(x.device.type, enabled=False):
             out, c_last = LSTMFunction.apply(x, h.to(x.dtype), c.to(wide), w_ih, w_hh, bias, loops)
         return out.transpose(0, 1), (out[-1].to(h.dtype), c_last.to(c.dtype))
@@ -172,53 +172,10 @@ class LSTMLM(RNNLM):
                 i.copy_(-f)
 
 
-# ----------------------------------------------------------- the same loops, faster (skip in a first reading)
+# ----------------------------------------------- the same loops, with the cell in C (skip in a first reading)
 #
 # A step is a matrix product and then a dozen operations on small vectors, where starting an operation costs
-# more than its arithmetic. On a CPU with a C compiler, LSTM_CELL_C does all of them in one pass over memory;
-# elsewhere, the torch loops below need six operations a step instead of fifteen. Tests hold all three forms
-# equal.
-
-def transposed(w_hh):
-    """w_hh [4H, H] as the right operand of h @ U^T; in float32, MKL is 1.3 times as fast with a copy."""
-    return w_hh.t().contiguous() if w_hh.dtype == torch.float32 else w_hh.t()
-
-
-def torch_forward_loop(a, h, c, w_hh):
-    T, B, H = a.shape[0], a.shape[1], h.shape[2]
-    gates, a_t, tanh_c = c.new_empty(T, B, 4 * H), a.new_empty(B, 4 * H), c.new_empty(B, H)
-    i, f, g, o = (v.unbind(0) for v in gates.view(T, B, 4, H).unbind(2))
-    h, c, all_gates = h.unbind(0), c.unbind(0), gates.unbind(0)
-    a_g, w_hh_t = a_t[:, 2 * H:3 * H], transposed(w_hh)
-    for t, from_x in enumerate(a.unbind(0)):
-        torch.addmm(from_x, h[t], w_hh_t, out=a_t)
-        torch.sigmoid(a_t, out=all_gates[t])                    # one wide operation for four gates,
-        torch.tanh(a_g, out=g[t])                               # then g put right
-        torch.mul(f[t], c[t], out=c[t + 1]).addcmul_(i[t], g[t])
-        torch.tanh(c[t + 1], out=tanh_c)
-        torch.mul(o[t], tanh_c, out=h[t + 1])
-    return gates
-
-
-def torch_backward_loop(grad_h, dc, gates, c, w_hh):
-    """backward_loop with the factors of dc and dh in da formed for all steps at once."""
-    T, B, H = grad_h.shape
-    i, f, g, o = gates.view(T, B, 4, H).unbind(2)
-    tanh_c = torch.tanh(c[1:])
-    da_by_dc = torch.stack((i * (1 - i) * g, f * (1 - f) * c[:-1], (1 - g * g) * i), 2).unbind(0)
-    da_by_dh, dc_by_dh = (o * (1 - o) * tanh_c).unbind(0), (o * (1 - tanh_c * tanh_c)).unbind(0)
-    da, dh, dc = grad_h.new_empty(T, B, 4 * H), torch.zeros_like(grad_h[0]), dc.clone()
-    da_ifg, da_o = (v.unbind(0) for v in da.view(T, B, 4, H).split([3, 1], 2))
-    f, grad_h, all_da, dc_wide = f.unbind(0), grad_h.unbind(0), da.unbind(0), dc[:, None]
-    for t in reversed(range(T)):
-        dh = grad_h[t] + dh
-        dc.addcmul_(dh.to(dc.dtype), dc_by_dh[t])
-        torch.mul(dc_wide, da_by_dc[t], out=da_ifg[t])
-        torch.mul(dh, da_by_dh[t], out=da_o[t][:, 0])
-        dc.mul_(f[t])
-        dh = all_da[t] @ w_hh
-    return da, dh, dc
-
+# more than its arithmetic. LSTM_CELL_C does all of them in one pass over memory.
 
 LSTM_CELL_C = r"""
 #include <stdint.h>
@@ -302,7 +259,8 @@ def addresses(v):
 def c_forward_loop(cell, gates, h, c, w_hh):
     """gates [T, B, 4H] holds W x + b and is overwritten."""
     B, H = h.shape[1:]
-    from_h, w_hh_t = gates.new_empty(B, 4 * H), transposed(w_hh)
+    w_hh_t = w_hh.t().contiguous() if w_hh.dtype == torch.float32 else w_hh.t()    # MKL: 1.3 times as fast
+    from_h = gates.new_empty(B, 4 * H)
     for h_before, *where in zip(h.unbind(0), *map(addresses, (gates, c[:-1], c[1:], h[1:]))):
         torch.mm(h_before, w_hh_t, out=from_h)
         gates_t, c_before, c_t, h_t = where
@@ -324,15 +282,12 @@ def c_backward_loop(cell, grad_h, dc, gates, c, w_hh):
 @functools.lru_cache(None)
 def fast_loops(device_type, dtype):
     """The fastest form of (forward_loop, backward_loop) here: with the cell in C for float32 and bf16 on a
-    CPU where there is a compiler; the equations as they are for float64, in which gradients are checked; else
-    torch's."""
-    if dtype == torch.float64:
-        return forward_loop, backward_loop
+    CPU where there is a compiler, else the equations as they are."""
     library = None
     if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         library = compile_c(LSTM_CELL_C, *["-DBF16"] * (dtype == torch.bfloat16))
     if library is None:
-        return torch_forward_loop, torch_backward_loop
+        return forward_loop, backward_loop
     for function, n_arrays in ((library.cell_forward, 5), (library.cell_backward, 7)):
         function.argtypes, function.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * n_arrays, None
     return (functools.partial(c_forward_loop, library.cell_forward),

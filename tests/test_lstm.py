@@ -13,13 +13,10 @@ FAST_LOOPS = lstm.fast_loops                                # the real one, what
 SHAPES = [(1, 1, 1, 1), (1, 7, 3, 5), (4, 1, 6, 2), (3, 9, 8, 8), (5, 20, 17, 33)]      # B, T, I, H
 
 
-@pytest.fixture(autouse=True, params=["cell in C", "torch operations", "equations"])
+@pytest.fixture(autouse=True, params=["cell in C", "equations"])
 def all_loops(request, monkeypatch):
-    """Every test here runs three times: as it is where there is a compiler, as without one, and with the equations as they are
-    written down."""
-    if request.param == "torch operations":
-        monkeypatch.setattr(lstm, "fast_loops", lambda *_: (lstm.torch_forward_loop, lstm.torch_backward_loop))
-    elif request.param == "equations":
+    """Every test here runs twice: as it is where there is a compiler, and with the equations as they are written down."""
+    if request.param == "equations":
         monkeypatch.setattr(lstm, "fast_loops", lambda *_: (lstm.forward_loop, lstm.backward_loop))
 
 
@@ -79,9 +76,8 @@ def test_the_cell_compiles_where_there_is_a_compiler(dtype):
     assert FAST_LOOPS("cpu", dtype)[0].func is lstm.c_forward_loop
 
 
-def test_without_a_compiler_and_elsewhere_torch_operations_do_the_same(monkeypatch):
+def test_without_a_compiler_and_elsewhere_the_equations_do_the_same(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
     monkeypatch.setattr(lstm, "compile_c", lstm.compile_c.__wrapped__)
-    assert FAST_LOOPS.__wrapped__("cpu", torch.float32)[0] is lstm.torch_forward_loop
-    assert FAST_LOOPS("cpu", torch.float64)[0] is lstm.forward_loop
-    assert FAST_LOOPS("cuda", torch.float32)[0] is lstm.torch_forward_loop
+    for key in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.float32)):
+        assert FAST_LOOPS.__wrapped__(*key) == (lstm.forward_loop, lstm.backward_loop)
