@@ -31,6 +31,7 @@ import bisect
 import codecs
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -183,7 +184,7 @@ def parse_args(Config, argv=None, epilog=None):
     list[...] takes one or more values. Config's docstring heads --help, in which the options of a base class
     come last. UserError, in one line, for what is not allowed.
     """
-    parser = Parser(description=Config.__doc__, epilog=epilog, argument_default=argparse.SUPPRESS,
+    parser = Parser(description=inspect.cleandoc(Config.__doc__), epilog=epilog, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser
     for f in sorted(fields(Config), key=lambda f: f.name not in Config.__annotations__):
