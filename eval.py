@@ -175,7 +175,8 @@ def read_domain(name):
     if name in data.CORPORA:
         texts = data.documents(name, "test" if embedded else "valid")
     else:
-        texts = (line for _, line in data.read_lines(data.source_file(name, "train")))
+        files = data.text_files(data.source_file(name, "train"))
+        texts = (line for file in files for _, line in data.read_lines(file))
     parts, size = [], 0
     for text in texts:
         parts.append(text)
@@ -250,7 +251,9 @@ def read_sentence(tokenizer, sentence):
     """-> (ids, unknown words, characters) of a sentence; ValueError for a word that a vocabulary without
     <unk> lacks."""
     if tokenizer.kind != "word":
-        return tokenizer.encode(sentence), [], len(sentence) + 1
+        ids = tokenizer.encode(sentence)
+        unknown = ["<unk>"] * ids.count(tokenizer.unk) if tokenizer.kind == "char" else []
+        return ids, unknown, len(sentence) + 1
     words = in_words(tokenizer, sentence)
     unknown = [w for w in words if w not in tokenizer.ids or w == "<unk>"]
     if unknown and tokenizer.unk is None:

@@ -59,13 +59,14 @@ from data import UserError, option, save_json
 from eval import exp, format_number, markdown_table, plot_curves, read_log, run_options, score, write_report
 from qwen_load import read_json, save_model
 from sample import encode_prompt, generate
-from train import (COLUMNS, LOCAL, Log, Progress, RunOptions, StopRequest, autocast, average_gradients,
-                   base_result, broadcast, build_model, check_finite, check_text, clip_grad_norm,
-                   complete_checkpoint, configure_optimizer, context, detach_state, dtype_name, environment,
-                   eval_batch_size, first_process_first, gather_state, get_lr, job_errors, join_processes,
-                   kind_of, leave_processes, load_run, mean_and_any, perplexity, pick_device, pick_dtype,
-                   prepend_eos, read_checkpoint, refuse_existing, resume_command, resume_or_refuse,
-                   sample_line, save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
+from train import (COLUMNS, COMPUTED, LOCAL, Log, Progress, RunOptions, StopRequest, autocast,
+                   average_gradients, base_result, broadcast, build_model, check_finite, check_text,
+                   clip_grad_norm, complete_checkpoint, configure_optimizer, context, detach_state,
+                   dtype_name, environment, eval_batch_size, extend, first_process_first, gather_state,
+                   get_lr, job_errors, join_processes, kind_of, leave_processes, load_optimizer, load_run,
+                   mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos, read_checkpoint,
+                   refuse_existing, resume_command, resume_or_refuse, resumed_progress, sample_line,
+                   save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -320,7 +321,7 @@ def measure(model, tokenizer, config, dtype):
         out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer), dtype=dtype)
     for prompt in config.prompts:
         new = generate(model, [encode_prompt(tokenizer, prompt)], config.sample_tokens, config.temperature,
-                       eos=tokenizer.eos, seed=config.seed, suppressed_tokens=tokenizer.suppressed)
+                       eos=tokenizer.stops, seed=config.seed, suppressed_tokens=tokenizer.suppressed)
         out["samples"].append({"prompt": prompt, "text": tokenizer.decode(new[0]).strip()})
     return out
 
@@ -374,15 +375,6 @@ def first_share(ids, fraction, eos):
     return ids[:n if len(ends) == 0 or fraction == 1 else max(0, n - (1 << 16)) + int(ends[-1]) + 1]
 
 
-def read_before(run):
-    """What was measured before a run that resumes was started."""
-    try:
-        return read_json(run / "before.json")
-    except UserError as e:
-        raise UserError(f"{run}/before.json is missing or damaged: without it nothing can be compared. "
-                        "Start anew with another --run") from e
-
-
 def uses_bf16_model(model, config, dtype, world):
     """Whether the products are done in a bfloat16 copy; else autocast does them, if they are bfloat16."""
     return dtype == torch.bfloat16 and world == 1 and config.accumulate == 1 and not model.recurrent
@@ -403,12 +395,13 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
     batches = cut(train_ids, config.batch_size, min(config.block_size, context(model)), config.seed)
     valid = prepend_eos(tokenizer, np.asarray(corpus.ids["valid"][:config.eval_tokens]))
     prompt = encode_prompt(tokenizer, config.prompts[0])
-    if checkpoint:
-        before = read_before(run)
-    elif rank == 0:
-        unsharded = load_run(config.base, device, dtype)[0] if config.shard else model
-        before = before or measure(unsharded, tokenizer, config, dtype)
-        del unsharded
+    if rank == 0:
+        if checkpoint and (run / "before.json").exists():
+            before = read_json(run / "before.json")
+        elif not before:
+            base = load_run(config.base, device, dtype)[0] if config.shard or checkpoint else model
+            before = measure(base, tokenizer, config, dtype)
+            del base
         save_json(run / "before.json", before)
 
     # 4 model: the products' bfloat16 copy, or shards, or a copy in every process
@@ -434,14 +427,17 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 load_sharded_state(model, optimizer, checkpoint["model"], checkpoint["optimizer"])
             else:
                 model.load_state_dict(checkpoint["model"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
+                load_optimizer(optimizer, checkpoint["optimizer"])
             state = take_rows(checkpoint["state"], rank, world, device)
-            progress = Progress(**checkpoint["progress"])
+            progress = resumed_progress(run, checkpoint, config)
+        if checkpoint["extended"]:
+            extend(run, progress, steps, config.lr, warmup_steps)
         checkpoint.clear()                                          # its memory is needed
     elif config.shard:
         weights = load_run(config.base, "cpu", None)[0].state_dict() if rank == 0 else {}
         load_sharded_state(model, optimizer, weights)
         weights = None
+    steps = progress.steps
     if bf16_model:
         copy_master_to_bf16(pairs)
 
@@ -545,7 +541,7 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
     documents. A finished cell keeps its result and is not run again; one that was interrupted resumes."""
     folder, rows, before = Path(config.run), [], None
     varied = ("epochs", "data_fraction", "ablate_epochs", "ablate_fractions")
-    settings = {k: v for k, v in asdict(config).items() if k not in (*varied, *LOCAL)}
+    settings = {k: v for k, v in asdict(config).items() if k not in (*varied, *LOCAL, *COMPUTED)}
     begun = read_json(folder / "ablation.json") if (folder / "ablation.json").exists() else settings
     for name, value in begun.items():
         if settings.get(name) != value:
@@ -565,7 +561,7 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         if (cell / "result.json").exists():
             result = read_json(cell / "result.json")
         else:
-            checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
+            checkpoint = read_checkpoint(cell / "last.pt") | {"extended": False} if (cell / "last.pt").exists() else None
             check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
             one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
             result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype,
@@ -648,16 +644,17 @@ def main(argv=None):
     config, given = data.parse_args(Config, argv, "examples:\n"
         "  python finetune.py --base runs/transformer-finance --data stories\n"
         "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")
-    if config.shard and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if config.shard and data.job_size() < 2:
         raise UserError("--shard splits a model across processes; start them with: "
                         "torchrun --nproc-per-node 2 -- finetune.py --shard")
-    if config.ablate and ("RANK" in os.environ or config.steps):
+    if config.ablate and (data.job_size() > 1 or config.steps):
         raise UserError("--ablate runs in one process, and its cells say how long")
     kind, checkpoint = "ablate" if config.ablate else "finetune", None
-    config.run = config.run or f"runs/{kind}-{Path(config.base).name}-{Path(config.data).stem}"
+    config.run = config.run or f"runs/{kind}-{data.file_name(config.base)}-{data.file_name(config.data)}"
     files = ("last.pt", "result.json", "config.json")
     if not config.ablate:
-        checkpoint, config = resume_or_refuse(config, given, "python finetune.py", (*files, "ablation.json"))
+        checkpoint, config = resume_or_refuse(config, given, "python finetune.py", {"data", "base"},
+                                              (*files, "ablation.json"))
     elif not (Path(config.run) / "ablation.json").exists():
         refuse_existing(config.run, "python finetune.py", files)
 
@@ -680,7 +677,7 @@ def main(argv=None):
         print(f"{config.base} on {config.data}: corpus perplexity {before['corpus']:.2f} before, "
               f"{after['corpus']:.2f} after, mean of documents {before['mean']:.2f}, "
               f"{after['mean']:.2f}{retained}")
-        print(f"written to {config.run}/report.md. Next: python sample.py --run {config.run}")
+        print(f"written to {config.run}/report.md. Next: python sample.py --run {data.quoted(config.run)}")
     leave_processes(world)
 
 

@@ -44,7 +44,6 @@ some iterations.
 """
 import copy
 import math
-import os
 import random
 import sys
 import time
@@ -63,14 +62,15 @@ from torch.autograd.function import once_differentiable
 import data
 from data import UserError, option, save_json
 from eval import COLOURS, distinct, exp, figure, markdown_table, pyplot, read_log, write_report
-from finetune import C, is_embedded, read_before
-from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
+from finetune import C, is_embedded
+from qwen_load import WordPiece, build_wordpiece, load_scorer, read_json, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream
 from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, autocast, base_result,
                    check_finite, clip_grad_norm, complete_checkpoint, configure_optimizer, context,
-                   dtype_name, get_lr, load_run, pick_device, pick_dtype, read_checkpoint, resume_command,
-                   resume_or_refuse, save_checkpoint, set_lr, step_seed, stopped)
+                   dtype_name, extend, get_lr, load_optimizer, load_run, pick_device, pick_dtype,
+                   read_checkpoint, resume_command, resume_or_refuse, resumed_progress, save_checkpoint,
+                   set_lr, step_seed, stopped)
 from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
@@ -223,8 +223,11 @@ def train_reward(config, device, dtype, checkpoint=None):
     if checkpoint:
         with complete_checkpoint(run):
             scorer.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            progress = Progress(**checkpoint["progress"])
+            load_optimizer(optimizer, checkpoint["optimizer"])
+            progress = resumed_progress(run, checkpoint, config)
+        if checkpoint["extended"]:
+            extend(run, progress, steps, config.lr, warmup_steps)
+    steps = progress.steps
 
     # 7 loop
     log = Log(run, COLUMNS, progress.resumed_at)
@@ -611,8 +614,8 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     a repair wants them."""
     run = Path(config.run)
     task = make_task(reference, scorer, tokenizer, config, dtype)
-    if checkpoint:
-        before = read_before(run)
+    if checkpoint and (run / "before.json").exists():
+        before = read_json(run / "before.json")
     else:
         before = evaluate_policy(task, reference, prompts["test"], config.seed)
         save_json(run / "before.json", before)
@@ -637,9 +640,12 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
         with complete_checkpoint(run):
             policy.load_state_dict(checkpoint["model"])
             value_head.load_state_dict(checkpoint["value_head"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            progress = Progress(**checkpoint["progress"])
-            kl_coef, best = checkpoint["kl_coef"], checkpoint["best_scores"]
+            load_optimizer(optimizer, checkpoint["optimizer"])
+            progress = resumed_progress(run, checkpoint, config)
+            kl_coef = checkpoint["kl_coef"]
+            best = checkpoint["best_scores"] if (run / "best.pt").exists() else None
+        if checkpoint["extended"]:
+            extend(run, progress, config.steps, config.lr, config.warmup_steps)
 
     # 7 loop
     columns = ["step", "seconds", "lr", *METRICS, *(f"eval_{name}" for name in EVALUATED)]
@@ -909,13 +915,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     train_a_scorer = "--train-reward" in argv
     config, given = data.parse_args(RewardConfig if train_a_scorer else Config, argv, EXAMPLES)
-    if "RANK" in os.environ:
+    if data.job_size() > 1:
         raise UserError("ppo.py runs in one process; start it without torchrun")
     script = "python ppo.py" + " --train-reward" * train_a_scorer
-    default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{Path(config.base).name}"
+    default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{data.file_name(config.base)}"
     config.run = config.run or f"runs/{default}"
     keep_memory()
-    checkpoint, config = resume_or_refuse(config, given, script)
+    checkpoint, config = resume_or_refuse(config, given, script, set() if train_a_scorer else {"base", "scorer"})
     if train_a_scorer:
         config.epochs = config.epochs or SCORER_EPOCHS[config.data]
     device = pick_device(config.device)
@@ -928,7 +934,7 @@ def main(argv=None):
     print(f"{config.base} rewarded by {config.scorer}: reward {before['reward']:.2f} before, "
           f"{after['reward']:.2f} after ({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} "
           f"nats a response, distinct-2 {before['distinct_2']:.2f}, {after['distinct_2']:.2f}")
-    print(f"written to {config.run}/report.md. Next: python sample.py --run {config.run}")
+    print(f"written to {config.run}/report.md. Next: python sample.py --run {data.quoted(config.run)}")
 
 
 if __name__ == "__main__":

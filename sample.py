@@ -156,13 +156,13 @@ def encode_prompt(tokenizer, text):
     """Token ids of a prompt, behind what every text begins with (the end token; nothing for Qwen2, but an
     empty prompt needs a token). Words that a vocabulary without <unk> does not have are left out, with a
     warning."""
-    try:
+    if tokenizer.kind == "char" or tokenizer.kind == "word" and tokenizer.unk is None:
+        pieces = tokenizer.normalize(text)
+        if unknown := [piece for piece in pieces if piece not in tokenizer.ids]:
+            print(f"not in this run's vocabulary, left out: {' '.join(unknown)}", file=sys.stderr)
+        ids = [tokenizer.ids[piece] for piece in pieces if piece in tokenizer.ids]
+    else:
         ids = tokenizer.encode(text)
-    except ValueError:
-        words = tokenizer.normalize(text)
-        unknown = " ".join(w for w in words if w not in tokenizer.ids)
-        print(f"not in this run's vocabulary, left out: {unknown}", file=sys.stderr)
-        ids = [tokenizer.ids[w] for w in words if w in tokenizer.ids]
     return tokenizer.begin + ids or [tokenizer.eos]
 
 

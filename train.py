@@ -46,6 +46,7 @@ import random
 import signal
 import subprocess
 import textwrap
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -101,8 +102,10 @@ class Config(RunOptions):
     """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a
     file."""
     model: str = option("lstm", "rnn, lstm or transformer", choices=list(MODELS))
-    data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
-    tokenizer: str = option("word", "whole words, or GPT-2's byte-pair encoding", choices=["word", "gpt2"])
+    data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file or of a folder of "
+                                 "them")
+    tokenizer: str = option("word", "whole words, characters, or GPT-2's byte-pair encoding",
+                            choices=["word", "char", "gpt2"])
     also: list[str] = option([], "other corpora to log the perplexity of")
     search: int = option(None, "try N random configurations and the default one within --minutes, narrowed "
                                "by thirds; what else you type is held fixed; looks at the validation split "
@@ -189,7 +192,8 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
 
 def tokenizer_from(state):
     """The tokenizer that a checkpoint describes."""
-    kinds = {"word": data.WordTokenizer, "gpt2": data.GPT2Tokenizer, "qwen2": qwen_load.Qwen2Tokenizer}
+    kinds = {"word": data.WordTokenizer, "char": data.CharTokenizer, "gpt2": data.GPT2Tokenizer,
+             "qwen2": qwen_load.Qwen2Tokenizer}
     return kinds[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
 
 
@@ -311,6 +315,19 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
     losses = token_losses(model, ids, rows, context, stride, dtype)
     nll = losses.mean().item()
     return {"nll": nll, "ppl": math.exp(min(nll, 700)), "tokens": len(losses)}
+
+
+def unknown_share(tokenizer, ids):
+    """The share of <unk> among token ids; 0 for a tokenizer without."""
+    unk = getattr(tokenizer, "unk", None)
+    return 0.0 if unk is None else float((torch.as_tensor(ids) == unk).double().mean())
+
+
+def warn_of_unknown(share, what):
+    """Say what flatters a perplexity."""
+    if share > 0.05:
+        data.live(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity here: "
+                  "train with --tokenizer char or gpt2", "\n")
 
 
 def eval_batch_size(ids):
@@ -485,6 +502,15 @@ def save_checkpoint(config, model, tokenizer, states, progress, better, **more):
     write_atomically(run / "last.pt", lambda f: torch.save(last, f))
 
 
+def resumed_progress(run, checkpoint, config):
+    """How far a run is that resumes; without its best.pt, the next evaluation is the best so far."""
+    progress = Progress(**checkpoint["progress"])
+    progress.eval_every = config.eval_every or progress.eval_every
+    if not (run / "best.pt").exists():
+        progress.best = math.inf
+    return progress
+
+
 @contextmanager
 def complete_checkpoint(run):
     """Inside, a checkpoint's contents are put where they belong; a UserError if it lacks some, or they do not
@@ -537,26 +563,47 @@ def sample_line(model, tokenizer, prompt, seed):
 
 class StopRequest:
     """Ctrl-C, or a polite kill, as a flag that the loop reads between two steps; a second Ctrl-C does not
-    wait."""
+    wait. In another thread than the main one there are no signals."""
 
     def __enter__(self):
-        self.requested = False
-        self.handlers = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.requested, self.handlers = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def handle(self, *_):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        data.live("stopping when this step is complete and saved; Ctrl-C again does not wait", "\n")
 
     def __exit__(self, *_):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
 
 
+def extend(run, progress, steps, peak, warmup_steps):
+    """Plan more steps for a run that resumes; UserError unless they are more than before."""
+    if steps <= progress.steps:
+        raise UserError(f"{run} was planned for {progress.steps} steps; to extend it, give more than these "
+                        f"({steps} is what you gave)")
+    before, after = (get_lr(progress.step, n, peak, warmup_steps) for n in (progress.steps, steps))
+    data.live(f"extended from {progress.steps} to {steps} steps; at step {progress.step} the learning rate goes "
+              f"from {before:.3g} to {after:.3g}", "\n")
+    progress.steps = steps
+    (run / "result.json").unlink(missing_ok=True)                   # the run is not complete any more
+
+
+def load_optimizer(optimizer, state):
+    """Put a checkpoint's state into an optimizer that may be on another device."""
+    for saved, own in zip(state["param_groups"], optimizer.param_groups):
+        saved["fused"] = own["fused"]
+    optimizer.load_state_dict(state)
+
+
 def resume_command(script, run, world):
     """What to type to resume a run."""
-    return f"{script if world == 1 else 'the same torchrun command and'} --resume --run {run}"
+    return f"{script if world == 1 else 'the same torchrun command and'} --resume --run {data.quoted(run)}"
 
 
 def stopped(progress, resume_hint, world=1):
@@ -571,7 +618,7 @@ def stopped(progress, resume_hint, world=1):
 def join_processes(device):
     """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1,
     device)."""
-    if "RANK" not in os.environ:
+    if data.job_size() == 1:
         return 0, 1, device
     import torch.distributed as dist
     if device.type == "cuda":
@@ -751,9 +798,13 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
     if checkpoint:
         with complete_checkpoint(run):
             model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            load_optimizer(optimizer, checkpoint["optimizer"])
             state = take_rows(checkpoint["state"], rank, world, device)
-            progress = Progress(**checkpoint["progress"])
+            progress = resumed_progress(run, checkpoint, config)
+        if checkpoint["extended"]:
+            if config.minutes:
+                steps = int(60 * config.minutes / progress.seconds * progress.step)
+            extend(run, progress, steps, config.lr, config.warmup_steps)
     elif config.minutes:
         plan_minutes(config, progress, model, batches, texts, device, dtype, rank, world)
     steps, ddp_model = progress.steps, average_gradients(model, device, world)
@@ -825,7 +876,7 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
         return None
     result = {"val_ppl": math.exp(progress.best), "epochs": steps / batches.steps_per_epoch,
               "tokens_per_second": progress.tokens_per_second(batches)}
-    if "test" in corpus.ids:
+    if not config.search:
         model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
         result |= final_figures(model, corpus, dtype)
     result |= base_result(config, model, progress, device, dtype)
@@ -834,15 +885,16 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
 
 
 def final_figures(model, corpus, dtype):
-    """Perplexity on the validation and test splits, the state carried from end to end of each; floor."""
-    scores = {}
-    for split in ("valid", "test"):
+    """Perplexity on the validation and test splits, the state carried from end to end of each; floor; the
+    share of <unk> among what is predicted. None for a test split that the corpus does not have."""
+    out = {"test_ppl": None, "floor_ppl": corpus.floor.get("test"), "test_tokens": None}
+    for split in corpus.ids.keys() - {"train"}:
         ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
-        scores[split] = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids),
-                                   dtype=dtype)
-    return {"val_ppl": scores["valid"]["ppl"], "test_ppl": scores["test"]["ppl"],
-            "floor_ppl": corpus.floor["test"],
-            "test_tokens": scores["test"]["tokens"]}
+        scores = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids), dtype=dtype)
+        name = "val" if split == "valid" else split
+        out |= {f"{name}_ppl": scores["ppl"], f"{name}_tokens": scores["tokens"],
+                f"{name}_unknown": unknown_share(corpus.tokenizer, ids[1:])}
+    return out
 
 
 # -------------------------------------------------------------------------------------------- hyperparameters
@@ -981,35 +1033,40 @@ def model_config(config, vocab_size):
     return sizes
 
 
-# options that say where and how a run is computed, not what
+# options that say where a run is, and how it is shown or split; where and how it is computed; how long it is
 LOCAL = "run", "resume", "sample", "shard"
+COMPUTED = "device", "dtype", "log_every", "eval_every"
+LENGTHS = "steps", "epochs", "minutes"
 
 
 def refuse_existing(run, script, files):
     """UserError if a folder already holds a run."""
-    if os.environ.get("RANK", "0") == "0" and any((Path(run) / file).exists() for file in files):
+    if data.job_rank() == 0 and any((Path(run) / file).exists() for file in files):
         raise UserError(f"{run} already holds a run{' or weights' if 'config.json' in files else ''}. Resume "
-                        f"it: {script} --resume --run {run}; or choose another folder with --run")
+                        f"it: {script} --resume --run {data.quoted(run)}; or choose another folder with --run")
 
 
-def resume_or_refuse(config, given, script, files=("last.pt", "result.json", "config.json")):
-    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config).
-    UserError if the run is not one of this script, or was started with other options than are given now;
-    without --resume, if the folder holds a run."""
+def resume_or_refuse(config, given, script, places, files=("last.pt", "result.json", "config.json")):
+    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config). What may
+    be given anew: where and how it is computed; how long it is, which extends it; and `places`, options that
+    say where something lies whose contents are checked. UserError if the run is not one of this script, or was
+    started with other options; without --resume, if the folder holds a run."""
     if not config.resume:
         refuse_existing(config.run, script, files)
         return None, config
     checkpoint = read_checkpoint(Path(config.run) / "last.pt", script, mmap=getattr(config, "shard", False))
     saved, here = checkpoint.get("options", {}), asdict(config)
     if saved.keys() != here.keys():
-        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with "
-                        "what started it")
-    for name in sorted(given.difference(LOCAL)):
+        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with what "
+                        "started it")
+    for name in sorted(given.difference(LOCAL, COMPUTED, LENGTHS, places)):
         if here[name] != saved[name]:
-            raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not "
-                            f"{here[name]}. Resume it without other options, or choose another folder with "
-                            "--run")
-    return checkpoint, type(config)(**saved | {name: here[name] for name in LOCAL if name in here})
+            raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not {here[name]}. "
+                            "Resume it without this option, or choose another folder with --run")
+    checkpoint["extended"] = bool(given & {*LENGTHS})
+    lengths = {name: here[name] if name in given else None for name in LENGTHS if checkpoint["extended"]}
+    changed = {name: here[name] for name in here if name in LOCAL or name in given}
+    return checkpoint, type(config)(**saved | {k: v for k, v in (lengths | changed).items() if k in here})
 
 
 def check_text(corpus, fingerprint, run):
@@ -1028,14 +1085,14 @@ def main(argv=None):
     config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
     if len(given & {"epochs", "steps", "minutes"}) > 1:
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
-    if config.search and (not config.minutes or "n_hidden" in given or "RANK" in os.environ):
+    if config.search and (not config.minutes or "n_hidden" in given or data.job_size() > 1):
         raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, "
                         "and draws --n-hidden with --n-embd")
     if "val" in config.also:
         raise UserError("--also val: this name is taken; rename the file")
-    default = f"{'search-' if config.search else ''}{config.model}-{Path(config.data).stem}"
+    default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
     config.run = config.run or f"runs/{default}"
-    checkpoint, config = resume_or_refuse(config, given, "python train.py", ("last.pt", "result.json"))
+    checkpoint, config = resume_or_refuse(config, given, "python train.py", {"data"}, ("last.pt", "result.json"))
     if not checkpoint:
         resolve_defaults(config)
     rank, world, device = join_processes(pick_device(config.device))
@@ -1047,15 +1104,19 @@ def main(argv=None):
         check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
         also = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
         corpora = {"val": corpus} | also
+    warn_of_unknown(unknown_share(corpus.tokenizer, corpus.ids["valid"]), f"the validation split of {config.data}")
     if config.search:
         return search(config, given, corpora, device, dtype)
     result = train(config, corpora, device, dtype, rank, world, checkpoint)
     if rank == 0:
-        floor = f", floor {result['floor_ppl']:.2f}" if result["floor_ppl"] else ""
-        print(f"{config.model} on {config.data}: {result['params']:,} parameters, validation perplexity "
-              f"{result['val_ppl']:.2f}, test {result['test_ppl']:.2f}{floor}, {result['seconds']:.0f} s at "
-              f"{result['tokens_per_second']:,.0f} tokens/s")
-        print(f"written to {config.run}. Next: python sample.py --run {config.run}")
+        figures = [f"validation perplexity {result['val_ppl']:.2f}"]
+        figures.append(f"test {result['test_ppl']:.2f}" if result["test_ppl"] else
+                       f"{math.log(result['val_ppl']):.4f} nats per token, no test split")
+        figures += [f"floor {result['floor_ppl']:.2f}"] * bool(result["floor_ppl"])
+        figures += [f"{result['val_unknown']:.1%} <unk>"] * bool(result["val_unknown"])
+        print(f"{config.model} on {config.data}: {result['params']:,} parameters, {', '.join(figures)}, "
+              f"{result['seconds']:.0f} s at {result['tokens_per_second']:,.0f} tokens/s")
+        print(f"written to {config.run}. Next: python sample.py --run {data.quoted(config.run)}")
     leave_processes(world)
 
 

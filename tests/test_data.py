@@ -336,8 +336,10 @@ def test_a_damaged_archive_is_named(data_folder):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "is empty"), (b"\x89PNG\r\n\x1a\n\xff\xfe" * 50, "not UTF-8"), (b"text \x00 with zeros", "not UTF-8"),
-    ("caf\u00e9".encode("latin1"), "not UTF-8 text")])
+    (b"", "is empty"), (b"\x89PNG\r\n\x1a\n\xff\xfe" * 50, "not UTF-8"), (b"text \x00 with zeros", "has a zero byte \\(byte 5\\)"),
+    ("caf\u00e9".encode("latin1"), "not UTF-8 text"), ("\u4e2d\u6587 text".encode("gb18030"), "iconv -f gb18030 .*latin1.*look at the result"),
+    ("\u4e2d\u6587".encode("utf-16"), "is UTF-16 text. Convert it first: iconv -f utf-16"),
+    ("\u4e2d\u6587".encode("utf-16-be", "surrogatepass").join([b"\xfe\xff", b""]), "is UTF-16 text")])
 def test_files_that_are_no_text_are_refused(tmp_path, content, message):
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
@@ -348,7 +350,7 @@ def test_files_that_are_no_text_are_refused(tmp_path, content, message):
 def test_unknown_corpus_lists_what_there_is(tmp_path):
     with pytest.raises(UserError, match="finance, climate.*or give the path"):
         data.load("financ")
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="holds no .txt file"):
         data.load(str(tmp_path))
 
 
@@ -396,6 +398,60 @@ def test_a_text_in_one_line_is_cut_into_pieces_and_nothing_is_lost(tmp_path, mon
         assert [o for o, _ in pieces] == [len("".join(line for _, line in pieces[:k]).encode()) for k in range(len(pieces))]
         parts = {s: "".join(data.documents(str(path), s)) for s in ("train", "valid", "test")}
         assert all(parts.values()) and "".join(parts.values()) == text + "\n"
+
+
+def test_a_folder_is_its_text_files_one_behind_the_other(tmp_path):
+    (tmp_path / "book" / "part 2").mkdir(parents=True)
+    text = [f"line {k} says w{k % 7}\n" for k in range(400)]
+    (tmp_path / "book" / "a.txt").write_text("".join(text[:150]))
+    (tmp_path / "book" / "b.txt").write_text("".join(text[150:170]))
+    (tmp_path / "book" / "part 2" / "c.txt").write_text("".join(text[170:]))
+    (tmp_path / "book" / "notes.md").write_text("not this")
+    parts = [list(data.documents(str(tmp_path / "book"), split)) for split in ("train", "valid", "test")]
+    assert sum(parts, []) == text and [abs(len(part) - n) <= 3 for part, n in zip(parts, (360, 20, 20))] == [True] * 3
+    assert data.load(str(tmp_path / "book")).ids["valid"].size > 50
+
+
+@pytest.mark.parametrize("end", ["\n", data.SEPARATOR])
+def test_a_few_long_lines_or_documents_are_split_inside(tmp_path, end):
+    path = tmp_path / "chapters.txt"
+    chapters = [" ".join(f"w{(k * j) % 50}" for j in range(1200)) for k in range(8)]
+    path.write_text(end.join(chapters) + end)
+    parts = ["".join(data.documents(str(path), split)) for split in ("train", "valid", "test")]
+    assert "".join(parts).rstrip("\n") == path.read_text().rstrip("\n")
+    assert [round(len(part) / len("".join(parts)), 2) for part in parts] == [0.9, 0.05, 0.05]
+
+
+# --------------------------------------------------------------------------------------------------- characters
+
+def test_characters_are_those_of_the_training_text_and_come_back(tmp_path):
+    path = tmp_path / "novel.txt"
+    text = "\u5929\u5730\u7384\u9ec3\u3002\n" * 90 + "\u5b87\u5929\n" * 20
+    path.write_text(text)
+    corpus = data.load(str(path), "char")
+    tokenizer = corpus.tokenizer
+    assert set(tokenizer.characters) == {"<unk>", *"\u5929\u5730\u7384\u9ec3\u3002\n"} | {"\u5b87"} & set("".join(data.documents(str(path), "train")))
+    assert tokenizer.decode(tokenizer.encode("\u5730\u5929\n")) == "\u5730\u5929\n" and tokenizer.encode("\u706b") == [tokenizer.unk]
+    assert tokenizer.decode([tokenizer.eos]) == "\n" and tokenizer.unk in tokenizer.suppressed
+    again = train.tokenizer_from(tokenizer.state())
+    assert again.encode("\u7384\u3002") == tokenizer.encode("\u7384\u3002") and again.vocab_size == tokenizer.vocab_size
+
+
+def test_characters_of_documents_end_with_one_token(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text(data.SEPARATOR.join(["ab\nc"] * 60))
+    corpus = data.load(str(path), "char", ("train",))
+    ids = corpus.ids["train"].tolist()
+    assert corpus.tokenizer.vocab_size == 6 and ids[:6] == corpus.tokenizer.encode("ab\nc") + [corpus.tokenizer.eos, ids[0]]
+
+
+def test_shakespeare_is_split_as_nanogpt_does():
+    text = real("shakespeare/input.txt").read_text()
+    corpus = data.load("shakespeare", "char")
+    assert list(corpus.ids) == ["train", "valid"] and corpus.tokenizer.vocab_size == 66      # 65 characters and <unk>
+    assert corpus.tokenizer.decode(corpus.ids["train"]) == text[:int(0.9 * len(text))]
+    assert corpus.tokenizer.decode(corpus.ids["valid"]) == text[int(0.9 * len(text)):]
+    assert "".join(data.documents("shakespeare", "test")) == text[int(0.9 * len(text)):]     # what stands in for a test split
 
 
 # ---------------------------------------------------------------------------------------------------- downloads
