@@ -398,6 +398,15 @@ def test_a_text_in_one_line_is_cut_into_pieces_and_nothing_is_lost(tmp_path, mon
         assert all(parts.values()) and "".join(parts.values()) == text + "\n"
 
 
+def test_a_corpus_that_nobody_sends_says_where_its_file_belongs(data_folder, monkeypatch):
+    monkeypatch.setitem(data.CORPORA, "mine", data.Source(data.lines_of, "mine.txt"))
+    with pytest.raises(UserError, match="mine is not downloaded: place its file at .*mine/mine.txt"):
+        data.load("mine")
+    (data_folder / "mine").mkdir()
+    (data_folder / "mine" / "mine.txt").write_text("a line\n" * 30)
+    assert len(data.load("mine").ids["train"]) == 90
+
+
 # ---------------------------------------------------------------------------------------------------- downloads
 
 class Server:
