@@ -221,7 +221,8 @@ def parse_args(Config, argv=None, epilog=None):
     list[...] takes one or more values. Config's docstring heads --help, in which the options of a base class
     come last. UserError, in one line, for what is not allowed.
     """
-    parser = Parser(description=inspect.cleandoc(Config.__doc__), epilog=epilog, argument_default=argparse.SUPPRESS,
+    parser = Parser(description=inspect.cleandoc(Config.__doc__), epilog=epilog,
+                    argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser
     for f in sorted(fields(Config), key=lambda f: f.name not in Config.__annotations__):
@@ -936,10 +937,11 @@ def embedded_floor(name, split, n_documents=None):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a corpus comes from and how it is read."""
+    """Where a corpus comes from and how it is read. Its files lie in data/NAME/; one of a text with line
+    breaks inside documents ends each with the separator, one of lines has none of them."""
     texts: Callable               # (name, split) -> its texts, each with its end: a new line or the separator
-    file: str = ""                      # per split: "{}" is the split
-    url: str = ""                       # of the folder that the files are downloaded from
+    file: str = ""                      # "{}" is the split; without it, `texts` splits the file itself
+    url: str = ""                       # of the folder that it is downloaded from; "": it is placed by hand
     test_file: str = ""                 # where it has another name
     tokenized: bool = False             # words are apart already, and the vocabulary keeps all of them
     vocabulary: Callable = None         # () -> its words, where they are known without reading it
@@ -975,6 +977,8 @@ def source_file(name, split):
         source = CORPORA[name]
         file = source.test_file if split == "test" and source.test_file else source.file.format(split)
         path = data_dir() / name / file
+        if not source.url and not path.exists():
+            raise UserError(f"{name} is not downloaded: place its file at {path}")
         return path if path.exists() else download(source.url + file, path)
     if name.startswith("wikipedia:"):
         return article(name.removeprefix("wikipedia:"))

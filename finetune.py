@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 -- finetune.py --shard --base Qwen/Qwen2-7B --data tinystories
 
 The base is a run of train.py, or Qwen2's weights (a folder in the hub's layout, or a name on the hub). The
-loop is train.py's: AdamW, warm-up and half a cosine, gradients clipped; documents stand one behind the other
+loop is train.py's, its schedule and optimizer too; documents stand one behind the other
 with their separator between them, as in nanoGPT, and a batch is windows of that text.
 
 Precision. Weights and AdamW's two moments are float32. bfloat16 has eight significant bits: an update of less
@@ -116,7 +116,7 @@ class Config(RunOptions):
 
 # --------------------------------------------------------------------------------------------------- the step
 
-C = ctypes.CDLL(None) if os.name == "posix" else None           # the C library
+libc = ctypes.CDLL(None) if os.name == "posix" else None        # the C library
 
 
 class TiedEmbedding(torch.nn.Module):
@@ -172,8 +172,8 @@ CHUNK = 20_000_000                              # parameters whose float32 gradi
 def step_with_bf16_gradients(optimizer, pairs, scale):
     """AdamW on the masters with the copy's gradients times scale, a few matrices after the other: those
     without a gradient are passed over."""
-    if hasattr(C, "malloc_trim"):            # glibc keeps what activations left behind: 0.7 GB for Qwen2-0.5B
-        C.malloc_trim(0)
+    if hasattr(libc, "malloc_trim"):         # glibc keeps what activations left behind: 0.7 GB for Qwen2-0.5B
+        libc.malloc_trim(0)
     waiting, size = [], 0
     for k, (master, bf16) in enumerate(pairs):
         master.grad, bf16.grad = bf16.grad.float(), None
@@ -641,6 +641,7 @@ def open_base(config, device, checkpoint, world):
 
 
 def main(argv=None):
+    # 1 options
     config, given = data.parse_args(Config, argv, "examples:\n"
         "  python finetune.py --base runs/transformer-finance --data stories\n"
         "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")

@@ -68,8 +68,8 @@ def forward_loop(a, h, c, w_hh):
 
 def backward_loop(grad_h, dc, gates, c, w_hh):
     """The equations of back-propagation through time, from the last step to the first. grad_h [T, B, H]; dc
-    [B, H]: the gradient of the last cell. -> da [T, B, 4H], and the gradients of the initial state, dh and dc
-    [B, H]."""
+    [B, H]: what comes from the step after, dc_{t+1} f_{t+1}; at first the gradient of the last cell. -> da
+    [T, B, 4H], and the gradients of the initial state, dh and dc [B, H]."""
     da, dh = torch.empty_like(gates), torch.zeros_like(grad_h[0])
     for t in reversed(range(len(gates))):
         i, f, g, o = gates[t].chunk(4, 1)                                   # [B, H] each
@@ -149,14 +149,14 @@ class LSTM(RNN):
 
 # ----------------------------------------------------------------------------------------- the language model
 
-LSTMConfig = RNNConfig
+LSTMConfig = RNNConfig                                          # the same options
 
 
 class LSTMLM(RNNLM):
     """RNNLM with LSTM layers whose forget gates start at many time scales: a unit with forget bias log(tau)
-    keeps its cell for about tau steps. With tau uniform in 1..MEMORY (Tallec & Ollivier 2018, "chrono
-    initialization"), some units remember a sentence from the first step on; from torch's biases near 0 they
-    must first learn to."""
+    (and bias_hh's small random start) keeps its cell for about tau steps. With tau uniform in 1..MEMORY
+    (Tallec & Ollivier 2018, "chrono initialization"), some units remember a sentence from the first step on;
+    from torch's biases near 0 they must first learn to."""
     layer_type = LSTM
     MEMORY = 64                                                 # tokens
     # Wide: with the usual 0.1 words look so alike at first that a name's trace drowns before its recall is

@@ -1,7 +1,7 @@
 """Reinforcement learning from a sentiment scorer: a reward model by hand, and PPO on a language model.
 
-    python train.py --model transformer --data reviews           # a policy to begin with, a minute and a half
-    python ppo.py --train-reward --data reviews                         # a scorer, half a minute
+    python train.py --model transformer --data reviews                  # a policy to begin with
+    python ppo.py --train-reward --data reviews                         # a scorer
     python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
     python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo-qwen2      # 1.3 GB
     python ppo.py --resume --run runs/ppo-transformer-reviews           # after a kill
@@ -29,7 +29,7 @@ and in full, sum over all tokens of pi log(pi / ref) at every prefix that was sa
 Where each is:
     a_t, log pi_old                     rollout (sample.generate_stream)
     log pi, log ref, V, the full KL     evaluate_actions
-    r_t                                 train_policy, stage 4
+    r_t                                 train_policy, stage 7.4
     delta_t, A_t, R_t                   gae; whiten
     policy loss, value loss             policy_loss, value_loss; their step: update_policy
     the gradient of log pi              TokenLogProb
@@ -62,7 +62,7 @@ from torch.autograd.function import once_differentiable
 import data
 from data import UserError, option, save_json
 from eval import COLOURS, distinct, exp, figure, markdown_table, pyplot, read_log, write_report
-from finetune import C, is_embedded
+from finetune import libc, is_embedded
 from qwen_load import WordPiece, build_wordpiece, load_scorer, read_json, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream
@@ -486,15 +486,15 @@ def response_hidden(model, r, rows):
 
 
 def log_softmax(model, hidden, suppressed):
-    """float32 [N, V]"""
+    """float32 [N, V]; -1e9 for what is suppressed, because 0 * -inf would be no number in p log p."""
     return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, suppressed, -1e9), -1)
 
 
 @torch.no_grad()
 def evaluate_actions(task, model, r, value_head=None):
-    """The policy beside the reference at every token of the responses: float32 [B, T] each, 0 outside the
-    mask. log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in nats; entropy;
-    value."""
+    """The policy beside the reference at every token of the responses, without a gradient: float32 [B, T]
+    each, 0 outside the mask. log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in
+    nats; entropy; value."""
     outputs = {}
     for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
         token_mask, parts = r.mask[rows] > 0, []
@@ -686,7 +686,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             if stop.requested:
                 stopped(progress, resume_command("python ppo.py", run, 1))
 
-            # 1 rollout
+            # 7.1 rollout
             started = time.perf_counter()
             torch.manual_seed(step_seed(config.seed, step))                 # responses and minibatches
             lr = get_lr(step, config.steps, config.lr, config.warmup_steps)
@@ -697,22 +697,22 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             r = rollout(task, sampler, prompt_batch(prompts["train"], config.batch_size, config.seed, step))
             rolled = time.perf_counter()
 
-            # 2 reward model, at the end of each response
+            # 7.2 reward model, at the end of each response
             scores, _ = score_responses(task, r)                            # [B]
             repeated = torch.tensor(shared_repetition(r.responses))         # [B]
             scored = time.perf_counter()
 
-            # 3 log-probs and values of the policy that sampled, log-probs of the reference: [B, T]
+            # 7.3 log-probs and values of the policy that sampled, log-probs of the reference: [B, T]
             old = evaluate_actions(task, policy, r, value_head)
 
-            # 4 reward per token. Detail: KL everywhere, the score at the last token only; rewards are not
+            # 7.4 reward per token. Detail: KL everywhere, the score at the last token only; rewards are not
             # whitened: dividing them would change what a nat of KL costs
             kl_estimate = old["log_prob"] - old["ref_log_prob"]             # its mean over samples is the KL
             rewards = -kl_coef * kl_estimate
             last = (r.mask * torch.arange(1, r.mask.shape[1] + 1, device=device)).argmax(1)
             rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(device)
 
-            # 5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
+            # 7.5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
             advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
             token_mask = r.mask > 0
             unexplained = (returns - old["value"])[token_mask].var()
@@ -720,21 +720,21 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             if config.whiten:
                 advantages = whiten(advantages, r.mask)
 
-            # 6 epochs of minibatches, then supervised steps
+            # 7.6 epochs of minibatches, then supervised steps
             old |= {"advantages": advantages, "returns": returns}
             text_step = step * (config.epochs + 1) * config.batch_size // config.minibatch
             updates = update_policy(task, policy, value_head, optimizer, r, old, text, text_step)
             if config.sft_every and (step + 1) % config.sft_every == 0:
                 updates += supervised_steps(task, policy, value_head, optimizer, text, text_step)
 
-            # 7 KL coefficient, metrics
-            tokens, rows = r.mask.sum(), len(r.mask)
+            # 7.7 KL coefficient, metrics
+            tokens, n = r.mask.sum(), len(r.mask)
             metrics = {"lr": lr, "reward": scores.mean().item(), "reward_std": scores.std().item(),
-                       "kl": old["kl"].sum().item() / rows, "kl_estimate": kl_estimate.sum().item() / rows,
+                       "kl": old["kl"].sum().item() / n, "kl_estimate": kl_estimate.sum().item() / n,
                        "kl_coef": kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
-                       "explained_variance": (1 - unexplained).item(), "length": tokens.item() / rows,
+                       "explained_variance": (1 - unexplained).item(), "length": tokens.item() / n,
                        "distinct_2": distinct(r.responses, 2) or "",
-                       "repetition": sum(map(repetition, r.responses)) / rows, "updates": len(updates),
+                       "repetition": sum(map(repetition, r.responses)) / n, "updates": len(updates),
                        "seconds_rollout": rolled - started, "seconds_scoring": scored - rolled,
                        "seconds_update": time.perf_counter() - scored}
             for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm"):
@@ -906,12 +906,13 @@ def open_task(config, device, dtype, checkpoint):
 def keep_memory():
     """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and
     fetch them anew, page by page. (PPO with 50,257 tokens: 4.0 s an iteration, 2.9 so.)"""
-    if hasattr(C, "mallopt"):
-        C.mallopt(-4, 0)                                                    # M_MMAP_MAX
-        C.mallopt(-1, 2 ** 31 - 1)                                          # M_TRIM_THRESHOLD
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)                                                    # M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)                                          # M_TRIM_THRESHOLD
 
 
 def main(argv=None):
+    # 1 options
     argv = sys.argv[1:] if argv is None else argv
     train_a_scorer = "--train-reward" in argv
     config, given = data.parse_args(RewardConfig if train_a_scorer else Config, argv, EXAMPLES)
@@ -924,6 +925,8 @@ def main(argv=None):
     checkpoint, config = resume_or_refuse(config, given, script, set() if train_a_scorer else {"base", "scorer"})
     if train_a_scorer:
         config.epochs = config.epochs or SCORER_EPOCHS[config.data]
+
+    # 2 device
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if train_a_scorer:

@@ -106,7 +106,8 @@ class RNN(nn.Module):
             nn.init.uniform_(p, -hidden_size ** -0.5, hidden_size ** -0.5)
 
     def operands(self, x):
-        """x time-major, the weights and the summed bias, all in the dtype to compute in."""
+        """x time-major, the weights and the sum of the biases (which a GRU needs apart), all in the dtype to
+        compute in."""
         if x.shape[1] == 0:
             raise ValueError("a recurrent layer needs at least one time step")
         x = x.transpose(0, 1).contiguous()             # a matmul of strided rows takes up to 30 times as long

@@ -1,6 +1,6 @@
 """Train a language model: the RNN, the LSTM or the Transformer, in one loop.
 
-    python train.py --model lstm                             # the embedded finance language, about a minute
+    python train.py --model lstm                             # the embedded finance language
     python train.py --model lstm --data ptb --minutes 15     # the Penn Treebank in the time you have
     python train.py --model transformer --data my.txt --tokenizer gpt2 --epochs 3 --run runs/mine
     python train.py --resume --run runs/mine                 # after a kill, bit for bit in float32
@@ -61,7 +61,7 @@ import qwen_load
 from data import UserError, option, save_json, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
-from transformer import Transformer, TransformerConfig
+from transformer import Scorer, Transformer, TransformerConfig
 
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
@@ -101,7 +101,7 @@ class RunOptions:
 class Config(RunOptions):
     """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a
     file."""
-    model: str = option("lstm", "rnn, lstm or transformer", choices=list(MODELS))
+    model: str = option("lstm", "which of the models", choices=list(MODELS))
     data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file or of a folder of "
                                  "them")
     tokenizer: str = option("word", "whole words, characters, or GPT-2's byte-pair encoding",
@@ -113,7 +113,7 @@ class Config(RunOptions):
     epochs: float = option(None, "passes over the training text")
     steps: int = option(None, "optimizer steps, instead of --epochs")
     minutes: float = option(None, "instead: measure the speed, then plan as many steps as fit")
-    warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
     log_every: int = option(50, "steps between rows of log.csv")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     batch_size: int = option(None, "rows of a batch",
@@ -211,8 +211,9 @@ def build_model(kind, config, weights=None):
 
 
 def kind_of(model):
-    """A model's name in MODELS; ppo.py's reward model is in none of them."""
-    return next((kind for kind, (model_type, _) in MODELS.items() if type(model) is model_type), "scorer")
+    """A model's name in MODELS, or scorer. (fully_shard makes a subclass of a model's class.)"""
+    names = {model_type: kind for kind, (model_type, _) in MODELS.items()} | {Scorer: "scorer"}
+    return next(names[t] for t in type(model).__mro__ if t in names)
 
 
 def command_for(folder):
@@ -349,7 +350,8 @@ def step_seed(seed, step, rank=0):
 
 
 def get_lr(step, steps, peak, warmup_steps):
-    """Linear warm-up, then half a cosine down to 1 % of the peak."""
+    """The schedule of all four trainings (train.py, finetune.py, ppo.py's two): linear warm-up, then half a
+    cosine down to 1 % of the peak. Steps count from 0; the last is steps - 1."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -546,7 +548,7 @@ def base_result(config, model, progress, device, dtype):
             "dtype": dtype_name(dtype), "seed": config.seed, **environment(device), "options": asdict(config)}
 
 
-# of log.csv
+# of log.csv: row k shows the state after k steps, so lr and grad_norm are those of step k - 1
 COLUMNS = ["step", "epoch", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_second",
            "val_loss", "val_ppl"]
 
@@ -944,7 +946,7 @@ def search(config, given, corpora, device, dtype):
     """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
     each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
     Trial 0 is what would be trained without a search, so that the table says whether searching paid. Each
-    training is complete, with its own cosine, because a half-finished schedule says little about a finished
+    training is complete, with its own schedule, because a half-finished one says little about a finished
     one. Only the validation split is looked at. Finished trainings are not repeated after an interruption."""
     folder, rng = Path(config.run), random.Random(config.seed)
     identity = json.dumps({k: v for k, v in asdict(config).items() if k not in LOCAL}, sort_keys=True)
@@ -1081,6 +1083,7 @@ def check_text(corpus, fingerprint, run):
 
 
 def main(argv=None):
+    # 1 options
     example = "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2"
     config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
     if len(given & {"epochs", "steps", "minutes"}) > 1:
@@ -1088,6 +1091,9 @@ def main(argv=None):
     if config.search and (not config.minutes or "n_hidden" in given or data.job_size() > 1):
         raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, "
                         "and draws --n-hidden with --n-embd")
+    if config.search and config.model not in SEARCH_SPACE:
+        raise UserError(f"--search does not know what to draw for {config.model}; give it a line in "
+                        "SEARCH_SPACE")
     if "val" in config.also:
         raise UserError("--also val: this name is taken; rename the file")
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
@@ -1095,8 +1101,12 @@ def main(argv=None):
     checkpoint, config = resume_or_refuse(config, given, "python train.py", {"data"}, ("last.pt", "result.json"))
     if not checkpoint:
         resolve_defaults(config)
+
+    # 2 device and processes
     rank, world, device = join_processes(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
+
+    # 3 data
     tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else config.tokenizer
     splits = ("train", "valid") if config.search else ("train", "valid", "test")
     with first_process_first(rank, world):                          # it downloads and encodes

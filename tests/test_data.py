@@ -454,6 +454,15 @@ def test_shakespeare_is_split_as_nanogpt_does():
     assert "".join(data.documents("shakespeare", "test")) == text[int(0.9 * len(text)):]     # what stands in for a test split
 
 
+def test_a_corpus_that_nobody_sends_says_where_its_file_belongs(data_folder, monkeypatch):
+    monkeypatch.setitem(data.CORPORA, "mine", data.Source(data.lines_of, "mine.txt"))
+    with pytest.raises(UserError, match="mine is not downloaded: place its file at .*mine/mine.txt"):
+        data.load("mine")
+    (data_folder / "mine").mkdir()
+    (data_folder / "mine" / "mine.txt").write_text("a line\n" * 30)
+    assert len(data.load("mine").ids["train"]) == 90
+
+
 # ---------------------------------------------------------------------------------------------------- downloads
 
 class Server:

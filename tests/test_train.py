@@ -637,3 +637,9 @@ def test_help_is_a_page_with_an_example(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
     assert stopped.value.code == 0 and "example: python train.py" in capsys.readouterr().out
+
+
+def test_a_search_needs_to_know_what_to_draw(monkeypatch):
+    monkeypatch.delitem(train.SEARCH_SPACE, "rnn")
+    with pytest.raises(UserError, match="give it a line in SEARCH_SPACE"):
+        train.main(["--model", "rnn", "--search", "3", "--minutes", "1"])
