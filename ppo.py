@@ -204,7 +204,8 @@ def train_reward(config, device, dtype, checkpoint=None):
     run = Path(config.run)
     splits = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
     torch.manual_seed(config.seed)
-    tokenizer = (WordPiece(checkpoint["tokenizer"]["vocab"]) if checkpoint
+    data.live("reading the texts")
+    tokenizer = (WordPiece(checkpoint["tokenizer"]["vocab"], checkpoint["tokenizer"]["options"]) if checkpoint
                  else build_wordpiece(text for text, _ in splits["train"]))
     ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
     labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
@@ -523,6 +524,7 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
     each, responses = [], []
     policy.eval()
     for at in range(0, len(prompts), group):
+        data.live(f"evaluating the policy: {at:,} of {len(prompts):,} prompts")
         r = rollout(task, policy, prompts[at:at + group], seed + at)
         (rewards, texts), outputs = score_responses(task, r), evaluate_actions(task, policy, r)
         kl, ref_nll, tokens = outputs["kl"].sum(1), -outputs["ref_log_prob"].sum(1), r.mask.sum(1)

@@ -34,12 +34,13 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from data import SEPARATOR, NotFound, UserError, data_dir, download, write_atomically
+from data import HUB, SEPARATOR, NotFound, UserError, data_dir, download, write_atomically
 from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
 # ------------------------------------------------------------------------------------------------ safetensors
@@ -162,41 +163,61 @@ REPOSITORY = r"[\w.-]+/[\w.-]+"
 
 def is_pretrained(name):
     """Whether this names weights in the hub's layout, in a folder or on the hub, and not a run. What has the
-    form of a repository's name but lies in a folder that exists, or in runs/, is a run that is missing."""
+    form of a repository's name but lies beside runs, or in runs/, is a run that is missing."""
     path = Path(name)
-    if path.is_dir():
-        a_run = (path / "best.pt").exists() or (path / "last.pt").exists()
-        return (path / "config.json").exists() and not a_run
-    a_run = path.parent.is_dir() or path.parent.name == "runs"
-    return bool(re.fullmatch(REPOSITORY, str(name))) and not a_run
+    if (path / "best.pt").exists() or (path / "last.pt").exists():
+        return False
+    beside_runs = path.parent.name == "runs" or any(path.parent.glob("*/last.pt"))
+    return (path / "config.json").exists() or bool(re.fullmatch(REPOSITORY, str(name))) and not beside_runs
+
+
+def contents(folder):
+    """What lies in a folder, in a few words."""
+    names = sorted(path.name for path in Path(folder).iterdir())
+    return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6) or "nothing"
+
+
+def cached_folder(name):
+    """The folder of a repository in the user's Hugging Face cache, if all its weights are there."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    snapshots = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
+    for folder in sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(UserError):
+            if (folder / "config.json").exists() and all(path.exists() for path in weight_files(folder)):
+                return folder
+    return None
 
 
 def repo_folder(name):
-    """The local folder of a hub repository (or of a folder, itself). What is missing is downloaded: the
-    configuration, the weights and the tokenizer, nothing else. $HF_ENDPOINT is another hub, $HF_TOKEN a key
-    for what is not public."""
-    if Path(name).is_dir():
-        return Path(name)
+    """The local folder of a hub repository (or of a folder, itself): the user's Hugging Face cache, or
+    data/hub, into which what is missing is downloaded: the configuration, the weights and the tokenizer."""
+    here = Path(name)
+    if (here / "config.json").exists() or here.is_dir() and not re.fullmatch(REPOSITORY, str(name)):
+        return here
     if not re.fullmatch(REPOSITORY, str(name)) or ".." in str(name):
         raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     folder = data_dir() / "hub" / name
     if (folder / ".complete").exists():                            # everything is there: no network is needed
         return folder
-    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else None
+    if cached := cached_folder(name):
+        return cached
 
     def fetch(*names):
         """The first of these files that there is; None if there is none."""
         for file in names:
-            try:
+            with suppress(NotFound):
                 if not (folder / file).exists():
-                    download(f"{endpoint}/{name}/resolve/main/{file}", folder / file, headers=headers)
+                    download(f"{HUB}/{name}/resolve/main/{file}", folder / file)
                 return file
-            except NotFound:
-                continue
         return None
-    if not fetch("config.json"):
-        raise UserError(f"{endpoint} has no config.json for {name}; is the name right?")
+    try:
+        if not fetch("config.json"):
+            raise UserError(f"the hub has no config.json for {name}; is the name right?")
+    except UserError as e:
+        if here.is_dir():
+            raise UserError(f"the folder {name} holds no model that can be read here ({contents(here)}); and as a "
+                            f"name on the hub: {e}") from e
+        raise
     weights = fetch("model.safetensors", "model.safetensors.index.json",
                     "pytorch_model.bin", "pytorch_model.bin.index.json")
     if weights and weights.endswith(".index.json"):
@@ -204,7 +225,7 @@ def repo_folder(name):
             fetch(path.name)
     if fetch("vocab.json", "vocab.txt") == "vocab.json":
         fetch("merges.txt")
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         fetch(file)
     (folder / ".complete").touch()
     return folder
@@ -271,6 +292,8 @@ def read_config(folder):
 
     def refuse(what):
         raise UserError(f"{folder}/config.json says {what}, which is not implemented here")
+    if "quantization_config" in c:
+        refuse("quantization_config: a quantized model")
     if c.get("model_type") != "qwen2":
         refuse(f"model_type {c.get('model_type')!r} (known: 'qwen2')")
     if c.get("hidden_act", "silu") != "silu":
@@ -352,11 +375,12 @@ class Qwen2Tokenizer:
     """Qwen2's byte-pair encoding, through tiktoken. The text is brought into Unicode's NFC form first; added
     tokens (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters:
     id}, merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the
-    model, which may have ids that stand for nothing, stops: ids that end a text (None: <|endoftext|> alone).
-    ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
+    model, which may have ids that stand for nothing, stops: ids that end a text (None: <|endoftext|> alone);
+    special: which of the added tokens are, and chat_template: of an instruction-tuned model, as its files have
+    them. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
     kind = "qwen2"
 
-    def __init__(self, vocab, merges, added, vocab_size, stops=None):
+    def __init__(self, vocab, merges, added, vocab_size, stops=None, special=None, chat_template=None):
         import tiktoken
         letters = byte_letters()
         ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
@@ -366,6 +390,7 @@ class Qwen2Tokenizer:
         self.vocab, self.merges, self.added, self.vocab_size = vocab, merges, added, vocab_size
         self.encoding = tiktoken.Encoding("qwen2", pat_str=QWEN2_PIECES, mergeable_ranks=ranks,
                                           special_tokens=added)
+        self.special, self.chat_template = sorted(added) if special is None else special, chat_template
         self.known = set(ranks.values()) | set(added.values())
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
         self.eos, self.begin = added[SEPARATOR], []             # its texts begin with nothing
@@ -386,7 +411,8 @@ class Qwen2Tokenizer:
 
     def state(self):
         return {"kind": "qwen2", "vocab": self.vocab, "merges": self.merges, "added": self.added,
-                "vocab_size": self.vocab_size, "stops": self.stops}
+                "vocab_size": self.vocab_size, "stops": self.stops, "special": self.special,
+                "chat_template": self.chat_template}
 
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")                     # where the files do not list any
@@ -413,12 +439,18 @@ def read_tokenizer(folder, vocab_size):
         else:
             raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt, no tokenizer.json")
         added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
-        listed = optional("tokenizer_config.json").get("added_tokens_decoder", {})
+        config = optional("tokenizer_config.json")
+        listed = config.get("added_tokens_decoder", {})
         added |= {token["content"]: int(i) for i, token in listed.items()} | optional("added_tokens.json")
         added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
         stops = (optional("generation_config.json") or optional("config.json")).get("eos_token_id")
         stops = [stops] if isinstance(stops, int) else stops
-        return Qwen2Tokenizer(vocab, merges, added, vocab_size, stops)
+        described = [*whole.get("added_tokens", ()), *listed.values()]
+        special = sorted({t["content"] for t in described if t.get("special")}) if described else None
+        template = config.get("chat_template")
+        if (folder / "chat_template.jinja").exists():                       # as transformers 5 writes it
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return Qwen2Tokenizer(vocab, merges, added, vocab_size, stops, special, template)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind "
                         f"({type(e).__name__}: {e})") from e
@@ -429,11 +461,13 @@ def save_tokenizer(tokenizer, folder):
     the end tokens."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    plain = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0],
               "unk_token": None, "bos_token": None,
-              "added_tokens_decoder": {str(i): {"content": text} | plain
+              "added_tokens_decoder": {str(i): {"content": text, "special": text in tokenizer.special} | plain
                                        for text, i in tokenizer.added.items()}}
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
     for name, text in (("vocab.json", json.dumps(tokenizer.vocab, ensure_ascii=False)),
                        ("merges.txt", "\n".join(tokenizer.merges) + "\n"),
                        ("tokenizer_config.json", json.dumps(config, indent=2)),
@@ -489,22 +523,26 @@ def apart(ch):
 
 
 CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
-# no accents; a last sigma is as any other
-PLAIN = PerCharacter(lambda ch: "" if unicodedata.category(ch) == "Mn" else ch.lower())
+CLEAN_ONLY = PerCharacter(lambda ch: clean(ch).strip() or clean(ch)[:1])    # a Chinese character is as any other
+LOWER = PerCharacter(str.lower)                                             # a last sigma is as any other
 
 
-def basic_words(text):
-    """BERT's basic tokenisation, uncased: a text as words and punctuation marks."""
-    text = text.translate(CLEAN)
-    text = text.lower() if text.isascii() else unicodedata.normalize("NFD", text).translate(PLAIN)
-    return text.translate(APART).split()
+def basic_words(text, lower=True, strip_accents=True, split_ideographs=True):
+    """BERT's basic tokenisation: a text as words and punctuation marks."""
+    text = text.translate(CLEAN if split_ideographs else CLEAN_ONLY)
+    if text.isascii():
+        return (text.lower() if lower else text).translate(APART).split()
+    if strip_accents:
+        text = "".join(ch for ch in unicodedata.normalize("NFD", text) if unicodedata.category(ch) != "Mn")
+    return (text.translate(LOWER) if lower else text).translate(APART).split()
 
 
 class WordPiece:
-    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them."""
+    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them; options: of
+    basic_words."""
 
-    def __init__(self, vocab):
-        self.vocab = list(vocab)
+    def __init__(self, vocab, options=None):
+        self.vocab, self.options = list(vocab), options or {}
         self.ids, self.memo = {piece: i for i, piece in enumerate(self.vocab)}, {}
         try:
             special = [self.ids[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")]
@@ -528,10 +566,10 @@ class WordPiece:
         return self.memo[word]
 
     def encode(self, text):
-        return [i for word in basic_words(text) for i in self.pieces(word)]
+        return [i for word in basic_words(text, **self.options) for i in self.pieces(word)]
 
     def state(self):
-        return {"kind": "wordpiece", "vocab": self.vocab}
+        return {"kind": "wordpiece", "vocab": self.vocab, "options": self.options}
 
 
 def build_wordpiece(texts, size=8000):
@@ -599,8 +637,13 @@ def load_scorer(name, device="cpu", dtype=torch.float32):
     if len(vocab) > config.vocab_size:
         raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it "
                         f"{config.vocab_size:,}: they do not belong together")
+    said = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    lower = said.get("do_lower_case", True)
+    strip_accents = lower if said.get("strip_accents") is None else said["strip_accents"]
+    options = {"lower": lower, "strip_accents": strip_accents,
+               "split_ideographs": said.get("tokenize_chinese_chars", True)}
     with torch.device("meta"):
-        scorer = Scorer(config, WordPiece(vocab))
+        scorer = Scorer(config, WordPiece(vocab, options))
     state = read_parameters(scorer, folder, "distilbert.", device, dtype)
     if missing := [name for name in scorer.state_dict() if name not in state]:
         raise UserError(f"{folder} is no scorer: it lacks {', '.join(missing[:3])}")
@@ -618,7 +661,10 @@ def save_scorer(scorer, folder):
               "id2label": {str(i): "POSITIVE" if i == c.positive else "NEGATIVE" for i in (0, 1)},
               "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
     config.pop("positive")
-    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    options = {"lower": True, "strip_accents": True, "split_ideographs": True} | scorer.tokenizer.options
+    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": options["lower"],
+                        "strip_accents": options["strip_accents"],
+                        "tokenize_chinese_chars": options["split_ideographs"]}
     for name, text in (("config.json", json.dumps(config, indent=2)),
                        ("vocab.txt", "\n".join(scorer.tokenizer.vocab)),
                        ("tokenizer_config.json", json.dumps(tokenizer_config))):

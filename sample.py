@@ -18,6 +18,7 @@ row whose prompt continues is given its next prompt token instead of the sampled
 Where each is: the softmax and the draw, sample_token; the cuts, top_k_top_p; the penalty, penalize; the
 steps, generate_stream.
 """
+import re
 import sys
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ import torch
 
 import data
 from data import UserError, option
-from train import load_run, pick_device, pick_dtype
+from train import context, load_run, pick_device, pick_dtype
 from transformer import use_decode_kernels
 
 
@@ -36,7 +37,8 @@ class Config:
                                            "their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 "
                                            "GB), into data/hub")
     prompt: str = option("", "what the text begins with")
-    chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it")
+    chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it; without "
+                               "a prompt, a conversation")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
     top_k: int = option(None, "draw from the N likeliest tokens only")
     top_p: float = option(None, "draw from the likeliest tokens that have probability X together", above=0,
@@ -91,14 +93,14 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 @torch.no_grad()
 def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
-                    seed=None, suppressed_tokens=(), repetition_penalty=1.0):
+                    seed=None, suppressed_tokens=(), repetition_penalty=1.0, state=None):
     """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
 
     Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new:
     its prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens;
     eos: an id, several, or None. log_prob is under the distribution the token was drawn from (temperature,
     truncation and penalty included), 0 for temperature 0. seed None: torch's own generator.
-    suppressed_tokens: ids that are never drawn.
+    suppressed_tokens: ids that are never drawn. state: of one row, which the prompt continues.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
@@ -116,7 +118,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
     stops = torch.tensor([] if eos is None else eos, dtype=torch.long, device=device).flatten()
-    state = model.init_state(len(prompts), window)
+    state = model.init_state(len(prompts), window) if state is None else state
     hidden, state = model(text[:, :shortest], state)
     for t in range(shortest, total):
         logits = model.logits(hidden[:, -1])                                # [B, V]
@@ -133,7 +135,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
         yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
         if done.all():
             return
-        if not model.recurrent and state.length == window:   # the cache is full: continue from its later half
+        if not model.recurrent and state.length == state.max_len:   # the cache is full: continue from its later half
             state = model.init_state(len(prompts), window)
             hidden, state = model(text[:, t + 1 - max(1, window // 2):t + 1], state)
         else:
@@ -166,24 +168,68 @@ def encode_prompt(tokenizer, text):
     return tokenizer.begin + ids or [tokenizer.eos]
 
 
-CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
-        "<|im_start|>assistant\n")             # ChatML, with the system message that Qwen2 was tuned with
+MESSAGE = "<|im_start|>{role}\n{text}<|im_end|>\n"                          # ChatML
+ANSWER = "<|im_start|>assistant\n"
+CHAT_CONTEXT = 4096                                                         # tokens of a conversation, at most
+
+
+def system_message(tokenizer):
+    """The message that a chat begins with, as the model was tuned: the text in its chat template."""
+    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", tokenizer.chat_template or "")
+    text = "You are a helpful assistant." if tokenizer.chat_template is None else found and found[1]
+    return MESSAGE.format(role="system", text=text) if text else ""
 
 
 class Printer:
-    """Print a text as it grows: only what can no longer change (half a UTF-8 character waits for its
-    rest)."""
+    """Print a text as it grows, decoding only what is new, after the two tokens before it, which say how it is
+    spaced; half a UTF-8 character waits for its rest."""
 
     def __init__(self, tokenizer, ids):
-        self.tokenizer, self.ids, self.shown = tokenizer, list(ids), 0
+        self.tokenizer, self.context, self.new = tokenizer, [], list(ids)
+        self.show(last=True)
 
-    def add(self, token=None):
-        if token is not None:
-            self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        stable = text if token is None else text.rstrip("\ufffd")
-        print(stable[self.shown:], end="", flush=True)
-        self.shown = max(self.shown, len(stable))
+    def add(self, token):
+        self.new.append(token)
+        self.show()
+
+    def show(self, last=False):
+        before = self.tokenizer.decode(self.context)
+        text = self.tokenizer.decode(self.context + self.new)[len(before):]
+        if last or not text.endswith("\ufffd") or len(self.new) > 8:
+            print(text, end="", flush=True)
+            self.context, self.new = (self.context + self.new)[-2:], []
+
+
+def chat(model, tokenizer, config):
+    """A conversation in the terminal: Ctrl-C stops an answer, Ctrl-D ends. The state is kept from turn to turn,
+    so that only what is new is read."""
+    limit = min(CHAT_CONTEXT, context(model))
+    state, new, ids = model.init_state(1, limit), system_message(tokenizer), []
+    stops = [*tokenizer.stops, tokenizer.added["<|im_end|>"]]
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return print()
+        new += MESSAGE.format(role="user", text=text) + ANSWER
+        ids += tokenizer.encode(new)
+        if state.length + len(ids) + config.tokens > limit:
+            print(f"(the conversation is longer than {limit} tokens and begins again)", file=sys.stderr)
+            ids = tokenizer.encode(system_message(tokenizer) + MESSAGE.format(role="user", text=text) + ANSWER)
+            state = model.init_state(1, limit)
+        printer, token = Printer(tokenizer, []), None
+        try:
+            for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
+                                               config.top_p, stops, config.seed, tokenizer.suppressed,
+                                               config.repetition_penalty, state):
+                if token.item() not in stops:
+                    printer.add(token.item())
+        except KeyboardInterrupt:
+            pass
+        printer.show(last=True)
+        print()
+        ids = [token.item()] if token is not None else []                   # drawn, but not read yet
+        new = "\n" if ids and ids[0] in stops else "<|im_end|>\n"
 
 
 def main(argv=None):
@@ -195,7 +241,10 @@ def main(argv=None):
     if config.chat and not (qwen2 and "<|im_start|>" in tokenizer.added):
         raise UserError("--chat needs a model that was tuned for it, as Qwen/Qwen2-0.5B-Instruct; "
                         f"{config.run} was not")
-    prompt = encode_prompt(tokenizer, CHAT.format(prompt=config.prompt) if config.chat else config.prompt)
+    if config.chat and not config.prompt:
+        return chat(model, tokenizer, config)
+    asked = system_message(tokenizer) + MESSAGE.format(role="user", text=config.prompt) + ANSWER if config.chat else ""
+    prompt = encode_prompt(tokenizer, asked or config.prompt)
     if not model.recurrent and len(prompt) > model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is "
                         f"{model.config.block_size}; shorten it")
@@ -206,13 +255,12 @@ def main(argv=None):
     seed = torch.seed() % (1 << 31) if config.seed is None else config.seed
     for n in range(config.n):
         printer = Printer(tokenizer, shown)
-        printer.add()
         for token, _, _ in generate_stream(model, [prompt], config.tokens, config.temperature, config.top_k,
                                            config.top_p, eos, seed + n, tokenizer.suppressed,
                                            config.repetition_penalty):
             if not (qwen2 and token.item() in eos):
                 printer.add(token.item())
-        printer.add()                                                       # a character cut off by the end
+        printer.show(last=True)                                             # a character cut off by the end
         print("\n" if n + 1 < config.n else "")
 
 

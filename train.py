@@ -238,6 +238,9 @@ def load_run(folder, device="cpu", dtype=None):
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
     path = folder / "best.pt"
+    if not path.exists() and not (folder / "last.pt").exists():
+        raise UserError(f"{folder} is neither a run nor a model that can be read here: it holds "
+                        f"{qwen_load.contents(folder)}")
     checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
     if checkpoint["kind"] not in MODELS:
         raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of "
