@@ -630,3 +630,51 @@ def test_windows_read_everything_once_an_epoch_in_another_order(n, rows, block):
 def test_a_text_shorter_than_a_batch_is_refused(kind):
     with pytest.raises(UserError, match="50 tokens.*--batch-size"):
         kind(np.arange(50), 8, 20, seed=0)
+
+
+def test_marks_that_combine_do_not_cut_words():
+    for word in ("\u0915\u093f\u0924\u093e\u092c", "\u0e01\u0e33\u0e25\u0e31\u0e07", "caf\u0065\u0301", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"):
+        assert data.word_pieces(word) == [word] and data.word_pieces(word + ",") == [word, ","]
+
+
+def test_a_file_that_is_held_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    replace, tried = data.os.replace, []
+
+    def held(a, b):
+        tried.append(1)
+        if len(tried) < 3:
+            raise PermissionError(13, "held by another program")
+        replace(a, b)
+    monkeypatch.setattr(data.os, "replace", held)
+    data.save_json(tmp_path / "a.json", {"b": 1})
+    assert (tmp_path / "a.json").exists() and len(tried) == 3
+    monkeypatch.setattr(data.os, "replace", lambda a, b: (_ for _ in ()).throw(PermissionError(13, "held")))
+    with pytest.raises(UserError, match="held"):
+        data.save_json(tmp_path / "a.json", {"b": 2})
+
+
+def test_names_of_run_folders_have_nothing_that_windows_forbids():
+    assert data.file_name("wikipedia:Climate_change") == "wikipedia-Climate_change" and data.file_name("my books/a b?.txt") == "a-b-"
+    assert data.quoted("a b") == '"a b"' and data.quoted("runs/a") == "runs/a"
+
+
+@pytest.mark.parametrize("settings, size", [({}, 1), ({"RANK": "3"}, 1), ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}, 1),
+                                            ({"RANK": "2", "WORLD_SIZE": "4"}, 1), ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "x"}, 4)])
+def test_a_rank_without_the_rest_is_no_job(monkeypatch, settings, size):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert data.job_size() == size and data.job_rank() == (2 if size > 1 else 0)
+
+
+def test_an_older_python_is_told_in_a_line():
+    program = "import sys; sys.version_info = (3, 9, 1); import data"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 1 and out.stderr.startswith("Python 3.10 or newer is needed") and "Traceback" not in out.stderr
+
+
+def test_text_that_the_terminal_cannot_show_is_replaced():
+    program = "import data\ndata.run_main(lambda: print('caf\\u00e9 \\u4e2d'))"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, env={"PYTHONIOENCODING": "ascii", "PATH": ""})
+    assert out.returncode == 0 and out.stdout.strip() == b"caf? ?", out.stderr

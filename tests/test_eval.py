@@ -172,6 +172,7 @@ def test_a_run_on_another_grammar_has_no_memory_section():
     ("He met\u00a0Dr. Lee there.", ["He met\u00a0Dr. Lee there."]),
     ("So did I. They went.", ["So did I.", "They went."]),
     ("Wait... what? 3.5 is a number. 42 is another.", ["Wait... what?", "3.5 is a number.", "42 is another."]),
+    ("\u5929\u5730\u7384\u9ec3\u3002\u5b87\u5b99\uff1f\u300c\u6d2a\uff01\u300d\u8352", ["\u5929\u5730\u7384\u9ec3\u3002", "\u5b87\u5b99\uff1f", "\u300c\u6d2a\uff01\u300d", "\u8352"]),
     ("", []), ("   \n\n", []), ("no end", ["no end"]), ("...", ["..."])])
 def test_sentences(text, expected):
     assert evaluation.sentences(text) == expected

@@ -22,7 +22,7 @@ import train
 from data import UserError
 from lstm import LSTMConfig, LSTMLM
 from ppo import gae, load_scorer, policy_loss, prompt_batch, repetition, rollout, value_loss, whiten
-from qwen_load import WordPiece
+from qwen_load import WordPiece, save_scorer
 from rnn import RNNConfig, RNNLM
 from tests.conftest import real
 from tests.test_qwen_load import library_model, write_tokenizer
@@ -329,6 +329,19 @@ def test_shared_repetition_adds_up_to_one_minus_distinct_2():
     weights = [max(0, len(t) - 1) for t in texts]
     total = sum(w * v for w, v in zip(weights, ppo.shared_repetition(texts))) / sum(weights)
     assert total == pytest.approx(1 - eval.distinct(texts, 2)) and 0.3 < total < 1
+
+
+@pytest.mark.parametrize("options", [dict(do_lower_case=False), dict(do_lower_case=True, strip_accents=False), dict(do_lower_case=False, strip_accents=True),
+                                     dict(tokenize_chinese_chars=False)], ids=str)
+def test_the_options_of_a_wordpiece_tokenizer_are_honoured_and_written(tmp_path, options):
+    library_scorer(tmp_path / "theirs")
+    (tmp_path / "theirs/tokenizer_config.json").write_text(json.dumps(options))
+    scorer = load_scorer(tmp_path / "theirs")
+    library = transformers.BertTokenizer(vocab=str(tmp_path / "theirs/vocab.txt"), **options)
+    texts = ["The FILM, caf\u00e9 \u4e2d\u4e2d film", "caf\u00e9 cafe Plays not", "\u4e2d a\u4e2db"] + [text for text in random_unicode(200, 3) if all(settled(ord(ch)) for ch in text)]
+    agree(scorer.tokenizer, library, texts)
+    save_scorer(scorer, tmp_path / "ours")
+    agree(load_scorer(tmp_path / "ours").tokenizer, library, texts)
 
 
 # ------------------------------------------------------------------------------------------------------- responses
@@ -742,7 +755,8 @@ def test_what_does_not_go_together_is_said_in_a_line(there, tmp_path, monkeypatc
         assert not Path("out/last.pt").exists()
     refused("do not fit the base's context of 64", "--response-tokens", "60")
     with monkeypatch.context() as m:
-        m.setenv("RANK", "0")
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+            m.setenv(name, value)
         refused("start it without torchrun")
     refused("cannot be cut into minibatches of 5", "--minibatch", "5")
     refused("there is no run at nowhere", "--base", "nowhere")

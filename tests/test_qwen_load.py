@@ -1,6 +1,7 @@
 """Safetensors against the package of that name, in both directions, and against files that lie; Qwen2 against transformers."""
 import hashlib
 import json
+import subprocess
 import random
 import threading
 import unicodedata
@@ -19,7 +20,7 @@ from data import UserError
 from train import tokenizer_from
 from qwen_load import DTYPES, load_weights, read_safetensors, save_weights, write_safetensors
 from sample import generate
-from tests.conftest import real
+from tests.conftest import ROOT, real
 
 SHAPES = [(), (1,), (0,), (3, 0, 2), (5,), (2, 3), (4, 1, 3)]
 
@@ -664,11 +665,123 @@ def test_a_run_is_opened_by_its_name_on_the_hub_and_a_missing_one_is_no_reposito
     model, tokenizer, config = train.load_run("some/model")
     assert tokenizer.kind == "qwen2" and config == model.config and not model.training
     asked = len(server.asked)
-    (tmp_path / "here").mkdir()
-    for missing in ("runs/nothing", "here/nothing", "nothing", "/tmp/no/where", "here"):
-        with pytest.raises(UserError, match="there is no run at|is not there; train a model first|the hub has no config.json"):
+    (tmp_path / "here" / "run").mkdir(parents=True)
+    (tmp_path / "here" / "run" / "last.pt").touch()
+    for missing, said in (("runs/nothing", "there is no run at"), ("here/nothing", "there is no run at"), ("nothing", "there is no run at"),
+                          ("/tmp/no/where", "there is no run at"), ("here", "neither a run nor a model .* it holds run")):
+        with pytest.raises(UserError, match=said):
             train.load_run(missing)
     assert len(server.asked) == asked
+
+
+def test_a_folder_of_a_repositorys_name_does_not_hide_the_hub_and_is_named_if_that_fails(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    library, server = hub()
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    (tmp_path / "some" / "model" / "notes.txt").touch()
+    assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
+    (tmp_path / "my" / "adapter").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "my" / "adapter" / name).touch()
+    for name in ("my/adapter", str(tmp_path / "my" / "adapter")):
+        with pytest.raises(UserError, match="adapter_config.json, adapter_model.safetensors"):
+            train.load_run(name)
+
+
+def test_a_quantized_model_is_refused_by_name(saved):
+    _, folder = saved()
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantized"):
+        load_weights(folder)
+
+
+def test_weights_in_the_hugging_face_cache_are_used_from_there(hub, saved, tmp_path, monkeypatch):
+    library, server = hub()
+    _, folder = saved()
+    snapshot = tmp_path / "home" / "hub" / "models--some--model" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert qwen_load.repo_folder("some/model") == snapshot and not server.asked
+    next(snapshot.glob("*.safetensors")).unlink()                   # not all of it: fetched
+    assert qwen_load.repo_folder("some/model") != snapshot and server.asked
+
+
+def test_two_processes_fetch_one_file_one_after_the_other(hub, data_folder):
+    _, server = hub()
+    program = ("import sys, data; sys.path.insert(0, '.'); "
+               "data.download(data.HUB + '/some/model/resolve/main/model.safetensors', sys.argv[1])")
+    path = data_folder / "model.safetensors"
+    both = [subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0] and path.read_bytes() == server.files["model.safetensors"]
+    assert sum(asked[0].startswith("/cdn/") for asked in server.asked) == 1 and [p.name for p in data_folder.iterdir()] == [path.name]
+
+
+TEMPLATES = {
+    "Qwen2": "{% if loop.first %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}",
+    "Qwen2.5": "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{%- endif %}",
+    "none": "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"}
+
+
+@pytest.mark.parametrize("name, expected", [("Qwen2", "You are a helpful assistant."), ("Qwen2.5", "You are Qwen."), ("none", None)])
+def test_the_system_message_is_that_of_the_models_template_and_the_template_is_kept(whole, tmp_path, name, expected):
+    _, folder = whole
+    added = {str(i): {"content": text, "special": text != "<tool>"} for i, text in ((280, "<|endoftext|>"), (281, "<|im_start|>"), (282, "<|im_end|>"), (283, "<tool>"))}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name], "added_tokens_decoder": added}))
+    model, tokenizer = qwen_load.load_model(folder)
+    assert sample.system_message(tokenizer) == (f"<|im_start|>system\n{expected}<|im_end|>\n" if expected else "")
+    qwen_load.save_model(model, tokenizer, tmp_path / "written")
+    written = json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())
+    assert written["chat_template"] == TEMPLATES[name]
+    assert {token["content"] for token in written["added_tokens_decoder"].values() if token["special"]} == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    assert train.tokenizer_from(tokenizer.state()).chat_template == TEMPLATES[name]
+
+
+def test_a_conversation_keeps_its_state_and_says_what_one_long_prompt_would(whole, capsys, monkeypatch):
+    _, folder = whole
+    model, tokenizer = qwen_load.load_model(folder, dtype=torch.float32)
+    said, read, forward = iter(["hello", "and the?", EOFError]), [], type(model).forward
+
+    def ask(prompt):
+        text = next(said)
+        if text is EOFError:
+            raise EOFError
+        return text
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(type(model), "forward", lambda self, tokens, *rest, **more: read.append(tokens.tolist()[0]) or forward(self, tokens, *rest, **more))
+    sample.main(["--run", str(folder), "--chat", "--tokens", "6", "--temperature", "0", "--dtype", "float32"])
+    turns = capsys.readouterr().out.split("\n")[:2]
+    monkeypatch.undo()
+    ids = [i for part in read for i in part]                                # each token once
+    text = sample.system_message(tokenizer) + "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    first = generate(model, [tokenizer.encode(text)], 6, temperature=0, suppressed_tokens=tokenizer.suppressed)[0]
+    assert tokenizer.decode(first) == turns[0]
+    head = tokenizer.encode(text) + first + tokenizer.encode("<|im_end|>\n<|im_start|>user\nand the?<|im_end|>\n<|im_start|>assistant\n")
+    assert ids[:len(head)] == head
+    assert tokenizer.decode(generate(model, [head], 6, temperature=0, suppressed_tokens=tokenizer.suppressed)[0]) == turns[1]
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(whole, capsys, monkeypatch):
+    _, folder = whole
+    said, drawn = iter(["one", "two"]), []
+
+    def ask(prompt):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", ask)
+    original = sample.sample_token
+
+    def interrupted(*args):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+    monkeypatch.setattr(sample, "sample_token", interrupted)
+    sample.main(["--run", str(folder), "--chat", "--tokens", "5", "--dtype", "float32"])
+    assert len(drawn) == 3 + 5
 
 
 @pytest.mark.slow

@@ -216,3 +216,41 @@ def test_a_run_of_ours_does_not_chat(tmp_path, monkeypatch):
     train.main(["--model", "rnn", "--steps", "1", "--n-embd", "8", "--n-hidden", "8", "--batch-size", "4", "--block-size", "8", "--run", "r"])
     with pytest.raises(data.UserError, match="--chat needs a model that was tuned for it"):
         sample.main(["--run", "r", "--chat"])
+
+
+@pytest.mark.parametrize("kind", ["word", "char", "gpt2"])
+def test_a_stream_shows_what_all_ids_together_say_and_decodes_only_what_is_new(kind, capsys):
+    text = "mr. hale said: \"it's 5 % (or so), isn't it?\"\nthe market fell. and then\u4e2d\u6587 \u00e9t\u00e9 it rose ."
+    if kind == "gpt2":
+        pytest.importorskip("tiktoken")
+        tokenizer = Bytes()
+    elif kind == "char":
+        tokenizer = data.CharTokenizer(["<unk>", *sorted(set(text))])
+    else:
+        words = [w for w in data.WordTokenizer(["<eos>"]).normalize(text) if w != "<eos>"]
+        tokenizer = data.WordTokenizer(["<eos>", "<unk>", *dict.fromkeys(words + ["mr.", "hale", "it", "is", "n't", "(", ")", "%", "N", "'s"])])
+    ids = tokenizer.encode(text) * 3
+    decoded = []
+    original = type(tokenizer).decode
+    tokenizer.decode = lambda i: decoded.append(len(i)) or original(tokenizer, i)
+    printer = sample.Printer(tokenizer, ids[:4])
+    for token in ids[4:]:
+        printer.add(token)
+    printer.show(last=True)
+    assert capsys.readouterr().out == original(tokenizer, ids) and max(decoded) <= 11
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+    kind = "gpt2"
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_a_character_that_a_run_does_not_know_is_left_out_with_a_line(capsys):
+    tokenizer = data.CharTokenizer(["<unk>", "\n", "a", "b"])
+    assert sample.encode_prompt(tokenizer, "abxa") == [1, 2, 3, 2] and "left out: x" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -643,3 +644,82 @@ def test_a_search_needs_to_know_what_to_draw(monkeypatch):
     monkeypatch.delitem(train.SEARCH_SPACE, "rnn")
     with pytest.raises(UserError, match="give it a line in SEARCH_SPACE"):
         train.main(["--model", "rnn", "--search", "3", "--minutes", "1"])
+
+
+def last(run):
+    return torch.load(f"{run}/last.pt", weights_only=True)
+
+
+def test_where_and_how_a_run_is_computed_may_change_when_it_resumes(monkeypatch, capsys):
+    options = tiny("lstm", "--steps", "12", "--eval-every", "4", "--dtype", "float32")
+    train.main([*options, "--run", "whole"])
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(5))
+        with pytest.raises(SystemExit):
+            train.main([*options, "--run", "cut"])
+    Path("cut/best.pt").unlink()
+    Path("cut/log.csv").unlink()
+    Path("small.txt").rename("moved text.txt")
+    with pytest.raises(UserError, match="no corpus and no file is called 'small.txt'"):
+        train.main(["--resume", "--run", "cut"])
+    train.main(["--resume", "--run", "cut", "--data", "moved text.txt", "--device", "cpu", "--dtype", "float32", "--log-every", "2", "--eval-every", "6"])
+    assert "log.csv is missing; it begins again at step 5" in capsys.readouterr().err
+    assert [int(r["step"]) for r in rows("cut")] == [6, 8, 10, 12] and [r["step"] for r in rows("cut") if r["val_ppl"]] == ["6", "12"]
+    assert all(torch.equal(a, b) for a, b in zip(last("cut")["model"].values(), last("whole")["model"].values()))
+    Path("other.txt").write_text("the w1 of w2 is w3 here\n" * 600)
+    with pytest.raises(UserError, match="no longer the text"):
+        train.main(["--resume", "--run", "cut", "--data", "other.txt"])
+    with pytest.raises(UserError, match="was started with seed 1, not 2"):
+        train.main(["--resume", "--run", "cut", "--seed", "2"])
+
+
+def test_an_optimizers_state_goes_to_another_kind_of_device():
+    model = make("rnn")
+    state = train.configure_optimizer(model, 1e-3, 0.1).state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = False                                      # as a device without the fused kernel saves it
+    optimizer = train.configure_optimizer(model, 1e-3, 0.1)
+    train.load_optimizer(optimizer, state)
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("how, steps", [(["--steps", "20"], 20), (["--epochs", "2"], None), (["--minutes", "0.2"], None)])
+def test_more_steps_extend_a_finished_run(capsys, how, steps):
+    train.main(tiny("lstm", "--steps", "8", "--dtype", "float32", "--run", "r"))
+    capsys.readouterr()
+    train.main(["--resume", "--run", "r", *how])
+    said = capsys.readouterr().err
+    result = json.loads(Path("r/result.json").read_text())
+    assert "extended from 8 to" in said and "the learning rate goes from" in said and result["steps"] > 8 and result["steps"] in (steps, result["steps"])
+    assert [int(r["step"]) for r in rows("r")] == list(range(result["steps"] + 1))
+    assert float(rows("r")[9]["lr"]) == pytest.approx(train.get_lr(8, result["steps"], result["options"]["lr"], 5), rel=1e-4)
+    with pytest.raises(UserError, match="give more than these"):
+        train.main(["--resume", "--run", "r", "--steps", "9"])
+
+
+def test_training_in_a_thread_works():
+    done = []
+    thread = threading.Thread(target=lambda: done.append(train.main(tiny("rnn", "--steps", "2", "--run", "r"))))
+    thread.start()
+    thread.join()
+    assert Path("r/result.json").exists()
+
+
+def test_a_text_that_is_mostly_unknown_words_is_said_to_be(capsys):
+    Path("novel.txt").write_text("".join(f"once{k * 7919 % 1000}x the twice{k % 3}\n" for k in range(3000)) + "".join(f"only{k}y\n" for k in range(2000)))
+    train.main(["--model", "rnn", "--data", "novel.txt", "--steps", "2", "--n-embd", "8", "--n-hidden", "8", "--batch-size", "4", "--block-size", "8", "--run", "r"])
+    out = capsys.readouterr()
+    result = json.loads(Path("r/result.json").read_text())
+    assert result["val_unknown"] > 0.3 and f"{result['val_unknown']:.1%} <unk>" in out.out and "--tokenizer char or gpt2" in out.err
+
+
+def test_characters_of_shakespeare_have_no_test_split(capsys, data_folder):
+    (data_folder / "shakespeare").mkdir()
+    (data_folder / "shakespeare" / "input.txt").write_text("".join(f"ACT {k}:\nto be, or not {k % 7}\n" for k in range(400)))
+    train.main(["--model", "lstm", "--data", "shakespeare", "--tokenizer", "char", "--steps", "3", "--n-embd", "8", "--n-hidden", "8", "--batch-size", "4",
+                "--block-size", "8", "--run", "r"])
+    result = json.loads(Path("r/result.json").read_text())
+    assert "nats per token, no test split" in capsys.readouterr().out and result["test_ppl"] is None and result["val_tokens"] > 500
+    import sample
+    sample.main(["--run", "r", "--prompt", "ACT", "--tokens", "5"])
+    assert capsys.readouterr().out.startswith("ACT")
