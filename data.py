@@ -821,7 +821,7 @@ def own_texts(name, split):
     """A file or an article: the first 90 % for training, 5 % each for validation and test."""
     path = source_file(name, split)
     size = path.stat().st_size
-    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2)}[split]
+    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2), "all": (0, 2)}[split]
     texts = separated_documents(read_lines(path)) if has_separator(path) else read_lines(path)
     for offset, text in texts:
         if low * size <= offset < high * size and text.strip():
@@ -847,9 +847,9 @@ def embedded_floor(name, split, n_documents=None):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a corpus comes from and how it is read. Its files lie in data/NAME/; one of a text with line
-    breaks inside documents ends each with the separator, one of lines has none of them."""
-    texts: Callable               # (name, split) -> its texts, each with its end: a new line or the separator
+    """Where a corpus comes from, into data/NAME/, and how it is read. `texts` yields each document followed
+    by a new line; if documents may contain new lines, by the separator instead."""
+    texts: Callable                     # (name, split) -> its documents, each with its end
     file: str = ""                      # "{}" is the split; without it, `texts` splits the file itself
     url: str = ""                       # of the folder that it is downloaded from; "": it is placed by hand
     test_file: str = ""                 # where it has another name
@@ -900,10 +900,15 @@ def source_file(name, split):
     return path
 
 
+def source_of(name):
+    """The Source of a corpus, or of a path or an article."""
+    return CORPORA.get(name, OWN)
+
+
 def documents(name, split):
-    """The texts of a split, one by one, each with its end: a new line, or the separator where documents have
-    one."""
-    return CORPORA.get(name, OWN).texts(name, split)
+    """The documents of a split, each with its end: a new line, or the separator. A path or an article has a
+    split `all`, too."""
+    return source_of(name).texts(name, split)
 
 
 def labelled(name, split):
@@ -914,7 +919,7 @@ def labelled(name, split):
 def build_word_tokenizer(name, max_words=20_000):
     """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
     max_words most frequent that occur twice, the others <unk>."""
-    source = CORPORA.get(name, OWN)
+    source = source_of(name)
     if source.vocabulary:
         return WordTokenizer(source.vocabulary())
     counts = Counter()
@@ -980,7 +985,7 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
     already."""
     if name not in CORPORA:
         source_file(name, "train")                              # says what is wrong before anything is built
-    floor = CORPORA.get(name, OWN).floor
+    floor = source_of(name).floor
     if isinstance(tokenizer, str):
         tokenizer = GPT2Tokenizer() if tokenizer == "gpt2" else build_word_tokenizer(name)
     known = floor is not None and tokenizer.kind == "word"

@@ -172,12 +172,9 @@ def read_domain(name):
     the validation split of a downloaded corpus, or of a complete file or article. UserError if it cannot be
     had or holds no sentence."""
     embedded = name in data.DOMAINS
-    if name in data.CORPORA:
-        texts = data.documents(name, "test" if embedded else "valid")
-    else:
-        texts = (line for _, line in data.read_lines(data.source_file(name, "train")))
+    split = "test" if embedded else "valid" if name in data.CORPORA else "all"
     parts, size = [], 0
-    for text in texts:
+    for text in data.documents(name, split):
         parts.append(text)
         size += len(text)
         if size > TEXT_CHARACTERS:
