@@ -937,7 +937,7 @@ def own_texts(name, split):
     than a 200th of the text comes in pieces."""
     files = text_files(source_file(name, split))
     size, before = sum(file.stat().st_size for file in files), 0
-    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2)}[split]
+    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2), "all": (0, 2)}[split]
     longest = min(LONG_LINE, max(64, size // 200))
     separated = sum(map(count_separators, files)) >= 40
     for file in files:
@@ -975,9 +975,9 @@ def embedded_floor(name, split, n_documents=None):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a corpus comes from and how it is read. Its files lie in data/NAME/; one of a text with line
-    breaks inside documents ends each with the separator, one of lines has none of them."""
-    texts: Callable               # (name, split) -> its texts, each with its end: a new line or the separator
+    """Where a corpus comes from, into data/NAME/, and how it is read. `texts` yields each document followed
+    by a new line; if documents may contain new lines, by the separator instead."""
+    texts: Callable                     # (name, split) -> its documents, each with its end
     file: str = ""                      # "{}" is the split; without it, `texts` splits the file itself
     url: str = ""                       # of the folder that it is downloaded from; "": it is placed by hand
     test_file: str = ""                 # where it has another name
@@ -1029,10 +1029,15 @@ def source_file(name, split):
     return path
 
 
+def source_of(name):
+    """The Source of a corpus, or of a path or an article."""
+    return CORPORA.get(name, OWN)
+
+
 def documents(name, split):
-    """The texts of a split, one by one, each with its end: a new line, or the separator where documents have
-    one."""
-    return CORPORA.get(name, OWN).texts(name, split)
+    """The documents of a split, each with its end: a new line, or the separator. A path or an article has a
+    split `all`, too."""
+    return source_of(name).texts(name, split)
 
 
 def labelled(name, split):
@@ -1053,7 +1058,7 @@ def build_char_tokenizer(name):
 def build_word_tokenizer(name, max_words=20_000):
     """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
     max_words most frequent that occur twice, the others <unk>."""
-    source = CORPORA.get(name, OWN)
+    source = source_of(name)
     if source.vocabulary:
         return WordTokenizer(source.vocabulary())
     counts = Counter()
@@ -1126,7 +1131,7 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
     already."""
     if name not in CORPORA:
         source_file(name, "train")                              # says what is wrong before anything is built
-    source = CORPORA.get(name, OWN)
+    source = source_of(name)
     if tokenizer == "gpt2":
         tokenizer = GPT2Tokenizer()
     elif isinstance(tokenizer, str):

@@ -173,13 +173,9 @@ def read_domain(name):
     the validation split of a downloaded corpus, or of a complete file or article. UserError if it cannot be
     had or holds no sentence."""
     embedded = name in data.DOMAINS
-    if name in data.CORPORA:
-        texts = data.documents(name, "test" if embedded else "valid")
-    else:
-        files = data.text_files(data.source_file(name, "train"))
-        texts = (line for file in files for _, line in data.read_lines(file))
+    split = "test" if embedded else "valid" if name in data.CORPORA else "all"
     parts, size = [], 0
-    for text in texts:
+    for text in data.documents(name, split):
         parts.append(text)
         size += len(text)
         if size > TEXT_CHARACTERS:

@@ -66,22 +66,23 @@ def forward_loop(a, h, c, w_hh):
     return gates
 
 
-def backward_loop(grad_h, dc, gates, c, w_hh):
-    """The equations of back-propagation through time, from the last step to the first. grad_h [T, B, H]; dc
-    [B, H]: what comes from the step after, dc_{t+1} f_{t+1}; at first the gradient of the last cell. -> da
-    [T, B, 4H], and the gradients of the initial state, dh and dc [B, H]."""
+def backward_loop(grad_h, dc_next, gates, c, w_hh):
+    """The equations of back-propagation through time, from the last step to the first; on a CPU with a
+    compiler, cell_backward below runs in its place. grad_h [T, B, H]; dc_next [B, H]: the gradient of the
+    last cell, then dc_{t+1} f_{t+1}; c[t] is c_{t-1}. -> da [T, B, 4H], and the gradients of the initial
+    state, dh and dc [B, H]."""
     da, dh = torch.empty_like(gates), torch.zeros_like(grad_h[0])
     for t in reversed(range(len(gates))):
         i, f, g, o = gates[t].chunk(4, 1)                                   # [B, H] each
         tanh_c = torch.tanh(c[t + 1])
         dh = grad_h[t] + dh
         do = dh * tanh_c
-        dc = dc + dh * o * (1 - tanh_c ** 2)
+        dc = dc_next + dh * o * (1 - tanh_c ** 2)
         di, df, dg = dc * g, dc * c[t], dc * i
         da[t] = torch.cat((di * i * (1 - i), df * f * (1 - f), dg * (1 - g ** 2), do * o * (1 - o)), 1)
-        dc = dc * f
+        dc_next = dc * f
         dh = da[t] @ w_hh
-    return da, dh, dc
+    return da, dh, dc_next
 
 
 class LSTMFunction(torch.autograd.Function):

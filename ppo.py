@@ -34,8 +34,8 @@ Where each is:
     policy loss, value loss             policy_loss, value_loss; their step: update_policy
     the gradient of log pi              TokenLogProb
 
-The published details (Huang et al. 2023, "The N Implementation Details of RLHF with PPO") are comments at the
-lines that follow them, or do not.
+Where the code follows one of the published details (Huang et al. 2023, "The N Implementation Details of RLHF
+with PPO"), or departs from it, a comment that begins with "detail" says so.
 
 The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate;
 --repetition-coef, which takes 1 - distinct-2 of the batch from the reward, split among the responses by
@@ -300,9 +300,10 @@ def train_reward(config, device, dtype, checkpoint=None):
 
 class TokenLogProb(torch.autograd.Function):
     """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is
-    onehot(action) - softmax, so softmax is all that is kept, in place of the logits. hidden [N, D], weight
-    [V, D], bias [V] or None, actions [N]; suppressed: ids that have probability 0. Products and softmax are
-    in hidden's dtype."""
+    onehot(action) - softmax, so softmax is all that is kept, in place of the logits. (A loss that needs all
+    of the distribution, as an entropy bonus, takes all_log_probs of the same hidden states, within autocast.)
+    hidden [N, D], weight [V, D], bias [V] or None, actions [N]; suppressed: ids that have probability 0.
+    Products and softmax are in hidden's dtype."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, actions, suppressed):
@@ -486,7 +487,7 @@ def response_hidden(model, r, rows):
     return hidden[mask[:, :width]], r.tokens[rows, 1:][mask]
 
 
-def log_softmax(model, hidden, suppressed):
+def all_log_probs(model, hidden, suppressed):
     """float32 [N, V]; -1e9 for what is suppressed, because 0 * -inf would be no number in p log p."""
     return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, suppressed, -1e9), -1)
 
@@ -504,8 +505,8 @@ def evaluate_actions(task, model, r, value_head=None):
             ref_hidden, _ = response_hidden(task.reference, r, rows)
             few = max(1, (1 << 21) // model.lm_head.out_features)   # distributions that stay in a CPU's cache
             for h, ref_h, action in zip(*(v.split(few) for v in (hidden, ref_hidden, actions[:, None]))):
-                log_p = log_softmax(model, h, task.suppressed)              # [few, V]
-                log_q = log_softmax(task.reference, ref_h, task.suppressed)
+                log_p = all_log_probs(model, h, task.suppressed)              # [few, V]
+                log_q = all_log_probs(task.reference, ref_h, task.suppressed)
                 p = log_p.exp()
                 entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
                 parts.append((log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy,

@@ -354,7 +354,8 @@ def step_seed(seed, step, rank=0):
 
 def get_lr(step, steps, peak, warmup_steps):
     """The schedule of all four trainings (train.py, finetune.py, ppo.py's two): linear warm-up, then half a
-    cosine down to 1 % of the peak. Steps count from 0; the last is steps - 1."""
+    cosine down to 1 % of the peak. Steps count from 0; the last is steps - 1, and log.csv shows its rate in
+    row `steps`. Fine-tuning and the scorer warm up for a tenth of the run at most."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
