@@ -94,7 +94,7 @@ def run_main(main):
     """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with
     130."""
     script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):                     # what the terminal cannot show is a question mark
+    for stream in (sys.stdout, sys.stderr):                     # a terminal's "?" for what it cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
@@ -530,7 +530,8 @@ WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
 PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
 KEEPS_ITS_STOP = PERSON_TITLES | set("inc. corp. co. ltd. st. jr. vs. etc. u.s. u.k. e.g. i.e.".split())
 # marks that combine with the letter before them, as Thai and Hindi vowels do, and the joiners between letters
-MARKS = "".join(ch for ch in map(chr, range(0x300, 0xFE30)) if unicodedata.category(ch)[0] == "M") + "\u200c\u200d"
+MARKS = "\u200c\u200d" + "".join(chr(code) for code in range(0x300, 0xFE30)
+                                 if unicodedata.category(chr(code))[0] == "M")
 LETTERS = rf"(?:[^\W\d_][{MARKS}]*)+"
 PIECE = re.compile(rf"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|{LETTERS}(?:[.&'/-]{LETTERS})*|\S")
 CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
@@ -708,8 +709,8 @@ def download(url, path, sha256=None, headers=None):
         with locked(path):
             return path if path.exists() else fetch_file(url, path, sha256, headers)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder that you "
-                        "may write to, and run again: a download resumes where it stopped") from e
+        raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder "
+                        "that you may write to, and run again: a download resumes where it stopped") from e
     finally:
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
 
@@ -837,7 +838,8 @@ def read_lines(path, longest=None):
         with open(path, "rb") as f:
             while raw := rest + f.readline(longest):
                 if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8 {path}")
+                    raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8 "
+                                    f"{path}")
                 cut = len(raw)
                 if len(raw) >= longest and not raw.endswith(b"\n"):
                     # the last character's start
@@ -846,14 +848,15 @@ def read_lines(path, longest=None):
                 raw, rest = raw[:cut], raw[cut:]
                 line = raw.decode("utf-8-sig" if offset == 0 and raw.startswith(codecs.BOM_UTF8) else "utf-8")
                 if "\0" in line:
-                    raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text file")
+                    raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text "
+                                    "file")
                 last = not rest and f.tell() == os.fstat(f.fileno()).st_size
                 yield offset, line + "\n" if last and not line.endswith("\n") else line
                 offset += len(raw)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example with "
-                        f"iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look at the "
-                        "result") from e
+        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
+                        f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
+                        "at the result") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 
@@ -875,10 +878,10 @@ def separated_documents(lines):
 
 
 @lru_cache(None)
-def count_separators(path):
-    """How many document separators a file holds, roughly: one between two blocks is missed."""
+def count(path, text):
+    """How often a text stands in a file, roughly: one between two blocks is missed."""
     with open(path, "rb") as f:
-        return sum(block.count(SEPARATOR.encode()) for block in iter(lambda: f.read(1 << 20), b""))
+        return sum(block.count(text.encode()) for block in iter(lambda: f.read(1 << 20), b""))
 
 
 @lru_cache(2)                                                   # unpacking takes 20 seconds
@@ -932,14 +935,14 @@ def text_files(path):
 
 
 def own_texts(name, split):
-    """A file, the files of a folder one behind the other, or an article: the first 90 % for training, 5 % each
-    for validation and test. Cut between documents, or between lines where documents are few; a line of more
-    than a 200th of the text comes in pieces."""
+    """A file, the files of a folder one behind the other, or an article: the first 90 % for training, 5 %
+    each for validation and test. Cut between documents, or lines; where both are few, inside them."""
     files = text_files(source_file(name, split))
     size, before = sum(file.stat().st_size for file in files), 0
     low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2), "all": (0, 2)}[split]
-    longest = min(LONG_LINE, max(64, size // 200))
-    separated = sum(map(count_separators, files)) >= 40
+    separated = sum(count(file, SEPARATOR) for file in files) >= 40
+    few_lines = sum(count(file, "\n") for file in files) < 40
+    longest = min(LONG_LINE, max(64, size // 200)) if few_lines else LONG_LINE
     for file in files:
         texts = separated_documents(read_lines(file)) if separated else read_lines(file, longest)
         for offset, text in texts:
@@ -1025,7 +1028,7 @@ def source_file(name, split):
         raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give "
                         "the path of a UTF-8 text file, or of a folder of .txt files")
     if not any(file.stat().st_size for file in text_files(path)):
-        raise UserError(f"{name} is empty" if path.is_file() else f"{name} holds no .txt file with text in it")
+        raise UserError(f"{name} is empty" if path.is_file() else f"{name} holds no .txt file with text")
     return path
 
 
@@ -1138,8 +1141,8 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
         tokenizer = {"word": build_word_tokenizer, "char": build_char_tokenizer}[tokenizer](name)
     splits = [split for split in splits if split != "test" or source.has_test]
     known = source.floor is not None and tokenizer.kind == "word"
-    return Corpus(name, tokenizer, {split: encode_split(name, split, tokenizer) for split in splits},
-                  {split: source.floor(name, split) if known else None for split in splits if split != "train"})
+    floor = {split: source.floor(name, split) if known else None for split in splits if split != "train"}
+    return Corpus(name, tokenizer, {split: encode_split(name, split, tokenizer) for split in splits}, floor)
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -141,7 +141,8 @@ def sentences(text):
     abbreviation, an initial or a number. A line break always does; headings (= like this =) and empty lines
     are left out."""
     found = []
-    text = re.sub(r"([\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*)", r"\1\n", text)    # Chinese stops
+    # a Chinese stop ends a sentence wherever it stands
+    text = re.sub(r"([\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*)", r"\1\n", text)
     for line in text.replace(data.SEPARATOR, "\n").splitlines():
         line = line.strip()
         if not line or re.fullmatch(r"=.*=", line):

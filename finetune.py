@@ -561,7 +561,9 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         if (cell / "result.json").exists():
             result = read_json(cell / "result.json")
         else:
-            checkpoint = read_checkpoint(cell / "last.pt") | {"extended": False} if (cell / "last.pt").exists() else None
+            checkpoint = None
+            if (cell / "last.pt").exists():
+                checkpoint = read_checkpoint(cell / "last.pt") | {"extended": False}
             check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
             one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
             result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype,

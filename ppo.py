@@ -925,7 +925,8 @@ def main(argv=None):
     default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{data.file_name(config.base)}"
     config.run = config.run or f"runs/{default}"
     keep_memory()
-    checkpoint, config = resume_or_refuse(config, given, script, set() if train_a_scorer else {"base", "scorer"})
+    places = set() if train_a_scorer else {"base", "scorer"}
+    checkpoint, config = resume_or_refuse(config, given, script, places)
     if train_a_scorer:
         config.epochs = config.epochs or SCORER_EPOCHS[config.data]
 

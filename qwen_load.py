@@ -215,8 +215,8 @@ def repo_folder(name):
             raise UserError(f"the hub has no config.json for {name}; is the name right?")
     except UserError as e:
         if here.is_dir():
-            raise UserError(f"the folder {name} holds no model that can be read here ({contents(here)}); and as a "
-                            f"name on the hub: {e}") from e
+            raise UserError(f"the folder {name} holds no model that can be read here ({contents(here)}); and "
+                            f"as a name on the hub: {e}") from e
         raise
     weights = fetch("model.safetensors", "model.safetensors.index.json",
                     "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -376,8 +376,8 @@ class Qwen2Tokenizer:
     tokens (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters:
     id}, merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the
     model, which may have ids that stand for nothing, stops: ids that end a text (None: <|endoftext|> alone);
-    special: which of the added tokens are, and chat_template: of an instruction-tuned model, as its files have
-    them. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
+    special: which of the added tokens are, and chat_template: of an instruction-tuned model, as its files
+    have them. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
     kind = "qwen2"
 
     def __init__(self, vocab, merges, added, vocab_size, stops=None, special=None, chat_template=None):
@@ -523,7 +523,7 @@ def apart(ch):
 
 
 CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
-CLEAN_ONLY = PerCharacter(lambda ch: clean(ch).strip() or clean(ch)[:1])    # a Chinese character is as any other
+CLEAN_ONLY = PerCharacter(lambda ch: clean(ch).strip() or clean(ch)[:1])    # Chinese is not taken apart
 LOWER = PerCharacter(str.lower)                                             # a last sigma is as any other
 
 

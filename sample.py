@@ -37,8 +37,8 @@ class Config:
                                            "their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 "
                                            "GB), into data/hub")
     prompt: str = option("", "what the text begins with")
-    chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it; without "
-                               "a prompt, a conversation")
+    chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it; "
+                               "without a prompt, a conversation")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
     top_k: int = option(None, "draw from the N likeliest tokens only")
     top_p: float = option(None, "draw from the likeliest tokens that have probability X together", above=0,
@@ -135,7 +135,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
         yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
         if done.all():
             return
-        if not model.recurrent and state.length == state.max_len:   # the cache is full: continue from its later half
+        if not model.recurrent and state.length == state.max_len:   # full: continue from its later half
             state = model.init_state(len(prompts), window)
             hidden, state = model(text[:, t + 1 - max(1, window // 2):t + 1], state)
         else:
@@ -170,7 +170,7 @@ def encode_prompt(tokenizer, text):
 
 MESSAGE = "<|im_start|>{role}\n{text}<|im_end|>\n"                          # ChatML
 ANSWER = "<|im_start|>assistant\n"
-CHAT_CONTEXT = 4096                                                         # tokens of a conversation, at most
+CHAT_CONTEXT = 4096                                                         # tokens of a conversation
 
 
 def system_message(tokenizer):
@@ -181,8 +181,8 @@ def system_message(tokenizer):
 
 
 class Printer:
-    """Print a text as it grows, decoding only what is new, after the two tokens before it, which say how it is
-    spaced; half a UTF-8 character waits for its rest."""
+    """Print a text as it grows, decoding only what is new, after the two tokens before it, which say how it
+    is spaced; half a UTF-8 character waits for its rest."""
 
     def __init__(self, tokenizer, ids):
         self.tokenizer, self.context, self.new = tokenizer, [], list(ids)
@@ -201,8 +201,8 @@ class Printer:
 
 
 def chat(model, tokenizer, config):
-    """A conversation in the terminal: Ctrl-C stops an answer, Ctrl-D ends. The state is kept from turn to turn,
-    so that only what is new is read."""
+    """A conversation in the terminal: Ctrl-C stops an answer, Ctrl-D ends. The state is kept from turn to
+    turn, so that only what is new is read."""
     limit = min(CHAT_CONTEXT, context(model))
     state, new, ids = model.init_state(1, limit), system_message(tokenizer), []
     stops = [*tokenizer.stops, tokenizer.added["<|im_end|>"]]
@@ -215,8 +215,8 @@ def chat(model, tokenizer, config):
         ids += tokenizer.encode(new)
         if state.length + len(ids) + config.tokens > limit:
             print(f"(the conversation is longer than {limit} tokens and begins again)", file=sys.stderr)
-            ids = tokenizer.encode(system_message(tokenizer) + MESSAGE.format(role="user", text=text) + ANSWER)
-            state = model.init_state(1, limit)
+            state, new = model.init_state(1, limit), system_message(tokenizer)
+            ids = tokenizer.encode(new + MESSAGE.format(role="user", text=text) + ANSWER)
         printer, token = Printer(tokenizer, []), None
         try:
             for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
@@ -243,8 +243,10 @@ def main(argv=None):
                         f"{config.run} was not")
     if config.chat and not config.prompt:
         return chat(model, tokenizer, config)
-    asked = system_message(tokenizer) + MESSAGE.format(role="user", text=config.prompt) + ANSWER if config.chat else ""
-    prompt = encode_prompt(tokenizer, asked or config.prompt)
+    asked = config.prompt
+    if config.chat:
+        asked = system_message(tokenizer) + MESSAGE.format(role="user", text=asked) + ANSWER
+    prompt = encode_prompt(tokenizer, asked)
     if not model.recurrent and len(prompt) > model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is "
                         f"{model.config.block_size}; shorten it")

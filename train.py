@@ -102,8 +102,8 @@ class Config(RunOptions):
     """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a
     file."""
     model: str = option("lstm", "which of the models", choices=list(MODELS))
-    data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file or of a folder of "
-                                 "them")
+    data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file or of a "
+                                  "folder of them")
     tokenizer: str = option("word", "whole words, characters, or GPT-2's byte-pair encoding",
                             choices=["word", "char", "gpt2"])
     also: list[str] = option([], "other corpora to log the perplexity of")
@@ -330,8 +330,8 @@ def unknown_share(tokenizer, ids):
 def warn_of_unknown(share, what):
     """Say what flatters a perplexity."""
     if share > 0.05:
-        data.live(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity here: "
-                  "train with --tokenizer char or gpt2", "\n")
+        data.live(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity "
+                  "here: train with --tokenizer char or gpt2", "\n")
 
 
 def eval_batch_size(ids):
@@ -594,8 +594,8 @@ def extend(run, progress, steps, peak, warmup_steps):
         raise UserError(f"{run} was planned for {progress.steps} steps; to extend it, give more than these "
                         f"({steps} is what you gave)")
     before, after = (get_lr(progress.step, n, peak, warmup_steps) for n in (progress.steps, steps))
-    data.live(f"extended from {progress.steps} to {steps} steps; at step {progress.step} the learning rate goes "
-              f"from {before:.3g} to {after:.3g}", "\n")
+    data.live(f"extended from {progress.steps} to {steps} steps; at step {progress.step} the learning rate "
+              f"goes from {before:.3g} to {after:.3g}", "\n")
     progress.steps = steps
     (run / "result.json").unlink(missing_ok=True)                   # the run is not complete any more
 
@@ -1049,26 +1049,28 @@ def refuse_existing(run, script, files):
     """UserError if a folder already holds a run."""
     if data.job_rank() == 0 and any((Path(run) / file).exists() for file in files):
         raise UserError(f"{run} already holds a run{' or weights' if 'config.json' in files else ''}. Resume "
-                        f"it: {script} --resume --run {data.quoted(run)}; or choose another folder with --run")
+                        f"it: {script} --resume --run {data.quoted(run)}; or choose another folder with "
+                        "--run")
 
 
 def resume_or_refuse(config, given, script, places, files=("last.pt", "result.json", "config.json")):
     """-> (checkpoint, the options that its run was started with) with --resume, else (None, config). What may
     be given anew: where and how it is computed; how long it is, which extends it; and `places`, options that
-    say where something lies whose contents are checked. UserError if the run is not one of this script, or was
-    started with other options; without --resume, if the folder holds a run."""
+    say where something lies whose contents are checked. UserError if the run is not one of this script, or
+    was started with other options; without --resume, if the folder holds a run."""
     if not config.resume:
         refuse_existing(config.run, script, files)
         return None, config
     checkpoint = read_checkpoint(Path(config.run) / "last.pt", script, mmap=getattr(config, "shard", False))
     saved, here = checkpoint.get("options", {}), asdict(config)
     if saved.keys() != here.keys():
-        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with what "
-                        "started it")
+        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with "
+                        "what started it")
     for name in sorted(given.difference(LOCAL, COMPUTED, LENGTHS, places)):
         if here[name] != saved[name]:
-            raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not {here[name]}. "
-                            "Resume it without this option, or choose another folder with --run")
+            raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not "
+                            f"{here[name]}. Resume it without this option, or choose another folder with "
+                            "--run")
     checkpoint["extended"] = bool(given & {*LENGTHS})
     lengths = {name: here[name] if name in given else None for name in LENGTHS if checkpoint["extended"]}
     changed = {name: here[name] for name in here if name in LOCAL or name in given}
@@ -1102,7 +1104,8 @@ def main(argv=None):
         raise UserError("--also val: this name is taken; rename the file")
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
     config.run = config.run or f"runs/{default}"
-    checkpoint, config = resume_or_refuse(config, given, "python train.py", {"data"}, ("last.pt", "result.json"))
+    files = ("last.pt", "result.json")
+    checkpoint, config = resume_or_refuse(config, given, "python train.py", {"data"}, files)
     if not checkpoint:
         resolve_defaults(config)
 
@@ -1118,17 +1121,22 @@ def main(argv=None):
         check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
         also = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
         corpora = {"val": corpus} | also
-    warn_of_unknown(unknown_share(corpus.tokenizer, corpus.ids["valid"]), f"the validation split of {config.data}")
+    share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
+    warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:
         return search(config, given, corpora, device, dtype)
     result = train(config, corpora, device, dtype, rank, world, checkpoint)
     if rank == 0:
-        figures = [f"validation perplexity {result['val_ppl']:.2f}"]
-        figures.append(f"test {result['test_ppl']:.2f}" if result["test_ppl"] else
-                       f"{math.log(result['val_ppl']):.4f} nats per token, no test split")
-        figures += [f"floor {result['floor_ppl']:.2f}"] * bool(result["floor_ppl"])
-        figures += [f"{result['val_unknown']:.1%} <unk>"] * bool(result["val_unknown"])
-        print(f"{config.model} on {config.data}: {result['params']:,} parameters, {', '.join(figures)}, "
+        figures = f"validation perplexity {result['val_ppl']:.2f}"
+        if result["test_ppl"]:
+            figures += f", test {result['test_ppl']:.2f}"
+        else:
+            figures += f" ({math.log(result['val_ppl']):.4f} nats per token), no test split"
+        if result["floor_ppl"]:
+            figures += f", floor {result['floor_ppl']:.2f}"
+        if result["val_unknown"]:
+            figures += f", {result['val_unknown']:.1%} <unk>"
+        print(f"{config.model} on {config.data}: {result['params']:,} parameters, {figures}, "
               f"{result['seconds']:.0f} s at {result['tokens_per_second']:,.0f} tokens/s")
         print(f"written to {config.run}. Next: python sample.py --run {data.quoted(config.run)}")
     leave_processes(world)
