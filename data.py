@@ -187,7 +187,7 @@ def replace_file(temporary, path, tries=4):
 
 def file_name(name):
     """A corpus's or a model's name as part of a folder's: no path, nothing that Windows forbids in names."""
-    return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).stem)
+    return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).name.removesuffix(".txt"))
 
 
 def quoted(path):

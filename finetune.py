@@ -66,7 +66,7 @@ from train import (COLUMNS, COMPUTED, LOCAL, Log, Progress, RunOptions, StopRequ
                    get_lr, job_errors, join_processes, kind_of, leave_processes, load_optimizer, load_run,
                    mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos, read_checkpoint,
                    refuse_existing, resume_command, resume_or_refuse, resumed_progress, sample_line,
-                   save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from)
+                   save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from, warn_of_unknown)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -316,7 +316,7 @@ def measure(model, tokenizer, config, dtype):
         raise UserError(f"the test split of {config.data} cannot be read by the base: {e}. Take a longer "
                         "text, or a base that was trained with --tokenizer gpt2") from e
     out = {"documents": scores["sentences"], "retained": None, "samples": []}
-    out |= {name: scores[name] for name in ("mean", "corpus", "tokens")}
+    out |= {name: scores[name] for name in ("mean", "corpus", "tokens", "unknown")}
     if config.retain:
         out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer), dtype=dtype)
     for prompt in config.prompts:
@@ -357,7 +357,8 @@ def report(config, result):
     rows = [{"document": text if len(text) <= 80 else text[:80] + " …", "before": b, "after": a}
             for text, b, a in zip(texts, before["documents"], after["documents"])]
     lines += [f"{len(before['documents'])} held-out documents, each scored independently, "
-              f"{before['tokens']:,} tokens; the first {len(texts)}:\n", markdown_table(rows)]
+              f"{before['tokens']:,} tokens, {before['unknown']:.1%} of them <unk>; the first "
+              f"{len(texts)}:\n", markdown_table(rows)]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
         lines += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
                   markdown_table([{"": when, b["prompt"]: sample["text"] or "(nothing)"}
@@ -401,6 +402,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
         elif not before:
             base = load_run(config.base, device, dtype)[0] if config.shard or checkpoint else model
             before = measure(base, tokenizer, config, dtype)
+            warn_of_unknown(before["unknown"], f"the held-out text of {config.data}")
             del base
         save_json(run / "before.json", before)
 
@@ -430,7 +432,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 load_optimizer(optimizer, checkpoint["optimizer"])
             state = take_rows(checkpoint["state"], rank, world, device)
             progress = resumed_progress(run, checkpoint, config)
-        if checkpoint["extended"]:
+        if checkpoint.get("extended"):
             extend(run, progress, steps, config.lr, warmup_steps)
         checkpoint.clear()                                          # its memory is needed
     elif config.shard:
@@ -561,9 +563,7 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         if (cell / "result.json").exists():
             result = read_json(cell / "result.json")
         else:
-            checkpoint = None
-            if (cell / "last.pt").exists():
-                checkpoint = read_checkpoint(cell / "last.pt") | {"extended": False}
+            checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
             check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
             one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
             result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype,

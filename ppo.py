@@ -226,7 +226,7 @@ def train_reward(config, device, dtype, checkpoint=None):
             scorer.load_state_dict(checkpoint["model"])
             load_optimizer(optimizer, checkpoint["optimizer"])
             progress = resumed_progress(run, checkpoint, config)
-        if checkpoint["extended"]:
+        if checkpoint.get("extended"):
             extend(run, progress, steps, config.lr, warmup_steps)
     steps = progress.steps
 
@@ -647,7 +647,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             progress = resumed_progress(run, checkpoint, config)
             kl_coef = checkpoint["kl_coef"]
             best = checkpoint["best_scores"] if (run / "best.pt").exists() else None
-        if checkpoint["extended"]:
+        if checkpoint.get("extended"):
             extend(run, progress, config.steps, config.lr, config.warmup_steps)
 
     # 7 loop

@@ -807,7 +807,7 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
             load_optimizer(optimizer, checkpoint["optimizer"])
             state = take_rows(checkpoint["state"], rank, world, device)
             progress = resumed_progress(run, checkpoint, config)
-        if checkpoint["extended"]:
+        if checkpoint.get("extended"):
             if config.minutes:
                 steps = int(60 * config.minutes / progress.seconds * progress.step)
             extend(run, progress, steps, config.lr, config.warmup_steps)

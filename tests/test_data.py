@@ -655,6 +655,7 @@ def test_a_file_that_is_held_for_a_moment_is_tried_again(tmp_path, monkeypatch):
 
 def test_names_of_run_folders_have_nothing_that_windows_forbids():
     assert data.file_name("wikipedia:Climate_change") == "wikipedia-Climate_change" and data.file_name("my books/a b?.txt") == "a-b-"
+    assert data.file_name("Qwen/Qwen2.5-0.5B") == "Qwen2.5-0.5B" and data.file_name("books/") == "books"
     assert data.quoted("a b") == '"a b"' and data.quoted("runs/a") == "runs/a"
 
 

@@ -47,7 +47,7 @@ def tune(folder, model, dtype=torch.float32, ids=None, **changes):
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 600) if ids is None else ids
     corpus = data.Corpus("random", Words(), {"train": ids, "valid": ids[:100]}, {})
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(finetune, "measure", lambda *a: {"each": 1})
+        m.setattr(finetune, "measure", lambda *a: {"each": 1, "unknown": 0.0})
         m.setattr(finetune, "report", lambda *a: None)
         m.setattr(finetune, "grammar_floor", lambda *a: None)
         m.setattr(finetune, "encode_prompt", lambda *a: [0])
@@ -522,3 +522,14 @@ def test_two_processes_learn_what_one_learns(base):
     in_processes(2, *command, "--run", "two")
     finetune.main([*command, "--run", "one"])
     assert_same_run("one", "two")
+
+
+def test_a_text_that_is_mostly_unknown_to_the_base_is_said_to_be(tmp_path, capsys):
+    Path("a.txt").write_text("the cat of the house saw the dog and the rare <unk> once\n" * 300)
+    Path("b.txt").write_text("the bird over some lake met a fox\n" * 300)
+    train.main(["--model", "lstm", "--data", "a.txt", "--steps", "5", "--n-embd", "16", "--batch-size", "4", "--block-size", "16", "--run", "base"])
+    capsys.readouterr()
+    finetune.main(["--base", "base", "--data", "b.txt", "--retain", "a.txt", "--run", "ft", "--steps", "2", *QUICK[2:]])
+    result = json.load(open("ft/result.json"))
+    assert result["before"]["unknown"] == result["after"]["unknown"] > 0.5 and "--tokenizer char or gpt2" in capsys.readouterr().err
+    assert f"{result['before']['unknown']:.1%} of them <unk>" in open("ft/report.md").read()
