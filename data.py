@@ -409,7 +409,7 @@ QUALITY | 30 | very so not | ADJECTIVE
 QUALITY | 70 | ADJECTIVES |
 ADJECTIVE | 1 | ADJECTIVES |
 """
-# an entry goes on to where the next begins
+# an entry ends where the next one begins
 CLASSES = {(name, domain): words.split()
            for name, domain, words in re.findall(r"(?m)^([A-Z]+) (\w+):([^:]*)$", LEXICON)}
 FORMS = {"NOUNS.p": plural, "VERBS.s": add_s, "INTRANSITIVES.s": add_s}

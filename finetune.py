@@ -28,7 +28,7 @@ are averaged (DistributedDataParallel). With --shard it also has only its share 
 gradients, 16 bytes a parameter divided by the processes (FSDP2's fully_shard; Rajbhandari et al. 2020,
 "ZeRO", stage 3): the weights of one block after the other are gathered in bfloat16, used and released,
 forward and backward; gradients are summed in float32. Checkpoints are the same in all three cases, so that a
-run goes on with any number of processes.
+run resumes with any number of processes.
 
 Measured before and after, always: each held-out document read independently (its perplexity, the mean of
 these, and the corpus perplexity, all as eval.py defines them), the perplexity of a text from outside (what

@@ -108,11 +108,12 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as f:
             header, _ = read_header(f)
-            for name, (dtype, shape, begin, _) in header.items():
+            for name, (dtype, shape, begin, end) in header.items():
                 tensors[name] = torch.empty(shape, dtype=dtype)
                 raw = tensors[name].view(-1).view(torch.uint8)
                 f.seek(begin)
-                f.readinto(raw.numpy())
+                if f.readinto(raw.numpy()) != end - begin:
+                    raise ValueError(f"it ends inside {name!r}")
                 if dtype == torch.bool and (raw > 1).any():
                     raise ValueError(f"{name!r} has truth values other than 0 and 1")
     except (ValueError, RuntimeError) as e:                     # RuntimeError: shapes beyond torch's counting
@@ -448,6 +449,8 @@ def read_tokenizer(folder, vocab_size):
         described = [*whole.get("added_tokens", ()), *listed.values()]
         special = sorted({t["content"] for t in described if t.get("special")}) if described else None
         template = config.get("chat_template")
+        if isinstance(template, list):                                      # several, by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
         if (folder / "chat_template.jinja").exists():                       # as transformers 5 writes it
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         return Qwen2Tokenizer(vocab, merges, added, vocab_size, stops, special, template)

@@ -217,6 +217,10 @@ def chat(model, tokenizer, config):
             print(f"(the conversation is longer than {limit} tokens and begins again)", file=sys.stderr)
             state, new = model.init_state(1, limit), system_message(tokenizer)
             ids = tokenizer.encode(new + MESSAGE.format(role="user", text=text) + ANSWER)
+            if len(ids) + config.tokens > limit:
+                print("(this message is too long; shorten it)", file=sys.stderr)
+                ids = []
+                continue
         printer, token = Printer(tokenizer, []), None
         try:
             for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,

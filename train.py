@@ -324,7 +324,7 @@ def perplexity(model, ids, rows=1, context=None, stride=None, dtype=None):
 def unknown_share(tokenizer, ids):
     """The share of <unk> among token ids; 0 for a tokenizer without."""
     unk = getattr(tokenizer, "unk", None)
-    return 0.0 if unk is None else float((torch.as_tensor(ids) == unk).double().mean())
+    return 0.0 if unk is None else float(np.mean(np.asarray(ids) == unk))
 
 
 def warn_of_unknown(share, what):

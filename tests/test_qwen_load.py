@@ -765,6 +765,28 @@ def test_a_conversation_keeps_its_state_and_says_what_one_long_prompt_would(whol
     assert tokenizer.decode(generate(model, [head], 6, temperature=0, suppressed_tokens=tokenizer.suppressed)[0]) == turns[1]
 
 
+def test_a_list_of_templates_has_a_default(whole):
+    _, folder = whole
+    listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATES["Qwen2.5"]}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    assert "You are Qwen." in sample.system_message(qwen_load.read_tokenizer(folder, 300))
+
+
+def test_a_message_longer_than_the_context_is_said_to_be_and_the_conversation_continues(whole, capsys, monkeypatch):
+    _, folder = whole
+    said = iter(["the " * 5000, "hello"])
+
+    def ask(prompt):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", ask)
+    sample.main(["--run", str(folder), "--chat", "--tokens", "5", "--dtype", "float32"])
+    out = capsys.readouterr()
+    assert "this message is too long" in out.err and out.out.strip()
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(whole, capsys, monkeypatch):
     _, folder = whole
     said, drawn = iter(["one", "two"]), []
