@@ -77,7 +77,9 @@ REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 
 # by base: Qwen2 (not searched), a run of ours
 DEFAULTS = {True: dict(lr=1e-5, steps=200), False: dict(lr=1e-4, steps=100)}
-SCORER_EPOCHS = {"reviews": 1.0, "imdb": 3.0}
+# a scorer: from scratch, by corpus; from a pretrained encoder
+SCORER = {"reviews": dict(lr=1e-3, epochs=1.0), "imdb": dict(lr=1e-3, epochs=3.0),
+          "encoder": dict(lr=5e-5, epochs=2.0)}
 EXAMPLES = """examples:
   python ppo.py --train-reward --data reviews
   python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
@@ -127,14 +129,21 @@ class Config(RunOptions):
     sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0)
 
 
+def by_corpus(name):
+    values = [f"{defaults[name]:g} for {corpus}" for corpus, defaults in SCORER.items()]
+    return f"(default: {', '.join(values[:-1])}, {SCORER['encoder'][name]:g} with --encoder)"
+
+
 @dataclass
 class RewardConfig(RunOptions):
-    """Train a small sentiment scorer from scratch, for ppo.py to reward with."""
+    """Train a sentiment scorer for ppo.py to reward with: a small one from scratch, or a pretrained
+    encoder."""
     train_reward: bool = option(False, "this")
     data: str = option("reviews", "the labelled texts", choices=REVIEWS)
-    epochs: float = option(None, "passes over the texts (default: " + ", ".join(
-        f"{epochs:g} for {name}" for name, epochs in SCORER_EPOCHS.items()) + ")")
-    lr: float = option(1e-3, "highest learning rate")
+    encoder: str = option(None, "a DistilBERT to begin with, under a new head: a folder, or its name on the "
+                                "hub, as distilbert-base-uncased (0.3 GB; default: none, from scratch)")
+    epochs: float = option(None, f"passes over the texts {by_corpus('epochs')}")
+    lr: float = option(None, f"highest learning rate {by_corpus('lr')}")
     batch_size: int = option(32, "texts of a batch")
     log_every: int = option(50, "steps between rows of log.csv")
 
@@ -200,24 +209,29 @@ def new_scorer(tokenizer, device):
 
 
 def train_reward(config, device, dtype, checkpoint=None):
-    """Train a scorer from scratch on labelled reviews, into config.run: a folder in the hub's layout."""
+    """Train a scorer on labelled reviews, into config.run: a folder in the hub's layout."""
     run = Path(config.run)
     splits = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
     torch.manual_seed(config.seed)
     data.live("reading the texts")
-    tokenizer = (WordPiece(checkpoint["tokenizer"]["vocab"], checkpoint["tokenizer"]["options"]) if checkpoint
-                 else build_wordpiece(text for text, _ in splits["train"]))
-    ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
-    labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
 
     # 4 model
-    scorer = new_scorer(tokenizer, device)
+    if checkpoint:
+        tokenizer = WordPiece(checkpoint["tokenizer"]["vocab"], checkpoint["tokenizer"]["options"])
+        scorer = Scorer(ScorerConfig(**checkpoint["config"]), tokenizer).to(device)
+    elif config.encoder:
+        scorer = load_scorer(config.encoder, device, new_head=True)
+    else:
+        scorer = new_scorer(build_wordpiece(text for text, _ in splits["train"]), device)
+    tokenizer = scorer.tokenizer
+    ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
+    labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
     batches = TextBatches(scorer, ids["train"], labels["train"], config.batch_size, config.seed)
 
     # 5 optimizer
     optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
     steps = max(1, round(config.epochs * batches.steps_per_epoch))
-    progress = Progress(steps, config.eval_every or -(-steps // 20))
+    progress = Progress(steps, config.eval_every or -(-steps // 10))
     warmup_steps = min(100, max(1, steps // 10))
 
     # 6 resume
@@ -927,8 +941,9 @@ def main(argv=None):
     keep_memory()
     places = set() if train_a_scorer else {"base", "scorer"}
     checkpoint, config = resume_or_refuse(config, given, script, places)
-    if train_a_scorer:
-        config.epochs = config.epochs or SCORER_EPOCHS[config.data]
+    if train_a_scorer and not checkpoint:
+        defaults = SCORER["encoder" if config.encoder else config.data]
+        config.lr, config.epochs = config.lr or defaults["lr"], config.epochs or defaults["epochs"]
 
     # 2 device
     device = pick_device(config.device)

@@ -193,6 +193,8 @@ def repo_folder(name):
     """The local folder of a hub repository (or of a folder, itself): the user's Hugging Face cache, or
     data/hub, into which what is missing is downloaded: the configuration, the weights and the tokenizer."""
     here = Path(name)
+    if re.fullmatch(r"distilbert-[\w-]+", str(name)) and not here.exists():
+        name = f"distilbert/{name}"                             # the hub's first names had no owner
     if (here / "config.json").exists() or here.is_dir() and not re.fullmatch(REPOSITORY, str(name)):
         return here
     if not re.fullmatch(REPOSITORY, str(name)) or ".." in str(name):
@@ -248,10 +250,10 @@ def weight_files(folder):
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 
-def read_parameters(model, folder, prefix, device="cpu", dtype=None):
+def read_parameters(model, folder, prefix, device="cpu", dtype=None, passed_over=()):
     """{name: tensor} of a hub folder's weights, under the names of `model` (which may be on the meta device):
-    the hub's without their prefix; dtype None keeps that of the file. UserError for a tensor that the model
-    does not have, or has in another shape."""
+    the hub's without their prefix; dtype None keeps that of the file; without names that begin as one of
+    `passed_over`. UserError for a tensor that the model does not have, or has in another shape."""
     wanted = {name: p.shape for name, p in model.state_dict().items()}
     state = {}
     for path in weight_files(folder):
@@ -266,9 +268,10 @@ def read_parameters(model, folder, prefix, device="cpu", dtype=None):
             raise UserError(f"{path} cannot be read ({type(e).__name__}); fetch it again") from e
         for name in list(tensors):
             tensor = tensors.pop(name)                          # converted one by one: never two whole copies
-            if name.endswith(("rotary_emb.inv_freq", "position_ids")):    # old files keep these constants too
-                continue
             ours = name.removeprefix(prefix)
+            # old files keep these constants too
+            if ours.startswith(passed_over) or name.endswith(("rotary_emb.inv_freq", "position_ids")):
+                continue
             if ours not in wanted or ours in state:
                 what = "is there twice" if ours in state else "is no parameter of this model"
                 raise UserError(f"{path} has {name}, which {what}")
@@ -611,10 +614,14 @@ def positive_label(config, folder):
     return positive[0]
 
 
-def load_scorer(name, device="cpu", dtype=torch.float32):
+HEADS = ("pre_classifier", "classifier", "vocab_")          # what stands on an encoder, in the hub's files
+
+
+def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
     """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what
     --train-reward writes is one) or the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval
-    mode. UserError for what is not one."""
+    mode. UserError for what is not one. new_head: any DistilBERT, as distilbert-base-uncased; the heads of
+    its file are passed over, and it gets a classification head with BERT's initial weights."""
     if not Path(name).is_dir() and Path(name).parent.name == "runs":
         raise UserError(f"there is no scorer at {name}. "
                         f"Train one first: python ppo.py --train-reward --data reviews --run {name}")
@@ -631,7 +638,7 @@ def load_scorer(name, device="cpu", dtype=torch.float32):
     try:
         config = ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"],
                               c.get("max_position_embeddings", 512), c.get("dropout", 0.1),
-                              positive_label(c, folder))
+                              1 if new_head else positive_label(c, folder))
         vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except KeyError as e:
         raise UserError(f"{folder}/config.json does not say {e}") from e
@@ -647,11 +654,15 @@ def load_scorer(name, device="cpu", dtype=torch.float32):
                "split_ideographs": said.get("tokenize_chinese_chars", True)}
     with torch.device("meta"):
         scorer = Scorer(config, WordPiece(vocab, options))
-    state = read_parameters(scorer, folder, "distilbert.", device, dtype)
+    state = read_parameters(scorer, folder, "distilbert.", device, dtype, HEADS if new_head else ())
+    if new_head:
+        state |= {name: torch.randn(p.shape, device=device) * 0.02 * (p.dim() == 2)
+                  for name, p in scorer.named_parameters() if name.startswith(HEADS)}
     if missing := [name for name in scorer.state_dict() if name not in state]:
-        raise UserError(f"{folder} is no scorer: it lacks {', '.join(missing[:3])}")
+        raise UserError(f"{folder} is no {'encoder' if new_head else 'scorer'}: it lacks "
+                        f"{', '.join(missing[:3])}")
     scorer.load_state_dict(state, assign=True)
-    return scorer.requires_grad_(False).eval()
+    return scorer.requires_grad_(new_head).eval()
 
 
 def save_scorer(scorer, folder):

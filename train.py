@@ -90,7 +90,7 @@ class RunOptions:
                       group="the run")
     resume: bool = option(False, "resume the run in --run, as it was started")
     grad_clip: float = option(1.0, "largest gradient norm")
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, a 10th of PPO's)")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, a 10th of ppo.py's)")
     seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of matmuls, weights are float32; auto: bfloat16 where the hardware has it",

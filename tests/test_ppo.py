@@ -188,6 +188,43 @@ def test_the_library_opens_a_scorer_that_was_saved_here(tmp_path):
     assert library.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
 
 
+@pytest.mark.parametrize("kind", ["DistilBertModel", "DistilBertForMaskedLM", "DistilBertForSequenceClassification"])
+def test_an_encoder_goes_under_a_new_head(tmp_path, kind):
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(vocab_size=len(VOCAB), dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=128)
+    saved = getattr(transformers, kind)(config).eval()
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    scorer = load_scorer(tmp_path, new_head=True)
+    library = transformers.DistilBertForSequenceClassification(config).eval()
+    library.distilbert.load_state_dict(getattr(saved, "distilbert", saved).state_dict())
+    for name in ("pre_classifier", "classifier"):
+        head = getattr(scorer, name)
+        assert 0.01 < head.weight.std() < 0.03 and (head.bias == 0).all()
+        if hasattr(saved, name):
+            assert not torch.equal(head.weight, getattr(saved, name).weight)
+        getattr(library, name).load_state_dict(head.state_dict())
+    texts = some_texts(random.Random(7), 20, 30)
+    with torch.no_grad():
+        logits = library(**library_tokenizer(tmp_path / "vocab.txt")(texts, padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(scorer.score(texts), logits[:, 1], atol=1e-5, rtol=1e-4)
+    assert all(p.requires_grad for p in scorer.parameters())
+    edit_config(tmp_path, n_layers=3)
+    with pytest.raises(UserError, match="is no encoder: it lacks transformer.layer.2"):
+        load_scorer(tmp_path, new_head=True)
+
+
+def test_a_real_pretrained_encoder_is_transformers():
+    folder = real("minilm/config.json").parent
+    texts = ["The acting is superb, but the plot drags.", "Never again!"]
+    scorer = load_scorer(folder, new_head=True)
+    scorer.pre_classifier, scorer.dropout, scorer.classifier = (torch.nn.Identity() for _ in range(3))      # relu(what the head reads)
+    library = transformers.DistilBertModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        hidden = library(**library_tokenizer(folder / "vocab.txt")(texts, padding=True, return_tensors="pt")).last_hidden_state[:, 0]
+        torch.testing.assert_close(scorer(scorer.batch([scorer.tokenizer.encode(text) for text in texts])), hidden.relu(), atol=1e-5, rtol=1e-5)
+
+
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -668,6 +705,18 @@ def test_a_scorer_of_ones_own_learns_to_tell_reviews_apart(trained):
     assert transformers.AutoModelForSequenceClassification.from_pretrained(trained / "scorer").num_labels == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_scorer_from_a_pretrained_encoder(trained, tmp_path, monkeypatch, dtype):
+    """An encoder that tells reviews apart already, under a new head: a tenth of an epoch with the defaults for encoders."""
+    monkeypatch.chdir(tmp_path)
+    ppo.main(["--train-reward", "--data", "reviews", "--encoder", str(trained / "scorer"), "--epochs", "0.1", "--run", "out", "--dtype", dtype])
+    result, scorer, encoder = json.load(open("out/result.json")), load_scorer("out"), load_scorer(trained / "scorer")
+    assert result["options"]["lr"] < 1e-3 and result["accuracy"] > 0.8
+    assert scorer.tokenizer.vocab == encoder.tokenizer.vocab and scorer.config == encoder.config
+    moved = (scorer.embeddings.word_embeddings.weight - encoder.embeddings.word_embeddings.weight).abs().max()
+    assert 0 < moved < 0.01 and transformers.AutoModelForSequenceClassification.from_pretrained("out").num_labels == 2
+
+
 def test_a_whole_run_writes_its_report(there, capsys):
     ppo.main([*QUICK, "--run", "out", "--steps", "10", "--lr", "1e-3", "--repetition-coef", "0.5", "--sft-coef", "0.1", "--sft-every", "3", "--kl-target", "5"])
     result, report = json.load(open("out/result.json")), Path("out/report.md").read_text()
@@ -714,9 +763,13 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(there, monkeypatch):
     assert strip("whole") == strip("killed")
 
 
-def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch, encoder):
     monkeypatch.chdir(tmp_path)
     command = ["--train-reward", "--data", "reviews", "--epochs", "0.04", "--eval-every", "4", "--dtype", "float32"]
+    if encoder:
+        library_scorer(tmp_path / "encoder", max_position_embeddings=200)
+        command += ["--encoder", "encoder", "--lr", "1e-3"]
     ppo.main([*command, "--run", "whole"])
     with monkeypatch.context() as m:
         original, steps = torch.optim.AdamW.step, []
@@ -729,6 +782,8 @@ def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkey
         m.setattr(torch.optim.AdamW, "step", dies)
         with pytest.raises(MemoryError):
             ppo.main([*command, "--run", "killed"])
+    if encoder:
+        (tmp_path / "encoder").rename(tmp_path / "elsewhere")               # the checkpoint has all of it
     ppo.main(["--train-reward", "--resume", "--run", "killed"])
     a, b = (load_scorer(run).state_dict() for run in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)

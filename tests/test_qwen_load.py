@@ -609,6 +609,13 @@ def test_a_repository_is_fetched_once_and_only_what_is_needed(hub, data_folder, 
     assert_same_logits(library, load_weights(qwen_load.repo_folder("some/model")))
 
 
+def test_an_old_name_without_an_owner_is_asked_for_by_its_owner(hub, data_folder):
+    _, server = hub()
+    with pytest.raises(UserError, match="no config.json for distilbert/distilbert-base-uncased"):
+        qwen_load.load_scorer("distilbert-base-uncased", new_head=True)
+    assert server.asked[0][0] == "/distilbert/distilbert-base-uncased/resolve/main/config.json"
+
+
 def test_a_token_is_sent_and_never_shown(hub, monkeypatch, capsys):
     _, server = hub()
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
