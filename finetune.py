@@ -72,8 +72,8 @@ STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Writ
                 "TinyStories style.")
 OTHER_PROMPT = "Climate change is"
 
-# by base: Qwen2 (not searched), a run of ours
-DEFAULTS = {True: dict(lr=2e-5, batch_size=8, block_size=256),
+# by base: pretrained (searched on SmolLM2-135M), a run of ours
+DEFAULTS = {True: dict(lr=1e-4, batch_size=8, block_size=256),
             False: dict(lr=1e-3, batch_size=16, block_size=128)}
 
 

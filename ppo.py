@@ -75,11 +75,13 @@ from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 
-# by base: Qwen2 (not searched), a run of ours
-DEFAULTS = {True: dict(lr=1e-5, steps=200), False: dict(lr=1e-4, steps=100)}
-# a scorer: from scratch, by corpus; from a pretrained encoder
+# by base: pretrained (searched on SmolLM2-135M; an update costs most in passing over all weights, so it reads
+# many responses), a run of ours
+DEFAULTS = {True: dict(steps=20, lr=5e-5, batch_size=256, minibatch=64, epochs=2, kl_coef=0.05),
+            False: dict(steps=100, lr=1e-4, batch_size=64, minibatch=16, epochs=4, kl_coef=0.2)}
+# a scorer: from scratch, by corpus; from a pretrained encoder (searched on MiniLM-L6)
 SCORER = {"reviews": dict(lr=1e-3, epochs=1.0), "imdb": dict(lr=1e-3, epochs=3.0),
-          "encoder": dict(lr=5e-5, epochs=2.0)}
+          "encoder": dict(lr=1e-4, epochs=2.0)}
 EXAMPLES = """examples:
   python ppo.py --train-reward --data reviews
   python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
@@ -87,8 +89,7 @@ EXAMPLES = """examples:
 
 
 def by_base(name):
-    qwen2, ours = DEFAULTS[True][name], DEFAULTS[False][name]
-    return f"(default: {qwen2:g} for Qwen2, not searched; {ours:g} for a run of ours)"
+    return f"(default: {DEFAULTS[True][name]:g} for Qwen2, {DEFAULTS[False][name]:g} for a run of ours)"
 
 
 @dataclass
@@ -108,11 +109,11 @@ class Config(RunOptions):
     steps: int = option(None, f"iterations {by_base('steps')}", group="PPO")
     lr: float = option(None, f"highest learning rate {by_base('lr')}")
     warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
-    batch_size: int = option(64, "responses of an iteration")
-    minibatch: int = option(16, "responses of an update")
-    epochs: int = option(4, "times that each response is used")
+    batch_size: int = option(None, f"responses of an iteration {by_base('batch_size')}")
+    minibatch: int = option(None, f"responses of an update {by_base('minibatch')}")
+    epochs: int = option(None, f"times that each response is used {by_base('epochs')}")
     response_tokens: int = option(24, "longest response")
-    kl_coef: float = option(0.2, "what a nat of KL to the reference costs", at_least=0)
+    kl_coef: float = option(None, f"what a nat of KL to the reference costs {by_base('kl_coef')}", at_least=0)
     kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it "
                                    "is fixed", at_least=0)
     max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats "

@@ -66,7 +66,8 @@ from transformer import Scorer, Transformer, TransformerConfig
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
 
-# Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes.
+# Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes, then
+# what its characters change. 15 minutes on two cores of a CPU are the 10 epochs of each.
 COMMON = dict(weight_decay=0.01, dropout=0.0)
 DEFAULTS = {
     "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
@@ -80,6 +81,9 @@ REAL_TEXT = {
                  dropout_hidden=0.2, dropout_input=0.2, dropout_embed=0.05, weight_decay=0.05, epochs=10.0),
     "transformer": dict(n_embd=128, n_layer=6, n_head=4, batch_size=16, block_size=64, lr=5e-3,
                         dropout=0.1, weight_decay=0.6, epochs=10.0),
+}
+CHARACTERS = {
+    "transformer": dict(n_embd=192, n_head=6, block_size=128, lr=3e-3, weight_decay=0.1),
 }
 
 
@@ -998,7 +1002,8 @@ def defaults_text():
     """The tables at the top of this file, for --help."""
     lines = []
     for title, table in (("embedded languages", {m: COMMON | d for m, d in DEFAULTS.items()}),
-                         ("real text", {m: COMMON | DEFAULTS[m] | d for m, d in REAL_TEXT.items()})):
+                         ("real text", {m: COMMON | DEFAULTS[m] | d for m, d in REAL_TEXT.items()}),
+                         ("its characters, what differs", CHARACTERS)):
         lines.append(f"defaults for {title}:")
         for model, values in table.items():
             text = f"{model}: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in values.items())
@@ -1008,8 +1013,10 @@ def defaults_text():
 
 def resolve_defaults(config):
     """Fill in what depends on model and corpus."""
-    embedded = config.data in data.DOMAINS
-    defaults = COMMON | DEFAULTS[config.model] | ({} if embedded else REAL_TEXT[config.model])
+    defaults = COMMON | DEFAULTS[config.model]
+    if config.data not in data.DOMAINS:
+        defaults |= REAL_TEXT[config.model]
+        defaults |= CHARACTERS.get(config.model, {}) if config.tokenizer == "char" else {}
     if config.model != "transformer":
         defaults = dict.fromkeys(("dropout_hidden", "dropout_input", "dropout_embed"), 0.0) | defaults
     if config.epochs or config.steps or config.minutes:
