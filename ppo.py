@@ -1,14 +1,15 @@
 """Reinforcement learning from a sentiment scorer: a reward model by hand, and PPO on a language model.
 
     python train.py --model transformer --data reviews                  # a policy to begin with
-    python ppo.py --train-reward --data reviews                         # a scorer
+    python ppo.py --train-reward --data reviews                         # a scorer, from scratch
+    python ppo.py --train-reward --data imdb --encoder distilbert-base-uncased      # from an encoder, 0.3 GB
     python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
     python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo-qwen2      # 1.3 GB
     python ppo.py --resume --run runs/ppo-transformer-reviews           # after a kill
 
 **The reward model** is DistilBERT with a classification head (transformer.py has its equations, qwen_load.py
-its tokenizer). The reward of a text is the logit of the positive class and not its probability, which is
-nearly 1 soon and then rewards nothing.
+its tokenizer), a small one trained from scratch or a pretrained one. The reward of a text is the logit of the
+positive class and not its probability, which is nearly 1 soon and then rewards nothing.
 
 **PPO** (Schulman et al. 2017; on language models Ziegler et al. 2019). The policy pi begins as a copy of the
 reference. In an iteration it continues a batch of prompts; token t of a response is an action a_t in the
@@ -84,6 +85,7 @@ SCORER = {"reviews": dict(lr=1e-3, epochs=1.0), "imdb": dict(lr=1e-3, epochs=3.0
           "encoder": dict(lr=1e-4, epochs=2.0)}
 EXAMPLES = """examples:
   python ppo.py --train-reward --data reviews
+  python ppo.py --train-reward --data imdb --encoder distilbert-base-uncased
   python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
   python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo"""
 
@@ -192,6 +194,7 @@ class TextBatches:
 
 def accuracy(scorer, texts, labels, device, dtype):
     """The mean cross-entropy and the accuracy on labelled texts (lists of ids)."""
+    data.live(f"scoring {len(texts):,} texts")
     with autocast(device, dtype):
         logits = scorer.logits(texts)
     labels = torch.tensor(labels)
@@ -884,7 +887,7 @@ def resolve_defaults(config, tokenizer):
         if getattr(config, name) is None:
             setattr(config, name, value)
     config.data = config.data or ("reviews" if is_embedded(tokenizer) else "imdb")
-    config.eval_every = config.eval_every or -(-config.steps // 10)
+    config.eval_every = config.eval_every or max(5, -(-config.steps // 10))
     if config.batch_size % config.minibatch:
         raise UserError(f"--batch-size {config.batch_size} cannot be cut into minibatches of "
                         f"{config.minibatch}")

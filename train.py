@@ -66,8 +66,8 @@ from transformer import Scorer, Transformer, TransformerConfig
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
 
-# Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes, then
-# what its characters change. 15 minutes on two cores of a CPU are the 10 epochs of each.
+# Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes,
+# then what its characters change (10 epochs of Shakespeare: 15 minutes on two cores).
 COMMON = dict(weight_decay=0.01, dropout=0.0)
 DEFAULTS = {
     "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
@@ -94,7 +94,8 @@ class RunOptions:
                       group="the run")
     resume: bool = option(False, "resume the run in --run, as it was started")
     grad_clip: float = option(1.0, "largest gradient norm")
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, a 10th of ppo.py's)")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, of ppo.py's a "
+                                       "10th)")
     seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of matmuls, weights are float32; auto: bfloat16 where the hardware has it",

@@ -4,7 +4,7 @@ turn, and the medians of many rounds are compared. Above 1: ours is faster.
     python tests/bench.py               # everything here
     python tests/bench.py layers        # (a) one RNN or LSTM layer, forward and backward
     python tests/bench.py step          # (b) a training step of a 2x200 Penn Treebank model, V = 10,000
-    python tests/bench.py transformer   # (c) a training step of the Transformer against nn.TransformerEncoderLayer
+    python tests/bench.py transformer   # (c) a training step of the Transformer beside a GPT as nanoGPT's users have it, three sizes
     python tests/bench.py qwen          # (d) Qwen2-0.5B's shape with random weights: generation, loading (3 GB of memory)
     python tests/bench.py finetune      # (e) the same shape: a training step on 512 tokens (18 GB)
     python tests/bench.py ppo           # (f) an iteration of PPO: 64 responses of 24 tokens, scoring, 4 epochs
@@ -56,7 +56,7 @@ def compare(ours, theirs, seconds=6.0):
 
 def row(name, ours_dtype, theirs_dtype, ours, theirs):
     a, b = compare(ours, theirs)
-    print(f"{name:34s} ours {ours_dtype:8s} {a:8.2f} ms   library {theirs_dtype:8s} {b:8.2f} ms   {b / a:5.2f}x", flush=True)
+    print(f"{name:52s} ours {ours_dtype:8s} {a:8.2f} ms   library {theirs_dtype:8s} {b:8.2f} ms   {b / a:5.2f}x", flush=True)
 
 
 def layers(device):
@@ -84,22 +84,35 @@ class LibraryLM(nn.Module):
         return self.head(out), state
 
 
-class LibraryTransformer(nn.Module):
-    """nn.TransformerEncoderLayer, pre-norm, causal, learned positions, tied head; as wide and deep as ours, and its MLP
-    as many parameters as the SwiGLU."""
+class GPTBlock(nn.Module):
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head, self.norm_1, self.norm_2 = n_head, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class GPT(nn.Module):
+    """GPT-2 as its users train it from scratch with torch's own pieces (nanoGPT's model is this one): LayerNorm, learned positions,
+    q, k and v in one product, GELU, torch's fused attention, tied head. No dropout."""
 
     def __init__(self, c):
         super().__init__()
         self.embed, self.position = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
-        layer = nn.TransformerEncoderLayer(c.n_embd, c.n_head, c.n_hidden * 3 // 2, c.dropout, F.gelu, batch_first=True,
-                                           norm_first=True)
-        self.body = nn.TransformerEncoder(layer, c.n_layer, nn.LayerNorm(c.n_embd), enable_nested_tensor=False)
+        self.blocks, self.norm = nn.Sequential(*(GPTBlock(c.n_embd, c.n_head) for _ in range(c.n_layer))), nn.LayerNorm(c.n_embd)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, 0.0, 0.02)
 
     def forward(self, tokens, state):
-        T = tokens.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(T, device=tokens.device)
-        x = self.embed(tokens) + self.position(torch.arange(T, device=tokens.device))
-        return F.linear(self.body(x, mask, is_causal=True), self.embed.weight), None
+        x = self.embed(tokens) + self.position.weight[:tokens.shape[1]]
+        return F.linear(self.norm(self.blocks(x)), self.embed.weight), None
 
 
 def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours, fused):
@@ -145,8 +158,15 @@ def step(device):
 
 
 def transformer(device):
-    c = TransformerConfig(10_000, 128, 4, 4, 4, 256, 768, dropout=0.1)
-    step_rows("Transformer 4x256 step", lambda: Transformer(c), lambda: LibraryTransformer(c), 16, 128, 10_000, device)
+    """Beside a GPT of as many parameters (a SwiGLU of 8/3 of the width has those of an MLP of 4), in the optimizer that it would take
+    here: AdamW's fused form on a GPU alone."""
+    for B, T, n_layer, n_head, width, V in ((12, 64, 4, 4, 128, 65), (16, 128, 4, 4, 256, 10_000), (32, 256, 6, 6, 384, 65)):
+        c = TransformerConfig(V, T, n_layer, n_head, n_head, width, 8 * round(width / 3))
+        for name, dtype in DTYPES.items():
+            models = Transformer(c), GPT(c)
+            sizes = " and ".join(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" for model in models)
+            ours, theirs = (step_function(model, B, T, V, dtype, device, model is models[0], device.type == "cuda") for model in models)
+            row(f"Transformer {n_layer}x{width}, {B}x{T} tokens, {sizes} million", name, name, ours, theirs)
 
 
 QWEN2 = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -295,8 +315,8 @@ def memory(device):
 class OurPPO:
     """One iteration of ppo.py's loop."""
 
-    def __init__(self, task, policy, batches, dtype):
-        self.task, self.policy, self.batches = task, policy, batches
+    def __init__(self, task, policy, prompts, dtype):
+        self.task, self.policy, self.prompts = task, policy, prompts
         self.value_head = nn.Linear(policy.lm_head.in_features, 1)
         self.sampler = copy.deepcopy(policy).to(dtype) if dtype == torch.bfloat16 else policy
         self.optimizer = torch.optim.Adam([*policy.parameters(), *self.value_head.parameters()], task.config.lr, eps=1e-5, fused=True)
@@ -305,7 +325,7 @@ class OurPPO:
         task, config, clock = self.task, self.task.config, [time.perf_counter()]
         if self.sampler is not self.policy:
             self.sampler.load_state_dict(self.policy.state_dict())
-        r = ppo.rollout(task, self.sampler, self.batches.batch(0))
+        r = ppo.rollout(task, self.sampler, self.prompts)
         clock.append(time.perf_counter())
         scores, _ = ppo.score_responses(task, r)
         clock.append(time.perf_counter())
@@ -381,7 +401,7 @@ class LibraryPPO:
 
 class NoEnd:
     """GPT-2's ids for either side, without an end token, so that both write responses of the same length."""
-    kind, vocab_size, eos, stops = "qwen2", 50257, None, []
+    kind, vocab_size, begin, stops, suppressed = "qwen2", 50257, [], [], []
 
     def __init__(self):
         self.known = range(50257)
@@ -413,12 +433,12 @@ def rlhf(device):
             scorer.save_pretrained(folder / "scorer")
             (folder / "scorer/vocab.txt").write_text("\n".join(vocab) + "\n")
             for dtype_name, dtype in DTYPES.items():
-                args = ppo.Config(steps=1000, run=str(folder / "run"), data="imdb", eval_every=1000, lr=1e-6)
+                args = ppo.Config(run=str(folder / "run"), data="imdb", lr=1e-6, **{k: v for k, v in ppo.DEFAULTS[False].items() if k != "lr"})
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
                 model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))
                 task = ppo.make_task(reference, ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
-                ours = OurPPO(task, model, ppo.Prompts(prompts, 64, 1), dtype)
+                ours = OurPPO(task, model, prompts, dtype)
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
                                     transformers.BertTokenizer(vocab=str(folder / "scorer/vocab.txt"), do_lower_case=True), prompts, args, dtype)
                 row(f"PPO iteration, {name}", dtype_name, dtype_name, ours.step, theirs.step)
@@ -432,7 +452,8 @@ def main():
     p.add_argument("--device", default="auto")
     args = p.parse_args()
     device = train.pick_device(args.device)
-    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads")
+    said = train.environment(device)
+    print(f"{said['processor']}, torch {said['torch']}, {device.type}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
     for name in args.what or benches:
         benches[name](device)
 

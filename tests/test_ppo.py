@@ -214,6 +214,7 @@ def test_an_encoder_goes_under_a_new_head(tmp_path, kind):
         load_scorer(tmp_path, new_head=True)
 
 
+@pytest.mark.slow
 def test_a_real_pretrained_encoder_is_transformers():
     folder = real("minilm/config.json").parent
     texts = ["The acting is superb, but the plot drags.", "Never again!"]

@@ -582,6 +582,19 @@ def test_a_run_is_never_overwritten_silently(capsys):
     assert all(Path("r", name).read_bytes() == text for name, text in before.items() if name != "result.json")
 
 
+def test_characters_of_real_text_have_defaults_of_their_own_and_what_is_typed_holds(capsys):
+    widths = {}
+    for name, options in (("words", dict(data="my.txt")), ("characters", dict(data="my.txt", tokenizer="char")),
+                          ("embedded", dict(data="finance", tokenizer="char")), ("typed", dict(data="my.txt", tokenizer="char", n_embd=24))):
+        config = train.Config(model="transformer", **options)
+        train.resolve_defaults(config)
+        widths[name] = config.n_embd
+    assert widths == {"words": 128, "characters": 192, "embedded": 128, "typed": 24}
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "its characters, what differs:\n  transformer: n-embd 192" in capsys.readouterr().out
+
+
 def test_the_default_model_typed_out_does_not_resume_another(capsys):
     train.main(tiny("rnn", "--steps", "2", "--run", "r"))
     capsys.readouterr()
