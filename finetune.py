@@ -332,18 +332,15 @@ def grammar_floor(name, n, tokenizer):
     return data.embedded_floor(name, "test", n) if name in data.DOMAINS and is_embedded(tokenizer) else None
 
 
-def before_and_after(title, before, after):
-    return {"": title, "before": before, "after": after}
-
-
 def report(config, result):
     """report.md: Tables 3, 4 and 5, Figure 4, and what was kept."""
     before, after, run = result["before"], result["after"], Path(config.run)
-    rows = [before_and_after("mean of the documents' perplexities", before["mean"], after["mean"]),
-            before_and_after("corpus perplexity", before["corpus"], after["corpus"])]
+    rows = [("mean of the documents' perplexities", before["mean"], after["mean"]),
+            ("corpus perplexity", before["corpus"], after["corpus"])]
     if before["retained"]:
-        rows.append(before_and_after(f"{config.retain} (not trained on)", before["retained"]["ppl"],
-                                     after["retained"]["ppl"]))
+        rows.append((f"{config.retain} (not trained on)", before["retained"]["ppl"],
+                     after["retained"]["ppl"]))
+    rows = [dict(zip(("", "before", "after"), row)) for row in rows]
     lines = [f"# {config.base} fine-tuned on {config.data}\n",
              f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
              f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, "

@@ -200,6 +200,24 @@ class Printer:
             self.context, self.new = (self.context + self.new)[-2:], []
 
 
+def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
+    """Print `shown` and what the model writes after ids, as it grows; -> the last token, None if there is
+    none. state: of a conversation, which Ctrl-C does not end."""
+    printer, token = Printer(tokenizer, shown), None
+    try:
+        for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
+                                           config.top_p, stops, seed, tokenizer.suppressed,
+                                           config.repetition_penalty, state):
+            if token.item() not in stops:
+                printer.add(token.item())
+    except KeyboardInterrupt:
+        if state is None:
+            raise
+    printer.show(last=True)                                                 # a character cut off by the end
+    print()
+    return None if token is None else token.item()
+
+
 def chat(model, tokenizer, config):
     """A conversation in the terminal: Ctrl-C stops an answer, Ctrl-D ends. The state is kept from turn to
     turn, so that only what is new is read."""
@@ -221,19 +239,9 @@ def chat(model, tokenizer, config):
                 print("(this message is too long; shorten it)", file=sys.stderr)
                 ids = []
                 continue
-        printer, token = Printer(tokenizer, []), None
-        try:
-            for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
-                                               config.top_p, stops, config.seed, tokenizer.suppressed,
-                                               config.repetition_penalty, state):
-                if token.item() not in stops:
-                    printer.add(token.item())
-        except KeyboardInterrupt:
-            pass
-        printer.show(last=True)
-        print()
-        ids = [token.item()] if token is not None else []                   # drawn, but not read yet
-        new = "\n" if ids and ids[0] in stops else "<|im_end|>\n"
+        token = write(model, tokenizer, ids, config, stops, config.seed, state=state)
+        ids = [] if token is None else [token]                              # drawn, but not read yet
+        new = "\n" if token in stops else "<|im_end|>\n"
 
 
 def main(argv=None):
@@ -260,14 +268,9 @@ def main(argv=None):
     shown = prompt[len(tokenizer.begin):] if config.prompt and not config.chat else []
     seed = torch.seed() % (1 << 31) if config.seed is None else config.seed
     for n in range(config.n):
-        printer = Printer(tokenizer, shown)
-        for token, _, _ in generate_stream(model, [prompt], config.tokens, config.temperature, config.top_k,
-                                           config.top_p, eos, seed + n, tokenizer.suppressed,
-                                           config.repetition_penalty):
-            if not (qwen2 and token.item() in eos):
-                printer.add(token.item())
-        printer.show(last=True)                                             # a character cut off by the end
-        print("\n" if n + 1 < config.n else "")
+        if n:
+            print()
+        write(model, tokenizer, prompt, config, eos, seed + n, shown)
 
 
 if __name__ == "__main__":
