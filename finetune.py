@@ -243,6 +243,11 @@ def load_sharded_state(model, optimizer, weights, state=None):
 
 # ----------------------------------------------------------------------------------------------------- memory
 
+def bytes_of_layer(c, size):
+    """What the backward pass of a layer reads of one token, numbers of `size` bytes."""
+    return (14 * c.n_embd + 5 * c.n_hidden) * size
+
+
 def memory_needed(model, config, dtype, world=1):
     """Bytes that training will hold at its fullest in one process, roughly: what a parameter takes (the head
     of this file), what the backward pass reads of a batch, and the logits of one chunk of it."""
@@ -252,10 +257,11 @@ def memory_needed(model, config, dtype, world=1):
         blocks = sum(p.numel() for p in model.layers.parameters())
         fixed = 16 * n / world + (4 + 2 * size) * (n - blocks + 2 * blocks / c.n_layer)
     tokens = config.batch_size * min(config.block_size, context(model)) // config.accumulate // world
-    per_layer = 14 * c.n_embd + 5 * c.n_hidden
-    kept = c.n_layer * c.n_embd + per_layer if config.checkpointing else c.n_layer * per_layer
+    kept = c.n_layer * bytes_of_layer(c, size)
+    if config.checkpointing:
+        kept = c.n_layer * c.n_embd * size + bytes_of_layer(c, size)
     chunk = min(tokens, 512) * c.vocab_size * size + c.vocab_size * c.n_embd * 4 * (not config.shard)
-    return fixed + tokens * size * kept + chunk
+    return fixed + tokens * kept + chunk
 
 
 def memory_text(model, config, device, dtype, world=1):

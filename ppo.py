@@ -63,7 +63,7 @@ from torch.autograd.function import once_differentiable
 import data
 from data import UserError, option, save_json
 from eval import COLOURS, distinct, exp, figure, markdown_table, pyplot, read_log, write_report
-from finetune import libc, is_embedded
+from finetune import bytes_of_layer, is_embedded, libc
 from qwen_load import WordPiece, build_wordpiece, load_scorer, read_json, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream
@@ -909,10 +909,12 @@ def open_task(config, device, dtype, checkpoint):
     if checkpoint and checkpoint.get("fingerprint") != weights:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
                         f"{config.run} was started with; restore them, or start a new run")
-    n = sum(p.numel() for p in reference.parameters())
-    if (needed := n * (26 if dtype == torch.bfloat16 else 20) / 1e9) > 1:
-        print(f"{n:,} parameters: PPO needs about {needed:.0f} GB of memory for the policy, its moments and "
-              "gradients, and the reference", file=sys.stderr)
+    n, c = sum(p.numel() for p in reference.parameters()), reference.config
+    if (needed := n * (26 if dtype == torch.bfloat16 else 20)) > 1e9 and not reference.recurrent:
+        tokens = config.minibatch * (8 + config.response_tokens)
+        needed += tokens * (c.n_layer * bytes_of_layer(c, dtype.itemsize) + 2 * c.vocab_size * dtype.itemsize)
+        print(f"{n:,} parameters: PPO needs about {needed / 1e9 + 1:.0f} GB of memory for the policy, its "
+              "moments and gradients, the reference, and a minibatch", file=sys.stderr)
     text = None
     if config.sft_coef or config.sft_every:
         cut = data.ContiguousBatches if reference.recurrent else data.WindowBatches
