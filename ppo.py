@@ -76,8 +76,8 @@ from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 
-# by base: pretrained (searched on SmolLM2-135M; an update costs most in passing over all weights, so it reads
-# many responses), a run of ours
+# by base: pretrained (searched on SmolLM2-135M; every update passes over all weights, so it reads many
+# responses), a run of ours
 DEFAULTS = {True: dict(steps=20, lr=5e-5, batch_size=256, minibatch=64, epochs=2, kl_coef=0.05),
             False: dict(steps=100, lr=1e-4, batch_size=64, minibatch=16, epochs=4, kl_coef=0.2)}
 # a scorer: from scratch, by corpus; from a pretrained encoder (searched on MiniLM-L6)
