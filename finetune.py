@@ -43,7 +43,6 @@ Where each is:
     a whole fine-tuning                 finetune, stages 3 to 8
 """
 import copy
-import ctypes
 import math
 import os
 import sys
@@ -63,10 +62,11 @@ from train import (COLUMNS, COMPUTED, LOCAL, Log, Progress, RunOptions, StopRequ
                    average_gradients, base_result, broadcast, build_model, check_finite, check_text,
                    clip_grad_norm, complete_checkpoint, configure_optimizer, context, detach_state,
                    dtype_name, environment, eval_batch_size, extend, first_process_first, gather_state,
-                   get_lr, job_errors, join_processes, kind_of, leave_processes, load_optimizer, load_run,
-                   mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos, read_checkpoint,
+                   get_lr, job_errors, join_processes, kind_of, leave_processes, libc, load_optimizer,
+                   load_run, mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos, read_checkpoint,
                    refuse_existing, resume_command, resume_or_refuse, resumed_progress, sample_line,
                    save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from, warn_of_unknown)
+from transformer import use_training_kernels
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -116,9 +116,6 @@ class Config(RunOptions):
 
 # --------------------------------------------------------------------------------------------------- the step
 
-libc = ctypes.CDLL(None) if os.name == "posix" else None        # the C library
-
-
 class TiedEmbedding(torch.nn.Module):
     """An embedding tied to the head. Its gradient is added to the head's when the backward pass is over, in
     float32 and for the tokens that occur only: autograd would make a matrix of all the vocabulary, and sum a
@@ -148,7 +145,7 @@ def make_bf16_model(model):
     if model.config.tied:
         bf16_model.embed_tokens = TiedEmbedding(bf16_model.embed_tokens.weight)
         bf16_model.lm_head.weight = bf16_model.embed_tokens.weight
-    bf16_model.requires_grad_(True).train()
+    use_training_kernels(bf16_model.requires_grad_(True).train())
     return bf16_model, list(zip(model.parameters(), bf16_model.parameters()))
 
 
@@ -411,6 +408,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
 
     # 4 model: the products' bfloat16 copy, or shards, or a copy in every process
     bf16_model = None
+    use_training_kernels(model)
     if config.shard:
         shard_model(model, device, dtype, world)
     elif uses_bf16_model(model, config, dtype, world):

@@ -178,12 +178,14 @@ class LSTMLM(RNNLM):
 # A step is a matrix product and then a dozen operations on small vectors, where starting an operation costs
 # more than its arithmetic. LSTM_CELL_C does all of them in one pass over memory.
 
-LSTM_CELL_C = r"""
+C_NUMBERS = r"""
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
+static inline float bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 #ifdef BF16                                     /* bfloat16 is the upper half of a float32 */
 typedef uint16_t scalar_t;
-static inline float load(scalar_t v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline float load(scalar_t v) { return bits((uint32_t)v << 16); }
 static inline scalar_t store(float f) {
     uint32_t u; memcpy(&u, &f, 4);
     return (u + 0x7fff + (u >> 16 & 1)) >> 16;
@@ -196,16 +198,18 @@ static inline scalar_t store(float f) { return f; }
 
 /* e^x = 2^n e^r with n the integer nearest to x / ln 2, so |r| <= ln 2 / 2, where eight terms of the series
    are exact to float32. ln 2 is taken off in two parts (Cody & Waite); adding and taking off 1.5 * 2^23
-   rounds. NaN stays NaN. */
+   rounds. NaN stays NaN. (If x is limited on both sides at once, gcc makes branches, and no vectors.) */
 static inline float exponential(float x) {
-    x = x < -87 ? -87 : x > 87 ? 87 : x;
+    x = x > 87 ? 87 : x;
     float n = x * 1.44269504f + 12582912; n -= 12582912;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f
               + r * (1 / 120.f + r * (1 / 720.f + r / 5040))))));
-    uint32_t power = (uint32_t)((int32_t)n + 127) << 23; float two_to_n; memcpy(&two_to_n, &power, 4);
-    return p * two_to_n;
+    return x < -87 ? 0 : p * bits((uint32_t)((int32_t)n + 127) << 23);
 }
+"""
+
+LSTM_CELL_C = C_NUMBERS + r"""
 static inline float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
 static inline float tanh_(float x) { return 1 - 2 / (1 + exponential(2 * x)); }
 

@@ -63,16 +63,16 @@ from torch.autograd.function import once_differentiable
 import data
 from data import UserError, option, save_json
 from eval import COLOURS, distinct, exp, figure, markdown_table, pyplot, read_log, write_report
-from finetune import bytes_of_layer, is_embedded, libc
+from finetune import bytes_of_layer, is_embedded
 from qwen_load import WordPiece, build_wordpiece, load_scorer, read_json, save_model, save_scorer
 from rnn import compute_dtype
 from sample import encode_prompt, generate_stream
 from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, autocast, base_result,
                    check_finite, clip_grad_norm, complete_checkpoint, configure_optimizer, context,
-                   dtype_name, extend, get_lr, load_optimizer, load_run, pick_device, pick_dtype,
+                   dtype_name, extend, get_lr, keep_memory, load_optimizer, load_run, pick_device, pick_dtype,
                    read_checkpoint, resume_command, resume_or_refuse, resumed_progress, save_checkpoint,
                    set_lr, step_seed, stopped)
-from transformer import Scorer, ScorerConfig
+from transformer import Scorer, ScorerConfig, use_training_kernels
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 
@@ -642,6 +642,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
         save_json(run / "before.json", before)
 
     # 4 model
+    use_training_kernels(reference)
     policy = copy.deepcopy(reference).requires_grad_(True).eval()     # no dropout: the first ratio is to be 1
     # detail: V(s) is linear in the hidden state, which has read prompt and response, and begins at zero
     value_head = nn.Linear(policy.lm_head.in_features, 1).to(device)
@@ -925,14 +926,6 @@ def open_task(config, device, dtype, checkpoint):
 
 
 # ----------------------------------------------------------------------------------------------- command line
-
-def keep_memory():
-    """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and
-    fetch them anew, page by page. (PPO with 50,257 tokens: 4.0 s an iteration, 2.9 so.)"""
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)                                                    # M_MMAP_MAX
-        libc.mallopt(-1, 2 ** 31 - 1)                                          # M_TRIM_THRESHOLD
-
 
 def main(argv=None):
     # 1 options

@@ -36,9 +36,11 @@ Where each is:
     x <- x + ...                        DecoderLayer.forward; post-norm: EncoderLayer.forward
     k and v of what was read            KVCache
     the head of the scorer              Scorer.forward
+    a layer's backward pass by hand     LayerFunction
 
     python train.py --model transformer
 """
+import copy
 import ctypes
 import functools
 import math
@@ -47,9 +49,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lstm import compile_c
+from lstm import C_NUMBERS, compile_c
 from rnn import compute_dtype, dropout, softmax_loss
 
 
@@ -390,25 +393,249 @@ class Scorer(nn.Module):
         return self.logits([self.tokenizer.encode(text) for text in texts])[:, self.config.positive]
 
 
+# --------------------------------- a layer with its backward pass by hand, on a CPU (skip in a first reading)
+#
+# Autograd runs a layer as some 60 operations, each a pass over memory, and keeps what each of them read.
+# LayerFunction is the same layer with its derivatives written out: matrix products, and between two of them
+# one pass of LAYER_C over the rows.
+
+LAYER_C = C_NUMBERS + r"""
+#ifdef WIDE                                     /* what the layers pass on is float32, whatever scalar_t is */
+typedef float x_t;
+static inline float load_x(float v) { return v; }
+#define store_x(v) (v)
+#else
+typedef scalar_t x_t;
+#define load_x load
+#define store_x store
+#endif
+
+/* N rows of D: n = w * x * r, where r = 1 / sqrt(mean(x^2) + eps) */
+void norm(long N, long D, float eps, const x_t *x, const x_t *w, scalar_t *n, float *r) {
+    #pragma omp parallel for if (N * D > 8192)
+    for (long i = 0; i < N; i++) {
+        const x_t *x_i = x + i * D;
+        float squares = 0;
+        #pragma omp simd reduction(+:squares)
+        for (long j = 0; j < D; j++) squares += load_x(x_i[j]) * load_x(x_i[j]);
+        float r_i = r[i] = 1 / sqrtf(squares / D + eps);
+        #pragma omp simd
+        for (long j = 0; j < D; j++) n[i * D + j] = store(load_x(x_i[j]) * r_i * load_x(w[j]));
+    }
+}
+
+/* dx = dy + r (w dn - x r mean(w dn x r)), also as scalar_t; dw = sum over rows of dn x r */
+void norm_backward(long N, long D, const x_t *x, const x_t *w, const float *r, const scalar_t *dn,
+                   const x_t *dy, x_t *dx, scalar_t *dx_too, float *dw) {
+    #pragma omp parallel for reduction(+:dw[:D]) if (N * D > 8192)
+    for (long i = 0; i < N; i++) {
+        const x_t *x_i = x + i * D;
+        const scalar_t *dn_i = dn + i * D;
+        float mean = 0;
+        #pragma omp simd reduction(+:mean)
+        for (long j = 0; j < D; j++) {
+            float part = load(dn_i[j]) * load_x(x_i[j]) * r[i];
+            dw[j] += part, mean += part * load_x(w[j]);
+        }
+        mean /= D;
+        #pragma omp simd
+        for (long j = 0; j < D; j++) {
+            float d = load_x(w[j]) * load(dn_i[j]) - load_x(x_i[j]) * r[i] * mean;
+            d = load_x(dy[i * D + j]) + r[i] * d;
+            dx[i * D + j] = store_x(d), dx_too[i * D + j] = store(d);
+        }
+    }
+}
+
+/* q, k and v of each of B * T positions, side by side, -> q, k, v [B, heads, T, d], the first two turned by
+   the position's angle; with sign -1 the other way, and turned back */
+void rotate(long B, long T, long n_q, long n_kv, long d, long sign, const float *cos, const float *sin,
+            scalar_t *qkv, scalar_t *q, scalar_t *k, scalar_t *v) {
+    #pragma omp parallel for if (B * T * n_q * d > 8192)
+    for (long i = 0; i < B * T; i++) for (long h = 0; h < n_q + 2 * n_kv; h++) {
+        long b = i / T, t = i % T, from_k = h - n_q, from_v = from_k - n_kv;
+        scalar_t *a = qkv + (i * (n_q + 2 * n_kv) + h) * d;
+        scalar_t *z = from_v >= 0 ? v + ((b * n_kv + from_v) * T + t) * d
+                    : from_k >= 0 ? k + ((b * n_kv + from_k) * T + t) * d : q + ((b * n_q + h) * T + t) * d;
+        if (sign < 0) { scalar_t *other = a; a = z, z = other; }
+        if (from_v >= 0) memcpy(z, a, d * sizeof *a);
+        else
+            #pragma omp simd
+            for (long j = 0; j < d / 2; j++) {
+                float x = load(a[j]), y = load(a[j + d / 2]), c = cos[t * d + j], s = sign * sin[t * d + j];
+                z[j] = store(x * c - y * s), z[j + d / 2] = store(y * c + x * s);
+            }
+    }
+}
+
+/* gate and up side by side in a row of 2F: m = silu(gate) up, and the gradient of both from dm */
+void swiglu(long N, long F, const scalar_t *gate_up, scalar_t *m) {
+    #pragma omp parallel for if (N * F > 8192)
+    for (long i = 0; i < N; i++) {
+        const scalar_t *gate = gate_up + 2 * i * F, *up = gate + F;
+        #pragma omp simd
+        for (long j = 0; j < F; j++) {
+            float g = load(gate[j]);
+            m[i * F + j] = store(g / (1 + exponential(-g)) * load(up[j]));
+        }
+    }
+}
+void swiglu_backward(long N, long F, const scalar_t *gate_up, const scalar_t *dm, scalar_t *d) {
+    #pragma omp parallel for if (N * F > 8192)
+    for (long i = 0; i < N; i++) {
+        const scalar_t *gate = gate_up + 2 * i * F, *up = gate + F;
+        scalar_t *d_gate = d + 2 * i * F, *d_up = d_gate + F;
+        #pragma omp simd
+        for (long j = 0; j < F; j++) {
+            float g = load(gate[j]), s = 1 / (1 + exponential(-g)), dm_j = load(dm[i * F + j]);
+            d_gate[j] = store(dm_j * load(up[j]) * s * (1 + g * (1 - s))), d_up[j] = store(dm_j * g * s);
+        }
+    }
+}
+"""
+
+
+@functools.lru_cache(None)
+def layer_kernels(x_dtype, dtype):
+    """LAYER_C for layers that pass on x_dtype and multiply in dtype, or None where there is no compiler."""
+    wide, bf16 = x_dtype == torch.float32, dtype == torch.bfloat16
+    return compile_c(LAYER_C, *["-DWIDE"] * wide, *["-DBF16"] * bf16)
+
+
+def run(function, *args):
+    """Call a C function: tensors (contiguous) are passed as their address, numbers as long or float."""
+    def convert(v):
+        if isinstance(v, torch.Tensor):
+            return ctypes.c_void_p(v.data_ptr())
+        return ctypes.c_float(v) if isinstance(v, float) else ctypes.c_long(v)
+    function(*map(convert, args))
+
+
+class LayerFunction(torch.autograd.Function):
+    """DecoderLayer.forward without a cache. x [B, T, D], cos, sin float32 [T, d], weights in the order of
+    layer.parameters() -> [B, T, D].
+
+    The first column is forward, from top to bottom, the second is backward, from bottom to top, with d* for
+    the gradient of the loss with respect to *. norm, rotate, swiglu and their derivatives are in LAYER_C:
+
+        n = norm(x)                             dx = dz + norm'(dn)
+        q, k, v = rotate(n W_qkv^T + b)         dn = dqkv W_qkv, dW_qkv = dqkv^T n, db = sum over rows of dqkv
+        S = q k^T / sqrt(d) + mask              dq = dS k / sqrt(d), dk = dS^T q / sqrt(d)
+        P = softmax(S)                          dS = P * (dP - sum over keys of dP * P)
+        a = P v                                 dP = da v^T, dv = P^T da
+        z = x + a W_o^T                         da = dz W_o, dW_o = dz^T a
+        n2 = norm(z)                            dz = dy + norm'(dn2)
+        m = swiglu(n2 W_gu^T)                   dn2 = dgu W_gu, dW_gu = dgu^T n2, where dgu = swiglu'(dm)
+        y = z + m W_down^T                      dm = dy W_down, dW_down = dy^T m
+
+    The queries of a group are rows of one product, so keys and values are not repeated. Matmuls run in
+    autocast's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, layer, w_1, wq, bq, wk, bk, wv, bv, w_o, w_2, w_gate, w_up, w_down):
+        dtype, rate, eps = compute_dtype(x), layer.dropout, layer.input_layernorm.eps
+        B, T, D, n_q, n_kv, d = *x.shape, layer.self_attn.n_head, layer.self_attn.n_kv_head, cos.shape[1]
+        N, x, c = B * T, x.contiguous(), layer_kernels(x.dtype, dtype)
+        w_qkv, b = torch.cat((wq, wk, wv)).to(dtype), torch.cat((bq, bk, bv)).to(dtype)
+        w_gu, w_o, w_down = torch.cat((w_gate, w_up)).to(dtype), w_o.to(dtype), w_down.to(dtype)
+
+        n, r = x.new_empty(N, D, dtype=dtype), x.new_empty(N, dtype=torch.float32)
+        run(c.norm, N, D, eps, x, w_1, n, r)
+        q, k, v = (n.new_empty(B * n_kv, heads * T, d) for heads in (n_q // n_kv, 1, 1))
+        run(c.rotate, B, T, n_q, n_kv, d, 1, cos, sin, torch.addmm(b, n, w_qkv.t()), q, k, v)
+        mask = causal_mask(T, T, q).repeat(n_q // n_kv, 1)
+        p = torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=d ** -0.5), -1)    # [B n_kv, group * T, T]
+        a = (p @ v).view(B, n_q, T, d).transpose(1, 2).reshape(N, -1)
+        keep = [dropout(torch.ones_like(n), rate, True) for _ in range(2)] if rate and layer.training else []
+        out = a @ w_o.t()
+        z = x + (out * keep[0] if keep else out).view_as(x)
+        n2, r2, m = torch.empty_like(n), torch.empty_like(r), n.new_empty(N, len(w_up))
+        run(c.norm, N, D, eps, z, w_2, n2, r2)
+        gate_up = n2 @ w_gu.t()
+        run(c.swiglu, *m.shape, gate_up, m)
+        out = m @ w_down.t()
+        ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gate_up, m, w_1, w_qkv, w_o, w_2,
+                              w_gu, w_down, *keep)
+        ctx.rows = len(wq), len(wk), len(wv)
+        return z + (out * keep[1] if keep else out).view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gate_up, m, w_1, w_qkv, w_o, w_2, w_gu, w_down,
+         *keep) = ctx.saved_tensors
+        (B, T, D), (groups, _, d), N, dy = x.shape, q.shape, len(n), dy.contiguous()
+        c, scale = layer_kernels(x.dtype, n.dtype), d ** -0.5
+
+        d_out = dy.view(N, D).to(n.dtype)
+        d_out = d_out * keep[1] if keep else d_out
+        dw_down, dm, d_gu = d_out.t() @ m, d_out @ w_down, torch.empty_like(gate_up)
+        run(c.swiglu_backward, *m.shape, gate_up, dm, d_gu)
+        dw_gu, dn2 = d_gu.t() @ n2, d_gu @ w_gu
+        dz, d_out, dw_2 = torch.empty_like(x), torch.empty_like(n), torch.zeros_like(w_2, dtype=torch.float32)
+        run(c.norm_backward, N, D, z, w_2, r2, dn2, dy, dz, d_out, dw_2)
+
+        d_out = d_out * keep[0] if keep else d_out
+        dw_o, da = d_out.t() @ a, d_out @ w_o
+        da = da.view(B, T, -1, d).transpose(1, 2).reshape(q.shape)
+        ds = torch._softmax_backward_data(da @ v.mT, p, -1, p.dtype)
+        dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
+        dk, dv, d_qkv = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale), p.mT @ da, n.new_empty(N, len(w_qkv))
+        n_kv = groups // B
+        run(c.rotate, B, T, q.shape[1] // T * n_kv, n_kv, d, -1, cos, sin, d_qkv, dq, dk, dv)
+        dw_qkv, db, dn = d_qkv.t() @ n, d_qkv.sum(0), d_qkv @ w_qkv
+        dx, dw_1 = torch.empty_like(x), torch.zeros_like(w_1, dtype=torch.float32)
+        run(c.norm_backward, N, D, x, w_1, r, dn, dz, dx, d_out, dw_1)
+
+        (dwq, dwk, dwv), (dbq, dbk, dbv) = dw_qkv.split(ctx.rows), db.split(ctx.rows)
+        grads = dw_1, dwq, dbq, dwk, dbk, dwv, dbv, dw_o, dw_2, *dw_gu.chunk(2), dw_down
+        return dx, None, None, None, *(grad.to(w_1.dtype) for grad in grads)
+
+
+class FastDecoderLayer(DecoderLayer):
+    """DecoderLayer by LayerFunction, without a cache and up to 1024 tokens (more, and P fills the memory)."""
+
+    def forward(self, x, cos, sin, cache):
+        known = x.dtype in (torch.float32, torch.bfloat16) and x.dtype == self.input_layernorm.weight.dtype
+        if cache is not None or not known or x.shape[1] > 1024:
+            return super().forward(x, cos, sin, cache)
+        return LayerFunction.apply(x, cos.float(), sin.float(), self, *self.parameters())
+
+
+def use_training_kernels(model):
+    """Have a Transformer's layers on a CPU computed by LayerFunction, if there is a compiler and the outcome
+    is DecoderLayer's: whoever changes a class above trains with the change, at the speed of autograd."""
+    c, on_cpu = model.config, next(model.parameters()).device.type == "cpu"
+    if model.recurrent or not on_cpu or layer_kernels(torch.float32, torch.float32) is None:
+        return
+    with torch.random.fork_rng([]):
+        layer = copy.deepcopy(model.layers[0]).float().train()
+        positions = torch.arange(min(c.block_size, 256))
+        for p in layer.parameters():
+            nn.init.normal_(p, 0.0, p.shape[1] ** -0.5 if p.dim() == 2 else 1.0)
+        x = torch.randn(1, len(positions), c.n_embd)
+        outcomes = []
+        for layer.__class__ in DecoderLayer, FastDecoderLayer:
+            torch.manual_seed(0)                                            # of dropout
+            outcomes.append(layer(x, *rotary_cos_sin(positions, c.n_embd // c.n_head, c.rope_theta), None))
+    if torch.allclose(*outcomes, rtol=1e-3, atol=1e-3):
+        for layer in model.layers:
+            layer.__class__ = FastDecoderLayer
+
+
 # ------------------------------------------------ decoding in bfloat16 on a CPU (skip it in a first reading)
 #
 # Generation reads every weight for every token and is as fast as memory. Where few rows meet a large matrix,
 # F.linear reads 15 GB/s on two cores, a product with the matrix as the left operand 22, DECODE_C 28 (one
 # row).
 
-DECODE_C = r"""
-#include <stdint.h>
-#include <string.h>
+DECODE_C = C_NUMBERS + r"""
 #define LANES 64            /* sums side by side: independent of each other, so that they become vectors */
 #define AHEAD 2048          /* bytes that are asked for before they are needed */
-static inline float bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-static inline uint16_t nearest(float f) {
-    uint32_t u; memcpy(&u, &f, 4);
-    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
 
-/* A bfloat16 is the upper half of a float32. Two of them are read as one 32-bit number, and its halves are
-   put, or left, above sixteen zeros: x comes apart into its even and odd elements, n of each. */
+/* Two bfloat16 are read as one 32-bit number, and its halves are put, or left, above sixteen zeros: x comes
+   apart into its even and odd elements, n of each. */
 #define LOW(u) bits((u) << 16)
 #define HIGH(u) bits((u) & 0xffff0000u)
 
@@ -448,8 +675,8 @@ void linear(long rows, long n, const uint32_t *x, const uint32_t *W, const uint1
         long q = r + half < rows ? r + half : r;
         float a, b;
         dots(n, W + r * n, W + q * n, even, odd, &a, &b);
-        y[r] = nearest(bias ? a + bits((uint32_t)bias[r] << 16) : a);
-        if (q != r) y[q] = nearest(bias ? b + bits((uint32_t)bias[q] << 16) : b);
+        y[r] = store(bias ? a + load(bias[r]) : a);
+        if (q != r) y[q] = store(bias ? b + load(bias[q]) : b);
     }
 }
 """
@@ -458,7 +685,7 @@ void linear(long rows, long n, const uint32_t *x, const uint32_t *W, const uint1
 @functools.lru_cache(None)
 def compiled_linear():
     """DECODE_C's linear, or None where there is no compiler."""
-    library = compile_c(DECODE_C)
+    library = compile_c(DECODE_C, "-DBF16")
     if library is None:
         return None
     library.linear.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 4

@@ -1,4 +1,6 @@
 """The decoder against transformers.Qwen2ForCausalLM, itself cached, and its parts against closed forms."""
+import copy
+
 import pytest
 import torch
 
@@ -211,3 +213,111 @@ def test_without_a_compiler_there_is_no_compiled_code(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
     monkeypatch.setattr(transformer, "compile_c", lstm.compile_c.__wrapped__)
     assert transformer.compiled_linear.__wrapped__() is None
+    monkeypatch.setattr(transformer, "layer_kernels", transformer.layer_kernels.__wrapped__)
+    model = make(**CONFIGS[0])
+    transformer.use_training_kernels(model)
+    assert {type(layer) for layer in model.layers} == {transformer.DecoderLayer}
+
+
+def pair(seed=0, **sizes):
+    """The same weights in textbook layers and in layers with the kernels."""
+    if transformer.layer_kernels(torch.float32, torch.float32) is None:
+        pytest.skip("no C compiler here")
+    plain = make(seed, **sizes).train()
+    fast = copy.deepcopy(plain)
+    transformer.use_training_kernels(fast)
+    assert {type(layer) for layer in fast.layers} == {transformer.FastDecoderLayer}
+    return plain, fast
+
+
+def loss_and_gradients(model, tokens, bf16=False):
+    torch.manual_seed(1)                                        # of dropout
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:])[0]
+    loss.backward()
+    return torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters())]).float()
+
+
+@pytest.mark.parametrize("sizes", [*CONFIGS, dict(n_layer=2, n_head=4, n_kv_head=1, n_embd=104, n_hidden=130)])
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 2), (2, 37), (9, 64)])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_a_layer_by_hand_has_the_textbooks_loss_and_gradients(sizes, B, T, rate):
+    plain, fast = pair(dropout=rate, **sizes)
+    tokens = torch.randint(61, (B, T + 1))
+    expected, got = (loss_and_gradients(model, tokens) for model in (plain, fast))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+    fast.zero_grad()
+    fast.checkpointing = True
+    torch.testing.assert_close(loss_and_gradients(fast, tokens), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", CONFIGS)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_layer_by_hand_in_bf16_is_no_less_exact_than_the_textbook(sizes, weights):
+    of_textbook = by_hand = 0
+    for seed in range(6):                                       # one draw says little about an error
+        plain, fast = (model.to(weights) for model in pair(seed, **sizes))
+        tokens, exact = torch.randint(61, (4, 50)), copy.deepcopy(plain).double()
+        exact, expected, got = (loss_and_gradients(model, tokens, model is not exact) for model in (exact, plain, fast))
+        of_textbook += (expected - exact).norm() / exact.norm()
+        by_hand += (got - exact).norm() / exact.norm()
+    assert by_hand <= 1.2 * of_textbook
+
+
+def test_a_layer_by_hand_gives_way_where_it_does_not_apply():
+    plain, fast = pair(**CONFIGS[0])
+    tokens = torch.randint(61, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(fast(tokens, fast.init_state(2, 30))[0], plain(tokens, plain.init_state(2, 30))[0])
+        assert torch.equal(fast.double()(tokens)[0], plain.double()(tokens)[0])
+        plain, fast = plain.float(), copy.deepcopy(fast).float()
+        plain.config.block_size = fast.config.block_size = 1025
+        tokens = torch.randint(61, (1, 1025))
+        assert torch.equal(fast(tokens)[0], plain(tokens)[0])
+        assert not torch.equal(fast(tokens[:, 1:])[0], plain(tokens[:, 1:])[0])       # here it applies
+
+
+def test_a_layer_by_hand_does_not_hide_what_is_not_a_number():
+    _, fast = pair(**CONFIGS[0])
+    with torch.no_grad():
+        fast.embed_tokens.weight[7, 3] = float("nan")
+        hidden = fast(torch.tensor([[5, 7, 6]]))[0]
+    assert hidden[0, 1:].isnan().all()
+
+
+def half_the_window(T, S, like):
+    return causal_mask(T, S, like).masked_fill(torch.ones(T, S).tril(S - T - 20).bool(), float("-inf"))
+
+
+causal_mask = transformer.causal_mask
+CHANGES = {
+    "attention": lambda q, k, v: attention(q, k / 2, v),
+    "causal_mask": half_the_window,
+    "apply_rotary_emb": lambda x, cos, sin: x,
+    "RMSNorm.forward": lambda self, x: x * self.weight,
+    "SwiGLU.forward": lambda self, x: self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x)),
+    "DecoderLayer.forward": lambda self, x, cos, sin, cache: self.input_layernorm(
+        x + self.mlp(self.post_attention_layernorm(x + self.self_attn(x, cos, sin, cache)))),
+    "dropout": lambda x, p, training: x,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_class_is_trained_as_it_was_changed(monkeypatch, name):
+    """What a student writes into the textbook part must not be passed by in silence."""
+    pair(**CONFIGS[0], dropout=0.2)
+    before = loss_and_gradients(make(**CONFIGS[0], dropout=0.2).train(), tokens := torch.arange(41)[None])
+    monkeypatch.setattr(f"transformer.{name}", CHANGES[name])
+    plain, model = (make(**CONFIGS[0], dropout=0.2).train() for _ in range(2))
+    transformer.use_training_kernels(model)
+    expected, got = (loss_and_gradients(m, tokens) for m in (plain, model))
+    assert (expected - before).norm() > 1e-3 * before.norm()
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_choosing_kernels_draws_no_random_numbers_and_changes_no_weight():
+    model = make(**CONFIGS[0])
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    transformer.use_training_kernels(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
