@@ -66,7 +66,7 @@ from train import (COLUMNS, COMPUTED, LOCAL, Log, Progress, RunOptions, StopRequ
                    load_run, mean_and_any, perplexity, pick_device, pick_dtype, prepend_eos, read_checkpoint,
                    refuse_existing, resume_command, resume_or_refuse, resumed_progress, sample_line,
                    save_checkpoint, set_lr, step_seed, stopped, take_rows, tokenizer_from, warn_of_unknown)
-from transformer import use_training_kernels
+from transformer import use_layer_kernels
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -145,8 +145,8 @@ def make_bf16_model(model):
     if model.config.tied:
         bf16_model.embed_tokens = TiedEmbedding(bf16_model.embed_tokens.weight)
         bf16_model.lm_head.weight = bf16_model.embed_tokens.weight
-    use_training_kernels(bf16_model.requires_grad_(True).train())
-    return bf16_model, list(zip(model.parameters(), bf16_model.parameters()))
+    bf16_model.requires_grad_(True).train()
+    return use_layer_kernels(bf16_model), list(zip(model.parameters(), bf16_model.parameters()))
 
 
 @torch.no_grad()
@@ -408,7 +408,6 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
 
     # 4 model: the products' bfloat16 copy, or shards, or a copy in every process
     bf16_model = None
-    use_training_kernels(model)
     if config.shard:
         shard_model(model, device, dtype, world)
     elif uses_bf16_model(model, config, dtype, world):

@@ -72,7 +72,7 @@ from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, a
                    dtype_name, extend, get_lr, keep_memory, load_optimizer, load_run, pick_device, pick_dtype,
                    read_checkpoint, resume_command, resume_or_refuse, resumed_progress, save_checkpoint,
                    set_lr, step_seed, stopped)
-from transformer import Scorer, ScorerConfig, use_training_kernels
+from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 
@@ -642,7 +642,6 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
         save_json(run / "before.json", before)
 
     # 4 model
-    use_training_kernels(reference)
     policy = copy.deepcopy(reference).requires_grad_(True).eval()     # no dropout: the first ratio is to be 1
     # detail: V(s) is linear in the hidden state, which has read prompt and response, and begins at zero
     value_head = nn.Linear(policy.lm_head.in_features, 1).to(device)

@@ -62,7 +62,7 @@ import qwen_load
 from data import UserError, option, save_json, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
-from transformer import Scorer, Transformer, TransformerConfig, use_training_kernels
+from transformer import Scorer, Transformer, TransformerConfig, use_layer_kernels
 
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
@@ -221,7 +221,7 @@ def build_model(kind, config, weights=None):
         model = model_type(config_type(**config))
         if weights is not None:
             model.load_state_dict(weights)
-        return model
+        return use_layer_kernels(model)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
                         f"{' '.join(str(e).split())[:200]}") from e
@@ -250,7 +250,7 @@ def load_run(folder, device="cpu", dtype=None):
     theirs. A run is float32."""
     if qwen_load.is_pretrained(folder):
         model, tokenizer = qwen_load.load_model(folder, device, dtype)
-        return model, tokenizer, model.config
+        return use_layer_kernels(model), tokenizer, model.config
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
@@ -806,7 +806,6 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
         raise UserError(f"--batch-size {config.batch_size} cannot be split across {world} processes equally")
     torch.manual_seed(config.seed)
     model = build_model(config.model, model_config(config, tokenizer.vocab_size)).to(device)
-    use_training_kernels(model)
     cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
     batches = cut(corpus.ids["train"], config.batch_size, config.block_size, config.seed)
     texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}

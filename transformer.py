@@ -594,21 +594,23 @@ class LayerFunction(torch.autograd.Function):
 
 
 class FastDecoderLayer(DecoderLayer):
-    """DecoderLayer by LayerFunction, without a cache and up to 1024 tokens (more, and P fills the memory)."""
+    """DecoderLayer by LayerFunction on a CPU, without a cache, up to 1024 tokens (P of more fills the
+    memory)."""
 
     def forward(self, x, cos, sin, cache):
         known = x.dtype in (torch.float32, torch.bfloat16) and x.dtype == self.input_layernorm.weight.dtype
-        if cache is not None or not known or x.shape[1] > 1024:
+        if cache is not None or not known or x.device.type != "cpu" or x.shape[1] > 1024:
             return super().forward(x, cos, sin, cache)
         return LayerFunction.apply(x, cos.float(), sin.float(), self, *self.parameters())
 
 
-def use_training_kernels(model):
+def use_layer_kernels(model):
     """Have a Transformer's layers on a CPU computed by LayerFunction, if there is a compiler and the outcome
-    is DecoderLayer's: whoever changes a class above trains with the change, at the speed of autograd."""
-    c, on_cpu = model.config, next(model.parameters()).device.type == "cpu"
-    if model.recurrent or not on_cpu or layer_kernels(torch.float32, torch.float32) is None:
-        return
+    is DecoderLayer's: whoever changes a class above trains with the change, at the speed of autograd. -> the
+    model."""
+    if model.recurrent or layer_kernels(torch.float32, torch.float32) is None:
+        return model
+    c = model.config
     with torch.random.fork_rng([]):
         layer = copy.deepcopy(model.layers[0]).float().train()
         positions = torch.arange(min(c.block_size, 256))
@@ -622,6 +624,7 @@ def use_training_kernels(model):
     if torch.allclose(*outcomes, rtol=1e-3, atol=1e-3):
         for layer in model.layers:
             layer.__class__ = FastDecoderLayer
+    return model
 
 
 # ------------------------------------------------ decoding in bfloat16 on a CPU (skip it in a first reading)

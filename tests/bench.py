@@ -34,7 +34,7 @@ import sample
 import train
 from lstm import LSTM, LSTMConfig, LSTMLM
 from rnn import RNN, RNNConfig, RNNLM
-from transformer import Transformer, TransformerConfig, use_training_kernels
+from transformer import Transformer, TransformerConfig, use_layer_kernels
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -120,7 +120,7 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
     library's side takes AdamW's fused form too, as ours does, so that "same dtype" compares the models alone."""
     model.to(device).train()
     if ours:
-        use_training_kernels(model)
+        use_layer_kernels(model)
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
     x, y = tokens[:, :-1], tokens[:, 1:]
     optimizer = train.configure_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)

@@ -215,7 +215,7 @@ def test_without_a_compiler_there_is_no_compiled_code(monkeypatch):
     assert transformer.compiled_linear.__wrapped__() is None
     monkeypatch.setattr(transformer, "layer_kernels", transformer.layer_kernels.__wrapped__)
     model = make(**CONFIGS[0])
-    transformer.use_training_kernels(model)
+    transformer.use_layer_kernels(model)
     assert {type(layer) for layer in model.layers} == {transformer.DecoderLayer}
 
 
@@ -225,7 +225,7 @@ def pair(seed=0, **sizes):
         pytest.skip("no C compiler here")
     plain = make(seed, **sizes).train()
     fast = copy.deepcopy(plain)
-    transformer.use_training_kernels(fast)
+    transformer.use_layer_kernels(fast)
     assert {type(layer) for layer in fast.layers} == {transformer.FastDecoderLayer}
     return plain, fast
 
@@ -309,7 +309,7 @@ def test_a_changed_class_is_trained_as_it_was_changed(monkeypatch, name):
     before = loss_and_gradients(make(**CONFIGS[0], dropout=0.2).train(), tokens := torch.arange(41)[None])
     monkeypatch.setattr(f"transformer.{name}", CHANGES[name])
     plain, model = (make(**CONFIGS[0], dropout=0.2).train() for _ in range(2))
-    transformer.use_training_kernels(model)
+    transformer.use_layer_kernels(model)
     expected, got = (loss_and_gradients(m, tokens) for m in (plain, model))
     assert (expected - before).norm() > 1e-3 * before.norm()
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
@@ -318,6 +318,6 @@ def test_a_changed_class_is_trained_as_it_was_changed(monkeypatch, name):
 def test_choosing_kernels_draws_no_random_numbers_and_changes_no_weight():
     model = make(**CONFIGS[0])
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    transformer.use_training_kernels(model)
+    transformer.use_layer_kernels(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
