@@ -221,10 +221,10 @@ def build_model(kind, config, weights=None):
         model = model_type(config_type(**config))
         if weights is not None:
             model.load_state_dict(weights)
-        return use_layer_kernels(model)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
                         f"{' '.join(str(e).split())[:200]}") from e
+    return use_layer_kernels(model)
 
 
 def kind_of(model):

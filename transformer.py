@@ -40,7 +40,6 @@ Where each is:
 
     python train.py --model transformer
 """
-import copy
 import ctypes
 import functools
 import math
@@ -610,15 +609,15 @@ def use_layer_kernels(model):
     model."""
     if model.recurrent or layer_kernels(torch.float32, torch.float32) is None:
         return model
-    c = model.config
-    with torch.random.fork_rng([]):
-        layer = copy.deepcopy(model.layers[0]).float().train()
+    c, layer_type = model.config, type(model.layers[0])
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        layer = layer_type(c, 0)
         positions = torch.arange(min(c.block_size, 256))
         for p in layer.parameters():
             nn.init.normal_(p, 0.0, p.shape[1] ** -0.5 if p.dim() == 2 else 1.0)
         x = torch.randn(1, len(positions), c.n_embd)
         outcomes = []
-        for layer.__class__ in DecoderLayer, FastDecoderLayer:
+        for layer.__class__ in layer_type, FastDecoderLayer:
             torch.manual_seed(0)                                            # of dropout
             outcomes.append(layer(x, *rotary_cos_sin(positions, c.n_embd // c.n_head, c.rope_theta), None))
     if torch.allclose(*outcomes, rtol=1e-3, atol=1e-3):
