@@ -62,7 +62,7 @@ import qwen_load
 from data import UserError, option, save_json, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
-from transformer import Scorer, Transformer, TransformerConfig, use_layer_kernels
+from transformer import DecoderLayer, Scorer, Transformer, TransformerConfig, use_layer_kernels
 
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
@@ -120,6 +120,8 @@ class Config(RunOptions):
     steps: int = option(None, "optimizer steps, instead of --epochs")
     minutes: float = option(None, "instead: measure the speed, then plan as many steps as fit")
     warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
+    compile: bool = option(False, "torch.compile the Transformer's layers: for a GPU (on a CPU they have "
+                                  "kernels, which are as fast)")
     log_every: int = option(50, "steps between rows of log.csv")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     batch_size: int = option(None, "rows of a batch",
@@ -225,6 +227,17 @@ def build_model(kind, config, weights=None):
         raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
                         f"{' '.join(str(e).split())[:200]}") from e
     return use_layer_kernels(model)
+
+
+def compile_layers(model, device):
+    """torch.compile in place of the kernels. UserError where it does not work."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as e:                                          # no compiler, no Triton, ...: many types
+        raise UserError(f"--compile does not work here: {str(e).strip().splitlines()[0]}. Leave it out") from e
+    for layer in model.layers:
+        layer.__class__ = DecoderLayer
+        layer.compile()
 
 
 def kind_of(model):
@@ -806,6 +819,8 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
         raise UserError(f"--batch-size {config.batch_size} cannot be split across {world} processes equally")
     torch.manual_seed(config.seed)
     model = build_model(config.model, model_config(config, tokenizer.vocab_size)).to(device)
+    if config.compile:
+        compile_layers(model, device)
     cut = data.ContiguousBatches if model.recurrent else data.WindowBatches
     batches = cut(corpus.ids["train"], config.batch_size, config.block_size, config.seed)
     texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
@@ -1061,7 +1076,7 @@ def model_config(config, vocab_size):
 
 # options that say where a run is, and how it is shown or split; where and how it is computed; how long it is
 LOCAL = "run", "resume", "sample", "shard"
-COMPUTED = "device", "dtype", "log_every", "eval_every"
+COMPUTED = "device", "dtype", "compile", "log_every", "eval_every"
 LENGTHS = "steps", "epochs", "minutes"
 
 
@@ -1120,6 +1135,8 @@ def main(argv=None):
     if config.search and config.model not in SEARCH_SPACE:
         raise UserError(f"--search does not know what to draw for {config.model}; give it a line in "
                         "SEARCH_SPACE")
+    if config.compile and config.model != "transformer":
+        raise UserError("--compile is for --model transformer; a recurrent layer has a loop of its own")
     if "val" in config.also:
         raise UserError("--also val: this name is taken; rename the file")
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"

@@ -5,6 +5,7 @@ turn, and the medians of many rounds are compared. Above 1: ours is faster.
     python tests/bench.py layers        # (a) one RNN or LSTM layer, forward and backward
     python tests/bench.py step          # (b) a training step of a 2x200 Penn Treebank model, V = 10,000
     python tests/bench.py transformer   # (c) a training step of the Transformer beside a GPT as nanoGPT's users have it, three sizes
+    python tests/bench.py compiled      #     the same, both sides with torch.compile
     python tests/bench.py qwen          # (d) Qwen2-0.5B's shape with random weights: generation, loading (3 GB of memory)
     python tests/bench.py finetune      # (e) the same shape: a training step on 512 tokens (18 GB)
     python tests/bench.py ppo           # (f) an iteration of PPO: 64 responses of 24 tokens, scoring, 4 epochs
@@ -115,12 +116,14 @@ class GPT(nn.Module):
         return F.linear(self.norm(self.blocks(x)), self.embed.weight), None
 
 
-def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours, fused):
+def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours, fused, compiled=False):
     """A whole training step: forward, loss, backward, clipping, optimizer; the recurrent state carried. fused: the
     library's side takes AdamW's fused form too, as ours does, so that "same dtype" compares the models alone."""
     model.to(device).train()
-    if ours:
+    if ours and not compiled:
         use_layer_kernels(model)
+    if compiled:
+        train.compile_layers(model, device) if ours else model.compile()
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
     x, y = tokens[:, :-1], tokens[:, 1:]
     optimizer = train.configure_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
@@ -159,16 +162,21 @@ def step(device):
                   lambda: LibraryLM(theirs, 10_000, 200, 2), 20, 35, 10_000, device)
 
 
-def transformer(device):
+def transformer(device, compiled=False):
     """Beside a GPT of as many parameters (a SwiGLU of 8/3 of the width has those of an MLP of 4), in the optimizer that it would take
-    here: AdamW's fused form on a GPU alone."""
+    here: AdamW's fused form on a GPU alone. They share the process, so glibc keeps memory for both, as train.py has it."""
+    train.keep_memory()
     for B, T, n_layer, n_head, width, V in ((12, 64, 4, 4, 128, 65), (16, 128, 4, 4, 256, 10_000), (32, 256, 6, 6, 384, 65)):
         c = TransformerConfig(V, T, n_layer, n_head, n_head, width, 8 * round(width / 3))
         for name, dtype in DTYPES.items():
             models = Transformer(c), GPT(c)
             sizes = " and ".join(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" for model in models)
-            ours, theirs = (step_function(model, B, T, V, dtype, device, model is models[0], device.type == "cuda") for model in models)
+            ours, theirs = (step_function(model, B, T, V, dtype, device, model is models[0], device.type == "cuda", compiled) for model in models)
             row(f"Transformer {n_layer}x{width}, {B}x{T} tokens, {sizes} million", name, name, ours, theirs)
+
+
+def compiled(device):
+    transformer(device, compiled=True)
 
 
 QWEN2 = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -424,7 +432,7 @@ def rlhf(device):
     small = dict(dim=128, hidden_dim=256, n_layers=2, n_heads=4)
     for name, scorer_sizes, keep in (("small scorer", small, False), ("small scorer, memory kept", small, True), ("DistilBERT's size, memory kept", {}, True)):
         if keep:
-            ppo.keep_memory()
+            train.keep_memory()
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             torch.manual_seed(0)
@@ -438,7 +446,7 @@ def rlhf(device):
                 args = ppo.Config(run=str(folder / "run"), data="imdb", lr=1e-6, **{k: v for k, v in ppo.DEFAULTS[False].items() if k != "lr"})
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
-                model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))
+                model, reference = (train.load_run(folder / "policy", dtype=torch.float32)[0] for _ in range(2))
                 task = ppo.make_task(reference, ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
                 ours = OurPPO(task, model, prompts, dtype)
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
@@ -448,7 +456,7 @@ def rlhf(device):
 
 
 def main():
-    benches = {"layers": layers, "step": step, "transformer": transformer, "qwen": qwen, "finetune": finetuning, "ppo": rlhf, "memory": memory}
+    benches = {"layers": layers, "step": step, "transformer": transformer, "compiled": compiled, "qwen": qwen, "finetune": finetuning, "ppo": rlhf, "memory": memory}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
     p.add_argument("--device", default="auto")
