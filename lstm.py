@@ -261,14 +261,26 @@ def addresses(v):
     return range(v.data_ptr(), v.data_ptr() + v.nbytes, v.nbytes // len(v))
 
 
+def packed_linear(weight, rows):
+    """The function x [rows, K] -> x W^T, W [N, K]. A library first puts a matrix into the order in which its
+    kernels read it; here that is done once for all steps, if the library lets us. (A step's product, 32 x 512
+    by 512 x 2048: 258 us to 183 in float32, 87 to 55 in bfloat16; 32 x 2048 by 2048 x 512: 241 to 188, 92 to
+    40.)"""
+    if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
+    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return lambda x: F.linear(x, weight)
+
+
 def c_forward_loop(cell, gates, h, c, w_hh):
     """gates [T, B, 4H] holds W x + b and is overwritten."""
     B, H = h.shape[1:]
-    w_hh_t = w_hh.t().contiguous() if w_hh.dtype == torch.float32 else w_hh.t()    # MKL: 1.3 times as fast
-    from_h = gates.new_empty(B, 4 * H)
+    linear = packed_linear(w_hh, B)
     for h_before, *where in zip(h.unbind(0), *map(addresses, (gates, c[:-1], c[1:], h[1:]))):
-        torch.mm(h_before, w_hh_t, out=from_h)
-        gates_t, c_before, c_t, h_t = where
+        from_h, (gates_t, c_before, c_t, h_t) = linear(h_before), where
         cell(B, H, gates_t, from_h.data_ptr(), c_before, c_t, h_t)
     return gates
 
@@ -277,10 +289,11 @@ def c_backward_loop(cell, grad_h, dc, gates, c, w_hh):
     T, B, H = grad_h.shape
     grad_h, dc = grad_h.contiguous(), dc.clone(memory_format=torch.contiguous_format)
     da, dh = grad_h.new_empty(T, B, 4 * H), grad_h.new_zeros(B, H)
+    linear = packed_linear(w_hh.t().contiguous(), B)
     steps = list(zip(da.unbind(0), *map(addresses, (gates, grad_h, c[:-1], c[1:], da))))
     for da_t, gates_t, grad_h_t, c_before, c_t, da_at in reversed(steps):
         cell(B, H, gates_t, grad_h_t, dh.data_ptr(), c_before, c_t, dc.data_ptr(), da_at)
-        torch.mm(da_t, w_hh, out=dh)
+        dh = linear(da_t)
     return da, dh, dc
 
 
