@@ -54,8 +54,9 @@ from rnn import RNN, RNNConfig, RNNLM
 # -------------------------------------------------------------------------------------------------- the layer
 
 def forward_loop(a, h, c, w_hh):
-    """The equations of a layer, step by step. a [T, B, 4H]: W x + b for all steps; h, c [T + 1, B, H]: the
-    initial state in h[0], c[0], the others are written; w_hh [4H, H]. -> gates i, f, g, o [T, B, 4H]."""
+    """The equations of a layer, step by step (to change them, see LSTM.forward). a [T, B, 4H]: W x + b for
+    all steps; h, c [T + 1, B, H]: the initial state in h[0], c[0], the others are written; w_hh [4H, H]. ->
+    gates i, f, g, o [T, B, 4H]."""
     gates = torch.empty_like(a)
     for t in range(len(a)):
         a_i, a_f, a_g, a_o = (a[t] + h[t] @ w_hh.t()).chunk(4, 1)           # [B, H] each
@@ -67,10 +68,9 @@ def forward_loop(a, h, c, w_hh):
 
 
 def backward_loop(grad_h, dc_next, gates, c, w_hh):
-    """The equations of back-propagation through time, from the last step to the first; on a CPU with a
-    compiler, cell_backward below runs in its place. grad_h [T, B, H]; dc_next [B, H]: the gradient of the
-    last cell, then dc_{t+1} f_{t+1}; c[t] is c_{t-1}. -> da [T, B, 4H], and the gradients of the initial
-    state, dh and dc [B, H]."""
+    """The equations of back-propagation through time, from the last step to the first. grad_h [T, B, H];
+    dc_next [B, H]: the gradient of the last cell, then dc_{t+1} f_{t+1}; c[t] is c_{t-1}. -> da [T, B, 4H],
+    and the gradients of the initial state, dh and dc [B, H]."""
     da, dh = torch.empty_like(gates), torch.zeros_like(grad_h[0])
     for t in reversed(range(len(gates))):
         i, f, g, o = gates[t].chunk(4, 1)                                   # [B, H] each
@@ -100,7 +100,7 @@ class LSTMFunction(torch.autograd.Function):
         gates = loops[0](F.linear(x, w_ih, bias), h, c, w_hh)               # every input product at once
         ctx.save_for_backward(x, h, c, gates, w_ih, w_hh)
         ctx.loops = loops
-        return h[1:], c[T].clone()
+        return h[1:], c[T].clone()                   # a view would keep all of c
 
     @staticmethod
     @once_differentiable
@@ -126,7 +126,7 @@ class LSTM(RNN):
         h, c = self.zero_state(x.shape[0]) if state is None else state
         x, w_ih, w_hh, bias = self.operands(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        loops = fast_loops(x.device.type, x.dtype)     # new equations? here (forward_loop, backward_loop)
+        loops = fast_loops(x.device.type, x.dtype)     # changed them? (forward_loop, backward_loop)
         with torch.autocast(x.device.type, enabled=False):
             out, c_last = LSTMFunction.apply(x, h.to(x.dtype), c.to(wide), w_ih, w_hh, bias, loops)
         return out.transpose(0, 1), (out[-1].to(h.dtype), c_last.to(c.dtype))
@@ -234,7 +234,7 @@ void cell_forward(long B, long H, scalar_t *gates, const scalar_t *from_h, const
     }
 }
 
-/* dh_t = grad_h + dh. dc holds dc_{t+1} f_{t+1} before and dc_t f_t after; da [B, 4H] is written. */
+/* dh_t = grad_h + from_next. dc holds dc_{t+1} f_{t+1} before and dc_t f_t after; da [B, 4H] is written. */
 void cell_backward(long B, long H, const scalar_t *gates, const scalar_t *grad_h, const scalar_t *from_next,
                    const float *c_before, const float *c, float *dc, scalar_t *da) {
     #pragma omp parallel for if (B * H > 2048)
@@ -262,14 +262,14 @@ def addresses(v):
 
 
 def packed_linear(weight, rows):
-    """The function x [rows, K] -> x W^T, W [N, K]. A library first puts a matrix into the order in which its
-    kernels read it; here that is done once for all steps, if the library lets us. (A step's product, 32 x 512
-    by 512 x 2048: 258 us to 183 in float32, 87 to 55 in bfloat16; 32 x 2048 by 2048 x 512: 241 to 188, 92 to
-    40.)"""
-    if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+    """The function x [rows, K] -> x W^T, W [N, K]. The library reorders W for its kernels in every product;
+    here that is done once for all steps, where torch has (private) operations for it. A step's product, 32 x
+    512 by 512 x 2048: 258 us to 183 in float32, 87 to 55 in bfloat16."""
+    onednn = torch.backends.mkldnn.is_available()
+    if onednn and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
         return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if onednn and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return lambda x: F.linear(x, weight)
@@ -278,9 +278,10 @@ def packed_linear(weight, rows):
 def c_forward_loop(cell, gates, h, c, w_hh):
     """gates [T, B, 4H] holds W x + b and is overwritten."""
     B, H = h.shape[1:]
-    linear = packed_linear(w_hh, B)
-    for h_before, *where in zip(h.unbind(0), *map(addresses, (gates, c[:-1], c[1:], h[1:]))):
-        from_h, (gates_t, c_before, c_t, h_t) = linear(h_before), where
+    linear = packed_linear(w_hh, B) if len(gates) > 1 else functools.partial(F.linear, weight=w_hh)
+    steps = zip(h.unbind(0), *map(addresses, (gates, c[:-1], c[1:], h[1:])))
+    for h_before, gates_t, c_before, c_t, h_t in steps:
+        from_h = linear(h_before)                               # named, so that it outlives the call
         cell(B, H, gates_t, from_h.data_ptr(), c_before, c_t, h_t)
     return gates
 

@@ -938,7 +938,8 @@ def main(argv=None):
     config.run = config.run or f"runs/{default}"
     keep_memory()
     places = set() if train_a_scorer else {"base", "scorer"}
-    checkpoint, config = resume_or_refuse(config, given, script, places)
+    checkpoint, config = resume_or_refuse(config, given, script, places,
+                                          lengths=("epochs",) if train_a_scorer else ("steps",))
     if train_a_scorer and not checkpoint:
         defaults = SCORER["encoder" if config.encoder else config.data]
         config.lr, config.epochs = config.lr or defaults["lr"], config.epochs or defaults["epochs"]

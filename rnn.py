@@ -92,7 +92,7 @@ class RNN(nn.Module):
 
     forward(x [B, T, I], state h [B, H] or None) -> (out [B, T, H], state h [B, H]).
     """
-    n_gates = 1
+    n_gates = 1                                     # blocks of hidden_size rows in the weights; an LSTM has 4
 
     def __init__(self, input_size, hidden_size):
         super().__init__()
@@ -143,7 +143,7 @@ def logits_buffer(n_rows, n_columns, dtype, device):
     return torch.empty(n_rows, n_columns, dtype=dtype, device=device)
 
 
-MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512         # of a chunk; every chunk reads all of the weight matrix
+MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512         # of a chunk; each reads all of W, which few rows do not repay
 
 
 def logit_chunks(hidden, weight, bias, *others):
@@ -197,16 +197,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                 part = p.sum(0).to(acc)                                # summed in float32, whatever the dtype
                 d_bias = part if d_bias is None else d_bias.add_(part)
         ctx.grads = d_hidden, d_weight, d_bias
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (d_hidden, d_weight, d_bias), ctx.grads = ctx.grads, None       # scaled in place: usable once
-        w_dtype, b_dtype = ctx.dtypes
-        return (d_hidden.mul_(grad), d_weight.mul_(grad).to(w_dtype),
-                None if d_bias is None else d_bias.mul_(grad).to(b_dtype), None)
+        return d_hidden.mul_(grad), d_weight.mul_(grad), None if d_bias is None else d_bias.mul_(grad), None
 
 
 @torch.no_grad()

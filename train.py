@@ -234,7 +234,8 @@ def compile_layers(model, device):
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except Exception as e:                                          # no compiler, no Triton, ...: many types
-        raise UserError(f"--compile does not work here: {str(e).strip().splitlines()[0]}. Leave it out") from e
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"--compile does not work here: {reason}. Leave it out") from e
     for layer in model.layers:
         layer.__class__ = DecoderLayer
         layer.compile()
@@ -1088,7 +1089,8 @@ def refuse_existing(run, script, files):
                         "--run")
 
 
-def resume_or_refuse(config, given, script, places, files=("last.pt", "result.json", "config.json")):
+def resume_or_refuse(config, given, script, places, files=("last.pt", "result.json", "config.json"),
+                     lengths=LENGTHS):
     """-> (checkpoint, the options that its run was started with) with --resume, else (None, config). What may
     be given anew: where and how it is computed; how long it is, which extends it; and `places`, options that
     say where something lies whose contents are checked. UserError if the run is not one of this script, or
@@ -1101,15 +1103,15 @@ def resume_or_refuse(config, given, script, places, files=("last.pt", "result.js
     if saved.keys() != here.keys():
         raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with "
                         "what started it")
-    for name in sorted(given.difference(LOCAL, COMPUTED, LENGTHS, places)):
+    for name in sorted(given.difference(LOCAL, COMPUTED, lengths, places)):
         if here[name] != saved[name]:
             raise UserError(f"the run in {config.run} was started with {name} {saved[name]}, not "
                             f"{here[name]}. Resume it without this option, or choose another folder with "
                             "--run")
-    checkpoint["extended"] = bool(given & {*LENGTHS})
-    lengths = {name: here[name] if name in given else None for name in LENGTHS if checkpoint["extended"]}
-    changed = {name: here[name] for name in here if name in LOCAL or name in given}
-    return checkpoint, type(config)(**saved | {k: v for k, v in (lengths | changed).items() if k in here})
+    checkpoint["extended"] = bool(given & {*lengths})
+    changed = {name: here[name] for name in here if name in LOCAL or name in given
+               or name in lengths and checkpoint["extended"]}
+    return checkpoint, type(config)(**saved | changed)
 
 
 def check_text(corpus, fingerprint, run):

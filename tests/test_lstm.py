@@ -81,3 +81,19 @@ def test_without_a_compiler_and_elsewhere_the_equations_do_the_same(monkeypatch)
     monkeypatch.setattr(lstm, "compile_c", lstm.compile_c.__wrapped__)
     for key in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.float32)):
         assert FAST_LOOPS.__wrapped__(*key) == (lstm.forward_loop, lstm.backward_loop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, n_in, n_out", [(1, 1, 4), (3, 7, 28), (20, 65, 260), (64, 256, 1024)])
+@pytest.mark.parametrize("library", ["with", "without"])
+def test_a_packed_matrix_gives_the_same_product(monkeypatch, dtype, rows, n_in, n_out, library):
+    if library == "without":
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    torch.manual_seed(rows)
+    weight = torch.randn(n_out, n_in).to(dtype)
+    linear = lstm.packed_linear(weight, rows)
+    for _ in range(2):
+        x = torch.randn(rows, n_in).to(dtype)
+        torch.testing.assert_close(linear(x).double(), x.double() @ weight.double().t(), atol=1e-4 if dtype == torch.float32 else 0.02,
+                                   rtol=1e-5 if dtype == torch.float32 else 2 ** -8)

@@ -764,6 +764,16 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(there, monkeypatch):
     assert strip("whole") == strip("killed")
 
 
+def test_a_policy_is_trained_further_and_epochs_are_no_length_of_it(there):
+    ppo.main([*QUICK, "--run", "out"])
+    steps = json.load(open("out/result.json"))["steps"]
+    ppo.main(["--resume", "--run", "out", "--steps", str(steps + 2)])
+    assert json.load(open("out/result.json"))["steps"] == steps + 2
+    assert [int(row["step"]) for row in csv.DictReader(open("out/log.csv"))][-1] == steps + 2
+    with pytest.raises(UserError, match="was started with epochs"):
+        ppo.main(["--resume", "--run", "out", "--epochs", "9"])
+
+
 @pytest.mark.parametrize("encoder", [False, True])
 def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch, encoder):
     monkeypatch.chdir(tmp_path)

@@ -738,3 +738,22 @@ def test_characters_of_shakespeare_have_no_test_split(capsys, data_folder):
     import sample
     sample.main(["--run", "r", "--prompt", "ACT", "--tokens", "5"])
     assert capsys.readouterr().out.startswith("ACT")
+
+
+def test_compile_is_refused_where_it_cannot_work(monkeypatch):
+    with pytest.raises(UserError, match="--compile is for --model transformer"):
+        train.main(tiny("lstm", "--compile", "--run", "r"))
+    monkeypatch.setattr(train.torch, "compile", lambda f: lambda x: f(x.no_compiler))
+    with pytest.raises(UserError, match="--compile does not work here: .*no_compiler.*Leave it out"):
+        train.main(tiny("transformer", "--compile", "--run", "r"))
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_what_the_others_learn():
+    results = []
+    for run, more in (("a", []), ("b", ["--compile"])):
+        train.main(tiny("transformer", "--steps", "30", "--dtype", "float32", "--run", run, *more, dropout="0"))
+        results.append(json.loads(Path(run, "result.json").read_text())["val_ppl"])
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    train.main(["--resume", "--run", "b", "--steps", "32"])
+    assert json.loads(Path("b/result.json").read_text())["steps"] == 32
