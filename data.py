@@ -104,26 +104,23 @@ def run_main(main):
     except SystemExit as e:                                     # --help, or stopped and saved
         leave(e.code)
     except UserError as e:
-        print(f"{script}: {e}", file=sys.stderr)
-        leave(2)
+        leave(2, f"{script}: {e}")
     except KeyboardInterrupt:
-        print("\nstopped.", file=sys.stderr)
-        leave(130)
+        leave(130, "\nstopped.")
     except BrokenPipeError:                                     # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(1)
     except torch.OutOfMemoryError:
-        print(f"{script}: the GPU's memory is full; take a smaller --batch-size or another --device",
-              file=sys.stderr)
-        leave(2)
+        leave(2, f"{script}: the GPU's memory is full; take a smaller --batch-size or another --device")
     except OSError as e:                                    # a full disk, a folder that may not be written to
-        print(f"{script}: {e}. Nothing that was saved is lost", file=sys.stderr)
-        leave(2)
+        leave(2, f"{script}: {e}. Nothing that was saved is lost")
 
 
-def leave(status):
-    """End the process; a process of a torchrun job at once, because gloo's threads now and then abort a slow
-    exit."""
+def leave(status, message=""):
+    """Say why on stderr and end the process; a process of a torchrun job at once, because gloo's threads now
+    and then abort a slow exit."""
+    if message:
+        print(message, file=sys.stderr)
     if job_size() > 1 and isinstance(status, int):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -441,6 +438,7 @@ class Language:
                     self.add_rule(symbol, words, part * float(weight), follow.split())
         for rules in self.rules.values():
             totals = [sum(w[m] for w, _ in rules.values()) for m in range(len(self.moods))]
+            # push: the symbols that follow, the first one last, as a stack takes them
             for word, (w, push) in rules.items():
                 rules[word] = tuple(v / t for v, t in zip(w, totals)), push[::-1]
         self.choices = {}           # symbol -> (words, cumulative weights for each mood, symbols that follow)
@@ -459,7 +457,7 @@ class Language:
         return [(own, 0.9), ([w for w in rest if w and w not in own], 0.1)]
 
     def add_rule(self, symbol, words, weight, follow):
-        """`symbol` may say any of `words`, which share the weight by rank (Zipf)."""
+        """`symbol` may say any of `words`, which share the weight by rank r = 0, 1, ... as 1 / (r + 2)."""
         zipf = [1 / (r + 2) for r in range(len(words))]
         for word, z in zip(words, zipf):
             mood = self.mood_of.get(word)
@@ -469,8 +467,8 @@ class Language:
             rules[word] = tuple(weight * z / sum(zipf) * f for f in factors), follow
 
     def document(self, rng):
-        """One document: its words, `<eos>` last, and its mood (0 positive, 1 negative; 0 where there is
-        one)."""
+        """One document: its words, `<eos>` last, and its mood (0 positive, 1 negative; 0 in a language
+        without moods)."""
         mood = rng.randrange(len(self.moods))
         stack, words = ["DOCUMENT"], []
         while stack:
@@ -574,7 +572,7 @@ def word_pieces(chunk, known=()):
             words.append("N")
         elif split:
             words.extend(split.groups())
-        # the end of an abbreviation
+        # the stop of an abbreviation that the vocabulary has; that of "20 °C." ends the sentence
         elif piece == "." and words and words[-1] + "." in known and "\u00b0" not in low:
             words[-1] += "."
         else:
@@ -594,27 +592,23 @@ class WordTokenizer:
         self.vocab_size, self.eos, self.unk = len(self.words), self.ids["<eos>"], self.ids.get("<unk>")
         self.begin = self.stops = [self.eos]                    # ids that a text begins with, and ends with
         self.suppressed = [] if self.unk is None else [self.unk]        # ids that are never drawn
-        self.memo = {}
+        self.pieces = lru_cache(500_000)(self.pieces)           # most words come again
+
+    def pieces(self, chunk):
+        """The words of a chunk between spaces, without punctuation that the vocabulary does not have."""
+        return [w for w in word_pieces(chunk, self.ids) if w in self.ids or any(ch.isalnum() for ch in w)]
 
     def normalize(self, text):
         """Raw text -> its words in this vocabulary's conventions, unknown ones still spelled out."""
         ends = SEPARATOR if SEPARATOR in text else "\n"
-        return [w for chunk in text.replace(ends, " <eos> ").split() for w in word_pieces(chunk, self.ids)
-                if w in self.ids or any(ch.isalnum() for ch in w)]
+        return [w for chunk in text.replace(ends, " <eos> ").split() for w in self.pieces(chunk)]
 
     def encode(self, text):
-        ends = SEPARATOR if SEPARATOR in text else "\n"
-        out = []
-        for chunk in text.replace(ends, " <eos> ").split():
-            ids = self.memo.get(chunk)
-            if ids is None:
-                ids = [self.ids.get(w, self.unk) for w in self.normalize(chunk)]
-                if None in ids:
-                    raise ValueError(f"the vocabulary has no word for {chunk!r}")
-                if len(self.memo) < 500_000:
-                    self.memo[chunk] = ids
-            out.extend(ids)
-        return out
+        words = self.normalize(text)
+        ids = [self.ids.get(w, self.unk) for w in words]
+        if None in ids:
+            raise ValueError(f"the vocabulary has no word for {words[ids.index(None)]!r}")
+        return ids
 
     def decode(self, ids):
         return detokenize([self.words[i] for i in ids])
@@ -640,11 +634,10 @@ class CharTokenizer:
         return list(text.replace(SEPARATOR, "\n"))
 
     def encode(self, text):
-        first, *others = text.split(SEPARATOR)
-        ids = [self.ids.get(ch, self.unk) for ch in first]
-        for part in others:
+        ids = []
+        for part in text.split(SEPARATOR):
             ids += [self.eos, *(self.ids.get(ch, self.unk) for ch in part)]
-        return ids
+        return ids[1:]                                          # the separators are between the parts
 
     def decode(self, ids):
         return "".join(self.characters[i] for i in ids)
@@ -695,15 +688,15 @@ def locked(path):
         yield
 
 
-def download(url, path, sha256=None, headers=None):
+def download(url, path, sha256=None):
     """Fetch url into path, one process at a time: see fetch_file. A file of the hub comes from $HF_ENDPOINT,
     another hub, with $HF_TOKEN, a key for what is not public. Raises UserError, naming the file to place by
     hand."""
-    path = Path(path)
+    path, headers = Path(path), {"Accept-Encoding": "identity"}
     if url.startswith(HUB):
         url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url.removeprefix(HUB)
         if os.environ.get("HF_TOKEN"):
-            headers = {**(headers or {}), "Authorization": f"Bearer {os.environ['HF_TOKEN']}"}
+            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
@@ -716,12 +709,9 @@ def download(url, path, sha256=None, headers=None):
 
 
 def fetch_file(url, path, sha256, headers):
-    """Progress line, a partial file (`<path>.part`) resumed, three tries, size and
-    digest checked (sha256 given, or what the hub sends: a sha256 for large files, git's blob id for small
-    ones). NotFound for a 404.
-
-    Only a complete and checked file ever gets the name path.
-    """
+    """Three tries to fetch url into path, each going on from <path>.part. Size and digest are checked
+    (sha256, or what the hub sends: a sha256 for large files, git's blob id for small ones), and only then
+    does the file get its name. NotFound for a 404."""
     part = path.with_name(path.name + ".part")
     by_hand = f"Place it by hand at {path} and run again"
     for attempt in range(3):
@@ -759,9 +749,7 @@ def fetch(url, part, headers):
     """One try: append what is missing to part. -> (the whole size in bytes, the publisher's digest), None
     where the server does not say."""
     have = part.stat().st_size if part.exists() else 0
-    ask = {**(headers or {}), "Accept-Encoding": "identity"}
-    if have:
-        ask["Range"] = f"bytes={have}-"
+    ask = headers | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=ask, stream=True, timeout=30) as r:
         tags = [h.headers.get("X-Linked-ETag", "").strip('"') for h in (*r.history, r)]
         if "X-Repo-Commit" in r.headers:                        # the hub: a small file's tag is git's blob id
@@ -867,9 +855,7 @@ def separated_documents(lines):
     for offset, line in lines:
         *whole, rest = line.split(SEPARATOR)
         for text in whole:
-            parts.append(text)
-            doc = "".join(parts).strip()
-            if doc:
+            if doc := "".join([*parts, text]).strip():
                 yield start, doc + SEPARATOR
             parts, start = [], offset
         parts.append(rest)
@@ -884,37 +870,36 @@ def count(path, text):
         return sum(block.count(text.encode()) for block in iter(lambda: f.read(1 << 20), b""))
 
 
-@lru_cache(2)                                                   # unpacking takes 20 seconds
-def imdb_reviews(path, changed, split):
-    """labelled's list from the archive at path, as it was changed last."""
-    found = []
+@lru_cache(1)                                                   # unpacking takes 20 seconds
+def imdb_reviews(path, changed):
+    """{split: labelled's list} of the archive at path, as it was changed last."""
+    found = {"train": [], "valid": [], "test": []}
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
             for k, member in enumerate(tar):
                 live(f"reading {path.name}: {k:,} files")
-                m = re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt", member.name)
-                if m and m[1] == ("test" if split == "test" else "train"):
-                    if split == "test" or (int(m[3]) % 20 == 0) == (split == "valid"):
-                        text = tar.extractfile(member).read().decode("utf-8")
-                        found.append((member.name, text.replace("<br />", " "), int(m[2] == "pos")))
+                if m := re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt", member.name):
+                    split = "test" if m[1] == "test" else "train" if int(m[3]) % 20 else "valid"
+                    text = tar.extractfile(member).read().decode("utf-8").replace("<br />", " ")
+                    found[split].append((member.name, text, int(m[2] == "pos")))
             while unzipped.read(1 << 20):                       # to the checksum at its very end
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read ({e}). Delete it and run again to download it anew") from e
-    if not found:
+    if not found["train"] + found["test"]:
         raise UserError(f"{path} holds no reviews; delete it and run again to download it anew")
-    random.Random(0).shuffle(found := sorted(found))            # the archive has all of one label together
-    return [(text, label) for _, text, label in found]
+    for reviews in found.values():
+        reviews.sort()
+        random.Random(0).shuffle(reviews)                       # the archive has all of one label together
+    return {split: [(text, label) for _, text, label in reviews] for split, reviews in found.items()}
 
 
 def embedded_texts(name, split):
-    for words, _ in embedded_documents(name, split):
-        yield " ".join(words[:-1]) + "\n"
+    return (" ".join(words[:-1]) + "\n" for words, _ in embedded_documents(name, split))
 
 
 def lines_of(name, split):
-    for _, line in read_lines(source_file(name, split)):
-        yield line
+    return (line for _, line in read_lines(source_file(name, split)))
 
 
 def stories(name, split):
@@ -925,8 +910,7 @@ def stories(name, split):
 
 
 def imdb_texts(name, split):
-    for text, _ in imdb_labelled(name, split):
-        yield text + SEPARATOR
+    return (text + SEPARATOR for text, _ in imdb_labelled(name, split))
 
 
 def text_files(path):
@@ -939,7 +923,7 @@ def own_texts(name, split):
     each for validation and test. Cut between documents, or lines; where both are few, inside them."""
     files = text_files(source_file(name, split))
     size, before = sum(file.stat().st_size for file in files), 0
-    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 2), "all": (0, 2)}[split]
+    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1), "all": (0, 1)}[split]
     separated = sum(count(file, SEPARATOR) for file in files) >= 40
     few_lines = sum(count(file, "\n") for file in files) < 40
     longest = min(LONG_LINE, max(64, size // 200)) if few_lines else LONG_LINE
@@ -966,7 +950,7 @@ def embedded_labelled(name, split):
 def imdb_labelled(name, split):
     """Every 20th training review is `valid`."""
     path = source_file(name, split)
-    return imdb_reviews(path, path.stat().st_mtime_ns, split)
+    return imdb_reviews(path, path.stat().st_mtime_ns)[split]
 
 
 def embedded_floor(name, split, n_documents=None):
@@ -1006,8 +990,7 @@ CORPORA = {
     "ptb": Source(lines_of, "ptb.{}.txt", PTB, tokenized=True),
     "shakespeare": Source(first_and_last, "input.txt", SHAKESPEARE, has_test=False),
     "wikitext2": Source(lines_of, "{}.txt", WIKITEXT, tokenized=True),
-    "tinystories": Source(stories, "TinyStories-{}.txt", TINYSTORIES,
-                          test_file="TinyStories-valid.txt"),
+    "tinystories": Source(stories, "TinyStories-{}.txt", TINYSTORIES, test_file="TinyStories-valid.txt"),
     "imdb": Source(imdb_texts, "aclImdb_v1.tar.gz", IMDB, labelled=imdb_labelled),
 }
 
@@ -1096,10 +1079,8 @@ def encode_split(name, split, tokenizer):
                             "embedded languages go with embedded languages, or take --tokenizer gpt2") from e
 
     generated = name in CORPORA and not CORPORA[name].file
-    if generated:
-        return np.concatenate([np.zeros(0, dtype), *encoded()])
-    source = source_file(name, split).resolve()
-    stats = [file.stat() for file in text_files(source)]
+    source = None if generated else source_file(name, split).resolve()
+    stats = [] if generated else [file.stat() for file in text_files(source)]
     if sum(stat.st_size for stat in stats) <= IN_MEMORY_BYTES:
         return np.concatenate([np.zeros(0, dtype), *encoded()])
     identity = str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
@@ -1194,9 +1175,6 @@ class WindowBatches:
         self.steps_per_epoch = self.n_windows // batch_size
         self.starts = lru_cache(1)(self.starts)                 # of one epoch at a time
         check_length(self, ids)
-
-    def is_epoch_start(self, step):
-        return step % self.steps_per_epoch == 0
 
     def starts(self, epoch):
         """Where the windows of an epoch begin, in their order."""

@@ -39,7 +39,6 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,9 +119,9 @@ def open_run(folder, device):
     return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), *run_options(folder))
 
 
-def find_runs(folder="runs"):
+def find_runs():
     """Folders with weights in them, by name."""
-    return sorted({path.parent for path in Path(folder).glob("*/*.pt") if path.stem in ("best", "last")})
+    return sorted({path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")})
 
 
 # ----------------------------------------------------------------------------------------- numbers: sentences
@@ -292,8 +291,8 @@ def compare_frequencies(train, domain, n_words=12):
     words = list(train | domain)
     y, x = (np.array([c[w] for w in words], float) for c in (train, domain))
     prior = 1000 * (y + x) / (n + m)
-    here, there = (np.log((c + prior) / (total + 1000 - c - prior)) for c, total in ((x, m), (y, n)))
-    z = (here - there) / np.sqrt(1 / (x + prior) + 1 / (y + prior))
+    d_here, d_train = (np.log((c + prior) / (total + 1000 - c - prior)) for c, total in ((x, m), (y, n)))
+    z = (d_here - d_train) / np.sqrt(1 / (x + prior) + 1 / (y + prior))
     p, q = y / n, x / m
     middle = (p + q) / 2
     divergence = sum(np.sum(v[v > 0] * np.log2(v[v > 0] / middle[v > 0])) / 2 for v in (p, q))
@@ -445,8 +444,9 @@ def frequencies(runs, domains, scores):
             here = Counter(w if w in run.tokenizer.ids else "<unk>" for s in sentence_list
                            for w in in_words(run.tokenizer, s))
             if (run.name, domain) in scores and len(counts[key] | here) > 1:
-                name = f"{Path(run.corpus).stem} and {Path(domain).name}"
-                found = out.setdefault(name, compare_frequencies(counts[key], here) | {"correlation": {}})
+                texts = [Path(run.corpus).stem, Path(domain).name]
+                found = out.setdefault(" and ".join(texts), compare_frequencies(counts[key], here)
+                                       | {"texts": texts, "correlation": {}})
                 scored = scores[run.name, domain]
                 found["correlation"][run.name] = frequency_and_loss(counts[key], here, run.tokenizer, scored)
     return out, unread
@@ -621,7 +621,7 @@ def frequencies_section(report, out):
     for corpus, reason in report["unread"].items():
         lines.append(f"The text of {corpus} cannot be read: {reason}.\n")
     for k, (name, found) in enumerate(report["frequencies"].items()):
-        plot_frequencies(name, found, out / f"frequencies_{k + 1}.png")
+        plot_frequencies(found, out / f"frequencies_{k + 1}.png")
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
         lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. "
                   "Correlation of a token's loss with how much rarer its word was in training than it is "
@@ -695,14 +695,14 @@ def pyplot():
     return plt
 
 
-@contextmanager
 def figure(path, panels=1, width=4.2, height=3.2):
-    """The axes of a figure side by side, which is written to path when the block ends."""
-    plt = pyplot()
-    drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False)
-    yield axes[0]
-    write_atomically(path, lambda f: drawn.savefig(f, format="png"))
-    plt.close(drawn)
+    """`for panels in figure(path)`: the axes of a figure, side by side, which is written to path after the
+    block; without matplotlib the block is passed over."""
+    if plt := pyplot():
+        drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False)
+        yield axes[0]
+        write_atomically(path, lambda f: drawn.savefig(f, format="png"))
+        plt.close(drawn)
 
 
 def style(k, name=None):
@@ -713,9 +713,7 @@ def style(k, name=None):
 
 def plot_curves(logs, path):
     """Figure 1: {run: rows of log.csv}; validation and training loss against tokens and against time."""
-    if not pyplot():
-        return
-    with figure(path, panels=2) as panels:
+    for panels in figure(path, panels=2):
         for axes, column, scale, label in zip(panels, ("tokens", "seconds"), (1e-6, 1 / 60),
                                               ("million tokens seen", "minutes of training")):
             for k, (name, rows) in enumerate(logs.items()):
@@ -730,9 +728,7 @@ def plot_curves(logs, path):
 
 def plot_bars(groups, labels, ylabel, path, log_scale=False):
     """groups: {series: [value or None per label]}."""
-    if not pyplot():
-        return
-    with figure(path, width=6.5) as [axes]:
+    for [axes] in figure(path, width=6.5):
         width = 0.8 / len(groups)
         for k, (name, values) in enumerate(groups.items()):
             at = np.arange(len(labels)) + (k - (len(groups) - 1) / 2) * width
@@ -748,9 +744,7 @@ def plot_bars(groups, labels, ylabel, path, log_scale=False):
 
 
 def plot_memory(memory, labels, path):
-    if not pyplot():
-        return
-    with figure(path, width=5) as [axes]:
+    for [axes] in figure(path, width=5):
         for k, (name, cells) in enumerate(memory.items()):
             axes.plot(range(len(labels)), [cell[0] if cell else math.nan for cell in cells], **style(k, name))
         axes.axhline(math.log(20), color="grey", linewidth=0.8, linestyle=":", label="a guess: ln 20")
@@ -760,29 +754,25 @@ def plot_memory(memory, labels, path):
         axes.legend(loc="center left")
 
 
-def plot_frequencies(name, found, path):
-    if not pyplot():
-        return
-    here, there = name.split(" and ")
-    with figure(path, panels=2, height=3.8) as (ranks, apart):
-        for k, (label, shares) in enumerate(zip((here, there), found["shares"])):
+def plot_frequencies(found, path):
+    trained, read = found["texts"]
+    for (ranks, apart) in figure(path, panels=2, height=3.8):
+        for k, (label, shares) in enumerate(zip(found["texts"], found["shares"])):
             ranks.loglog(*zip(*shares), **style(k), label=label)
         ranks.set(xlabel="rank of the word", ylabel="share of all words")
         ranks.legend()
         rows = sorted(found["words"], key=lambda r: r["z"])
         apart.barh(range(len(rows)), [r["z"] for r in rows], color=[COLOURS[r["z"] > 0] for r in rows])
         apart.set_yticks(range(len(rows)), [r["word"].replace("$", r"\$") for r in rows], fontsize=6)
-        apart.set_xlabel(f"log-odds z: {here} < 0 < {there}")
+        apart.set_xlabel(f"log-odds z: {trained} < 0 < {read}")
 
 
 def plot_search(rows, path):
     """The validation perplexity of each rung against each hyperparameter in which trials differ."""
-    if not pyplot():
-        return
     others = "trial params tokens seconds diverged".split()
     rungs = [c for c in rows[0] if c.startswith("val_ppl_")]
     varied = [c for c in rows[0] if c not in (*others, *rungs) and len({r[c] for r in rows}) > 1] or ["trial"]
-    with figure(path, len(varied), width=2.2) as panels:
+    for panels in figure(path, len(varied), width=2.2):
         for axes, column in zip(panels, varied):
             for k, rung in enumerate(rungs):
                 points = [(float(r[column]), float(r[rung])) for r in rows if r[rung] not in ("", "inf")]
@@ -797,9 +787,7 @@ def plot_search(rows, path):
 
 def plot_frontier(frontier, path):
     """Reward against KL: what a nat of KL buys."""
-    if not pyplot():
-        return
-    with figure(path, width=5) as [axes]:
+    for [axes] in figure(path, width=5):
         for k, (name, points) in enumerate(frontier.items()):
             axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.8, **style(k, name))
         axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
@@ -879,7 +867,6 @@ def main(argv=None):
                         "rename one folder")
     domains = opened(config.domains or default_domains(runs), config.domains, left_out, read_domain)
     searches = sorted(Path("runs").glob("*/trials.csv")) if not config.runs else []
-    save_json(out / "report.json", {})                                      # marks the folder as ours
     report = measure_runs(runs, domains, left_out, config.prompt, config.sentences, dtype, searches)
     save_json(out / "report.json", report)
     draw_report(report, out)

@@ -11,7 +11,7 @@ loop is train.py's, its schedule and optimizer too; documents stand one behind t
 with their separator between them, as in nanoGPT, and a batch is windows of that text.
 
 Precision. Weights and AdamW's two moments are float32. bfloat16 has eight significant bits: an update of less
-than 1/256 of a weight would vanish if the weight were bfloat16, and with learning rates of 1e-5 nearly all
+than 1/512 of a weight would vanish if the weight were bfloat16, and with learning rates of 1e-5 nearly all
 are. What is multiplied is a bfloat16 copy of the weights, which costs a quarter of their memory; its
 gradients are bfloat16 too (that is what the products give), and are made float32 a few at a time when AdamW
 reads them. In bytes per parameter:
@@ -48,6 +48,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ class Config(RunOptions):
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     epochs: float = option(2.0, "passes over the training text")
     steps: int = option(None, "optimizer steps, instead of --epochs")
-    data_fraction: float = option(0.9, "the first share of the training text", above=0, at_most=1)
+    data_fraction: float = option(0.9, "train on this first share of the text", above=0, at_most=1)
     ablate: bool = option(False, "a complete run for every pair of the next two, and a table")
     ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table")
     ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data of the table", above=0, at_most=1)
@@ -145,7 +146,6 @@ def make_bf16_model(model):
     if model.config.tied:
         bf16_model.embed_tokens = TiedEmbedding(bf16_model.embed_tokens.weight)
         bf16_model.lm_head.weight = bf16_model.embed_tokens.weight
-    bf16_model.requires_grad_(True).train()
     return use_layer_kernels(bf16_model), list(zip(model.parameters(), bf16_model.parameters()))
 
 
@@ -285,13 +285,7 @@ def is_embedded(tokenizer):
 
 def held_out(name, n):
     """The first n documents of a corpus's test split, each with its end."""
-    texts = []
-    for text in data.documents(name, "test"):
-        if text.strip():
-            texts.append(text)
-        if len(texts) == n:
-            break
-    return texts
+    return list(islice((text for text in data.documents(name, "test") if text.strip()), n))
 
 
 def retained_ids(name, tokenizer, most=20_000):
@@ -352,13 +346,12 @@ def report(config, result):
     if result["floor"]:
         lines.append("The grammar's own corpus perplexity on these documents, the floor: "
                      f"{result['floor']:.2f}.\n")
-    texts = held_out(config.data, min(20, config.held_out))
-    texts = [text.replace(data.SEPARATOR, "").strip() for text in texts]
+    texts = [text.replace(data.SEPARATOR, "").strip() for text in held_out(config.data, 20)]
     rows = [{"document": text if len(text) <= 80 else text[:80] + " …", "before": b, "after": a}
             for text, b, a in zip(texts, before["documents"], after["documents"])]
     lines += [f"{len(before['documents'])} held-out documents, each scored independently, "
               f"{before['tokens']:,} tokens, {before['unknown']:.1%} of them <unk>; the first "
-              f"{len(texts)}:\n", markdown_table(rows)]
+              f"{len(rows)}:\n", markdown_table(rows)]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
         lines += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
                   markdown_table([{"": when, b["prompt"]: sample["text"] or "(nothing)"}
@@ -372,8 +365,9 @@ def report(config, result):
 def first_share(ids, fraction, eos):
     """The first `fraction` of a text, to the end of a document: what 60 % have, 90 % have too."""
     n = int(len(ids) * fraction)
-    ends = np.flatnonzero(np.asarray(ids[max(0, n - (1 << 16)):n]) == eos)
-    return ids[:n if len(ends) == 0 or fraction == 1 else max(0, n - (1 << 16)) + int(ends[-1]) + 1]
+    start = max(0, n - (1 << 16))                               # where a last document's end is looked for
+    ends = np.flatnonzero(np.asarray(ids[start:n]) == eos)
+    return ids[:n if len(ends) == 0 or fraction == 1 else start + int(ends[-1]) + 1]
 
 
 def uses_bf16_model(model, config, dtype, world):
@@ -436,9 +430,8 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
             extend(run, progress, steps, config.lr, warmup_steps)
         checkpoint.clear()                                          # its memory is needed
     elif config.shard:
-        weights = load_run(config.base, "cpu", None)[0].state_dict() if rank == 0 else {}
-        load_sharded_state(model, optimizer, weights)
-        weights = None
+        load_sharded_state(model, optimizer,
+                           load_run(config.base, "cpu", None)[0].state_dict() if rank == 0 else {})
     steps = progress.steps
     if bf16_model:
         copy_master_to_bf16(pairs)
@@ -456,9 +449,8 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
             progress.seconds, better = time.perf_counter() - clock, False
             evaluating = progress.due(progress.eval_every)
             if evaluating:
-                scores = None
-                if rank == 0 or config.shard:
-                    scores = perplexity(model, valid, rows=eval_batch_size(valid), dtype=dtype)
+                scores = (perplexity(model, valid, rows=eval_batch_size(valid), dtype=dtype)
+                          if rank == 0 or config.shard else None)
                 scores = broadcast(scores, world, device)
                 check_finite(run, f"step {step}", validation_loss=scores["nll"])
                 better = progress.is_best(scores["nll"])
@@ -468,10 +460,8 @@ def finetune(config, model, tokenizer, corpus, device, dtype, rank=0, world=1, c
                 log.write(progress.row(batches) | metrics)
             if step > 0 and (evaluating or stopping):
                 rows = gather_state(state, world)                   # of all processes
-                if config.shard:
-                    states = sharded_state(model, optimizer)
-                else:
-                    states = model.state_dict(), optimizer.state_dict()
+                states = (sharded_state(model, optimizer) if config.shard
+                          else (model.state_dict(), optimizer.state_dict()))
                 if rank == 0:
                     save_checkpoint(config, model, tokenizer, states, progress, better, state=rows,
                                     fingerprint=corpus.fingerprint())
@@ -556,7 +546,7 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         return {"epochs": epochs, "share of the data": share,
                 "mean of the documents' perplexities": measured["mean"],
                 "corpus perplexity": measured["corpus"],
-                f"{result['options']['retain'] or 'another text'}, not trained on": kept and kept["ppl"],
+                f"{config.retain or 'another text'}, not trained on": kept and kept["ppl"],
                 f"continues: {sample['prompt']}": sample["text"]}
     for epochs, fraction in [(e, f) for e in config.ablate_epochs for f in config.ablate_fractions]:
         cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
@@ -564,7 +554,7 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
             result = read_json(cell / "result.json")
         else:
             checkpoint = read_checkpoint(cell / "last.pt") if (cell / "last.pt").exists() else None
-            check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), cell)
+            check_text(corpus, checkpoint, cell)
             one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
             result = finetune(one, copy.deepcopy(base), tokenizer, corpus, device, dtype,
                               checkpoint=checkpoint, before=before,
@@ -580,7 +570,7 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         lines.append(f"The grammar's corpus perplexity on these documents, the floor: {floor:.2f}.\n")
     write_report(folder, lines)
     save_json(folder / "result.json", {"rows": rows, **environment(device), "options": asdict(config)})
-    print(markdown_table([dict(list(row.items())[:-1]) for row in rows]) + f"written to {folder}/report.md")
+    print(markdown_table([dict(list(r.items())[:-1]) for r in rows]) + f"written to {folder}/report.md")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -594,7 +584,7 @@ def default_prompts(config, tokenizer):
     return [data.embedded_text(name, "test", 5) for name in (own, other)]
 
 
-def resolve_defaults(config, model, tokenizer, world):
+def resolve_defaults(config, model, tokenizer):
     """Fill in what depends on the base; UserError for what does not go with it."""
     qwen2 = tokenizer.kind == "qwen2"
     for name, value in DEFAULTS[qwen2].items():
@@ -602,18 +592,13 @@ def resolve_defaults(config, model, tokenizer, world):
             setattr(config, name, value)
     if model.recurrent and (config.accumulate > 1 or config.checkpointing):
         raise UserError("--accumulate and --checkpointing need a Transformer for a base")
-    if config.batch_size % (config.accumulate * world):
-        raise UserError(f"--batch-size {config.batch_size} cannot be cut into {config.accumulate * world} "
-                        "equal micro-batches")
     config.prompts = config.prompts or default_prompts(config, tokenizer)
     for prompt in config.prompts:
         if len(encode_prompt(tokenizer, prompt)) > context(model):
             raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context(model)} "
                             "tokens; give shorter --prompts")
     if config.retain is None:
-        config.retain = "wikitext2"
-        if not qwen2:
-            config.retain = run_options(config.base)[1].get("data", "")
+        config.retain = "wikitext2" if qwen2 else run_options(config.base)[1].get("data", "")
         try:
             if config.retain == config.data:
                 raise UserError("the base was trained on the same text; name another with --retain")
@@ -633,12 +618,15 @@ def open_base(config, device, checkpoint, world):
     else:
         where = ("cpu", None) if config.shard else (device, torch.float32)
         model, tokenizer, _ = load_run(config.base, *where)
-        resolve_defaults(config, model, tokenizer, world)
+        resolve_defaults(config, model, tokenizer)
         if config.shard:
             with torch.device("meta"):
                 model = build_model(kind_of(model), asdict(model.config))
     if config.shard and model.recurrent:
         raise UserError("--shard needs a Transformer for a base")
+    if config.batch_size % (config.accumulate * world):
+        raise UserError(f"--batch-size {config.batch_size} cannot be cut into {config.accumulate * world} "
+                        "equal micro-batches")
     return model, tokenizer
 
 
@@ -669,7 +657,7 @@ def main(argv=None):
     with first_process_first(rank, world):                          # it downloads and encodes
         model, tokenizer = open_base(config, device, checkpoint, world)
         corpus = data.load(config.data, tokenizer, splits=("train", "valid"))
-    check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
+    check_text(corpus, checkpoint, config.run)
     if config.ablate:
         return ablate(config, model, tokenizer, corpus, device, dtype)
     result = finetune(config, model, tokenizer, corpus, device, dtype, rank, world, checkpoint)

@@ -28,12 +28,12 @@ normalised. The KL is logged twice: as the mean of log pi - log ref over the sam
 and in full, sum over all tokens of pi log(pi / ref) at every prefix that was sampled.
 
 Where each is:
-    a_t, log pi_old                     rollout (sample.generate_stream)
-    log pi, log ref, V, the full KL     evaluate_actions
+    a_t                                 rollout (sample.generate_stream)
+    log pi_old, log ref, V, full KL     evaluate_actions
     r_t                                 train_policy, stage 7.4
     delta_t, A_t, R_t                   gae; whiten
     policy loss, value loss             policy_loss, value_loss; their step: update_policy
-    the gradient of log pi              TokenLogProb
+    log pi and its gradient             TokenLogProb
 
 Where the code follows one of the published details (Huang et al. 2023, "The N Implementation Details of RLHF
 with PPO"), or departs from it, a comment that begins with "detail" says so.
@@ -62,7 +62,7 @@ from torch.autograd.function import once_differentiable
 
 import data
 from data import UserError, option, save_json
-from eval import COLOURS, distinct, exp, figure, markdown_table, pyplot, read_log, write_report
+from eval import COLOURS, distinct, exp, figure, markdown_table, read_log, write_report
 from finetune import bytes_of_layer, is_embedded
 from qwen_load import WordPiece, build_wordpiece, load_scorer, read_json, save_model, save_scorer
 from rnn import compute_dtype
@@ -154,9 +154,10 @@ class RewardConfig(RunOptions):
 # ------------------------------------------------------------------------------------------ training a scorer
 
 class TextBatches:
-    """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once:
-    all of it, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored
-    is short. `batch(step)` depends on nothing but (seed, step). texts: lists of ids; labels: 0 or 1."""
+    """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once: as
+    much of it as fits, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO
+    has scored is short. `batch(step)` depends on nothing but (seed, step). texts: lists of ids; labels: 0 or
+    1."""
 
     def __init__(self, scorer, texts, labels, batch_size, seed):
         self.scorer, self.texts, self.labels = scorer, texts, labels
@@ -192,14 +193,14 @@ class TextBatches:
                 torch.tensor([self.labels[t] for t, _, _ in crops]))
 
 
-def accuracy(scorer, texts, labels, device, dtype):
+def evaluate_scorer(scorer, texts, labels, device, dtype):
     """The mean cross-entropy and the accuracy on labelled texts (lists of ids)."""
     data.live(f"scoring {len(texts):,} texts")
     with autocast(device, dtype):
         logits = scorer.logits(texts)
     labels = torch.tensor(labels)
     nll = F.cross_entropy(logits, labels).item()
-    return {"nll": nll, "ppl": math.exp(nll), "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
+    return {"nll": nll, "ppl": exp(nll), "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
 
 
 def new_scorer(tokenizer, device):
@@ -215,6 +216,8 @@ def new_scorer(tokenizer, device):
 def train_reward(config, device, dtype, checkpoint=None):
     """Train a scorer on labelled reviews, into config.run: a folder in the hub's layout."""
     run = Path(config.run)
+
+    # 3 data
     splits = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
     torch.manual_seed(config.seed)
     data.live("reading the texts")
@@ -261,7 +264,7 @@ def train_reward(config, device, dtype, checkpoint=None):
             progress.seconds, better = time.perf_counter() - clock, False
             evaluating = progress.due(progress.eval_every)
             if evaluating:
-                scores = accuracy(scorer, ids["valid"], labels["valid"], device, dtype)
+                scores = evaluate_scorer(scorer, ids["valid"], labels["valid"], device, dtype)
                 check_finite(run, f"step {step}", validation_loss=scores["nll"])
                 better = progress.is_best(scores["nll"])
                 progress.seconds = time.perf_counter() - clock
@@ -300,7 +303,7 @@ def train_reward(config, device, dtype, checkpoint=None):
     # 8 results
     scorer.load_state_dict(read_checkpoint(run / "best.pt")["model"])
     short = [text[:32] for text in ids["test"]]
-    complete, beginning = (accuracy(scorer, texts, labels["test"], device, dtype)["accuracy"]
+    complete, beginning = (evaluate_scorer(scorer, texts, labels["test"], device, dtype)["accuracy"]
                            for texts in (ids["test"], short))
     save_scorer(scorer, run)
     result = base_result(config, scorer, progress, device, dtype) | {
@@ -329,7 +332,6 @@ class TokenLogProb(torch.autograd.Function):
         logits = F.linear(hidden, w, None if bias is None else bias.to(w.dtype))
         p = torch.softmax(logits.index_fill_(1, suppressed, -math.inf), -1, out=logits)
         ctx.save_for_backward(hidden, w, p, actions)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         p_action = p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32))
         return p_action.clamp(min=1e-38).log()
 
@@ -340,9 +342,8 @@ class TokenLogProb(torch.autograd.Function):
         grad = grad.to(p.dtype)
         d_logits = p.mul_(-grad[:, None])                                   # usable once
         d_logits[torch.arange(len(grad), device=grad.device), actions] += grad
-        w_dtype, b_dtype = ctx.dtypes
-        d_weight, d_bias = (d_logits.t() @ hidden).to(w_dtype), b_dtype and d_logits.sum(0).to(b_dtype)
-        return d_logits @ w, d_weight, d_bias, None, None
+        d_bias = d_logits.sum(0) if ctx.needs_input_grad[2] else None
+        return d_logits @ w, d_logits.t() @ hidden, d_bias, None, None
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
@@ -358,14 +359,11 @@ def gae(rewards, values, mask, gamma, gae_lambda):
     return advantages, (advantages + values) * mask
 
 
-def masked_mean(x, mask):
-    return (x * mask).sum() / mask.sum()
-
-
 def whiten(x, mask):
     """x with mean 0 and variance 1 over the mask; 0 outside."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    variance = ((x - mean) ** 2 * mask).sum() / n
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
@@ -435,7 +433,7 @@ class Rollout:
     responses: list             # lists of ids, without end tokens
     tokens: torch.Tensor        # int64 [B, T + 1]: prompt, response with its end token, zeros
     mask: torch.Tensor          # float32 [B, T]: 1 where the next token is part of the response
-    log_probs: torch.Tensor     # float32 [B, T]: of that token, as the sampler had it; 0 elsewhere
+    log_probs: torch.Tensor     # float32 [B, T]: of that token, as the sampler (perhaps bfloat16) had it
 
 
 @dataclass
@@ -453,7 +451,8 @@ class Task:
 def make_task(reference, scorer, tokenizer, config, dtype):
     device = next(reference.parameters()).device
     suppressed = torch.tensor(tokenizer.suppressed, dtype=torch.long, device=device)
-    return Task(reference.requires_grad_(False).eval(), scorer, tokenizer, config, dtype, device, suppressed)
+    # its gradients stay on, though nobody asks for them: autocast casts such weights once
+    return Task(reference.eval(), scorer, tokenizer, config, dtype, device, suppressed)
 
 
 def rollout(task, model, prompts, seed=None):
@@ -464,8 +463,7 @@ def rollout(task, model, prompts, seed=None):
     """
     stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.tokenizer.stops, seed=seed,
                              suppressed_tokens=task.suppressed)
-    drawn = [(token, log_prob) for token, log_prob, _ in stream]
-    new, log_probs = (torch.stack(v, 1) for v in zip(*drawn))     # [B, S]; -1: a prompt's token, or nothing
+    new, log_probs, _ = (torch.stack(v, 1) for v in zip(*stream))     # [B, S]; -1: of a prompt, or nothing
     shortest, width = min(map(len, prompts)), max(map(len, prompts)) + task.config.response_tokens
     tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=new.device)
     tokens = tokens[:, :shortest + new.shape[1]]
@@ -516,9 +514,9 @@ def evaluate_actions(task, model, r, value_head=None):
     each, 0 outside the mask. log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in
     nats; entropy; value."""
     outputs = {}
-    for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
-        token_mask, parts = r.mask[rows] > 0, []
-        with autocast(task.device, task.dtype):
+    with autocast(task.device, task.dtype):                 # around all, so that weights are cast once
+        for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
+            token_mask, parts = r.mask[rows] > 0, []
             hidden, actions = response_hidden(model, r, rows)
             ref_hidden, _ = response_hidden(task.reference, r, rows)
             few = max(1, (1 << 21) // model.lm_head.out_features)   # distributions that stay in a CPU's cache
@@ -529,12 +527,14 @@ def evaluate_actions(task, model, r, value_head=None):
                 entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
                 parts.append((log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy,
                               entropy))
-        values = dict(zip(("log_prob", "ref_log_prob", "kl", "entropy"), (torch.cat(v) for v in zip(*parts))))
-        if value_head:
-            values["value"] = value_head(hidden.float())[:, 0]
-        for name, value in values.items():
-            filled = torch.zeros_like(r.mask[rows]).masked_scatter(token_mask, value)
-            outputs.setdefault(name, torch.zeros_like(r.mask))[rows] = filled
+            names = "log_prob", "ref_log_prob", "kl", "entropy"
+            values = dict(zip(names, (torch.cat(v) for v in zip(*parts))))
+            if value_head:
+                with torch.autocast(task.device.type, enabled=False):
+                    values["value"] = value_head(hidden.float())[:, 0]
+            for name, value in values.items():
+                filled = torch.zeros_like(r.mask[rows]).masked_scatter(token_mask, value)
+                outputs.setdefault(name, torch.zeros_like(r.mask))[rows] = filled
     return outputs
 
 
@@ -563,10 +563,14 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
 
 # -------------------------------------------------------------------------------------------------------- PPO
 
+# kl, kl_estimate: nats a response; entropy: nats a token; length: tokens; losses, grad_norm: mean of updates
 METRICS = ("reward", "reward_std", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss",
            "value_loss", "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm",
            "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
-EVALUATED = ("reward", "reward_std", "kl", "distinct_2", "repetition", "length", "ref_ppl")
+EVALUATED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
+             "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
+             "repetition": "repeated bigrams in a response, share", "length": "tokens of a response",
+             "ref_ppl": "perplexity under the reference"}
 
 
 def supervised_loss(task, policy, batch):
@@ -730,7 +734,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             # whitened: dividing them would change what a nat of KL costs
             kl_estimate = old["log_prob"] - old["ref_log_prob"]             # its mean over samples is the KL
             rewards = -kl_coef * kl_estimate
-            last = (r.mask * torch.arange(1, r.mask.shape[1] + 1, device=device)).argmax(1)
+            last = r.mask.cumsum(1).argmax(1)                               # [B]: the end of each response
             rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(device)
 
             # 7.5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
@@ -782,26 +786,18 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
 
 # prompts of the report, before those of the test split
 NAMED = "Life Begins", "Now I don't", "There are no people like"
-REPORTED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
-            "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
-            "repetition": "repeated bigrams in a response, share",
-            "ref_ppl": "perplexity under the reference",
-            "length": "tokens of a response"}
 
 
 def plot_rewards(rows, path):
     """Figure 5: reward with its band of one standard deviation; KL; variety. rows: of log.csv."""
-    if not pyplot():
-        return
-    with figure(path, panels=3) as panels:
+    for panels in figure(path, panels=3):
         for axes, column, colour, label in (
                 (0, "reward", 0, "mean"), (0, "eval_reward", 1, "validation prompts"),
                 (1, "kl_estimate", 2, "from the sampled tokens"), (1, "kl", 0, "all tokens at each prefix"),
                 (2, "distinct_2", 0, "distinct-2"), (2, "repetition", 1, "repeated bigrams")):
             points = [(r["step"], r[column]) for r in rows if column in r]
             panels[axes].plot([x for x, _ in points], [y for _, y in points], color=COLOURS[colour],
-                              label=label,
-                              marker="o" if column.startswith("eval") else "", markersize=3)
+                              label=label, marker="o" if column.startswith("eval") else "", markersize=3)
         band = np.array([(r["step"], r["reward"] - r["reward_std"], r["reward"] + r["reward_std"])
                          for r in rows if "reward" in r])
         panels[0].fill_between(*band.T, color=COLOURS[0], alpha=0.2, linewidth=0, label="± deviation")
@@ -837,7 +833,7 @@ def report(config, result):
              f"{', '.join(repairs)}; the best policy is that of iteration {result['best_step']}.\n",
              f"## Before and after, {len(before['each'])} held-out prompts\n",
              markdown_table([{"": label, "before": before[name], "after": after[name]}
-                             for name, label in REPORTED.items()]),
+                             for name, label in EVALUATED.items()]),
              f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n",
              "## Reward (Figure 5)\n", "![Reward, KL and variety while training](rewards.png)\n",
              "## The same prompts, the same seed (Table 7)\n",
@@ -855,7 +851,7 @@ def report(config, result):
     write_report(run, lines)
 
 
-def fingerprint(*modules):
+def weights_fingerprint(*modules):
     """Tells whether a run that resumes finds the weights that it was started with."""
     crc = 0
     for p in (p for module in modules for p in module.parameters()):
@@ -905,7 +901,7 @@ def open_task(config, device, dtype, checkpoint):
     prompts["test"] = (named + prompts["test"])[:config.held_out]
     prompts["valid"] = prompts["valid"][:config.held_out]
     check_fit(config, reference, scorer, tokenizer, prompts["train"])
-    weights = fingerprint(reference, scorer)
+    weights = weights_fingerprint(reference, scorer)
     if checkpoint and checkpoint.get("fingerprint") != weights:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
                         f"{config.run} was started with; restore them, or start a new run")
@@ -941,7 +937,7 @@ def main(argv=None):
     checkpoint, config = resume_or_refuse(config, given, script, places,
                                           lengths=("epochs",) if train_a_scorer else ("steps",))
     if train_a_scorer and not checkpoint:
-        defaults = SCORER["encoder" if config.encoder else config.data]
+        defaults = SCORER.get("encoder" if config.encoder else config.data, SCORER["imdb"])
         config.lr, config.epochs = config.lr or defaults["lr"], config.epochs or defaults["epochs"]
 
     # 2 device

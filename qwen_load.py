@@ -4,8 +4,8 @@ Transformer, DistilBERT's in our encoder, their tokenizers.
 The safetensors format (github.com/huggingface/safetensors): 8 bytes, little-endian: the length n of the
 header; n bytes of JSON,
 
-    {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {"any":
-    "text"}}
+    {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...,
+     "__metadata__": {"any": "text"}}
 
 then the tensors' bytes, row-major and little-endian; offsets are counted from the end of the header. Nothing
 in such a file can be executed. What a reader must check before it believes a header: that the length fits the
@@ -17,7 +17,7 @@ Qwen2 (Yang et al. 2024) is the decoder of transformer.py, DistilBERT (Sanh et a
 Parameters have the hub's names there, without the prefix `model.` or `distilbert.`; lm_head.weight is missing
 where the head is tied.
 
-WordPiece (Schuster & Nakajima 2012), DistilBERT's tokenizer: the text is lower-cased, without accents, apart
+WordPiece (Schuster & Nakajima 2012), DistilBERT's tokenizer: the text is lower-cased, without accents, split
 at spaces and punctuation; each word then is cut, from its left end, into the longest pieces that the
 vocabulary has, those inside a word marked with ##. Qwen2's is byte-pair encoding (Sennrich et al. 2016),
 through tiktoken.
@@ -125,9 +125,7 @@ def read_safetensors(path):
 def write_safetensors(tensors, path, metadata=None):
     """Write {name: tensor} to path (another name first: a kill leaves the old file or the whole new one),
     metadata a table of texts. ValueError for a dtype that the format, as it is read here, does not have."""
-    header, at = {}, 0
-    if metadata:
-        header["__metadata__"] = dict(metadata)
+    header, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
     # the widest first: all aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
@@ -154,9 +152,9 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise UserError(f"{path} is not there; a folder of weights needs it") from e
+        raise UserError(f"{path} is not there") from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it and fetch it again") from e
+        raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
 
 
 REPOSITORY = r"[\w.-]+/[\w.-]+"
@@ -344,11 +342,10 @@ def load_weights(folder, device="cpu", dtype=None):
     return model.requires_grad_(True).eval()
 
 
-def save_weights(model, folder, dtype=None):
+def save_weights(model, folder):
     """Write config.json and model.safetensors as transformers' AutoModelForCausalLM opens them."""
     c, folder = model.config, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {hub_name(name): p.detach().to(dtype or p.dtype) for name, p in model.state_dict().items()
+    tensors = {hub_name(name): p for name, p in model.state_dict().items()
                if not (c.tied and name == "lm_head.weight")}
     stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": c.vocab_size,
@@ -380,15 +377,15 @@ class Qwen2Tokenizer:
     tokens (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters:
     id}, merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the
     model, which may have ids that stand for nothing, stops: ids that end a text (None: <|endoftext|> alone);
-    special: which of the added tokens are, and chat_template: of an instruction-tuned model, as its files
-    have them. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
+    special: the added tokens that its files call special (None: all); chat_template: an instruction-tuned
+    model's, or None. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
     kind = "qwen2"
 
     def __init__(self, vocab, merges, added, vocab_size, stops=None, special=None, chat_template=None):
         import tiktoken
         letters = byte_letters()
         ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
-        made = [vocab[merge.replace(" ", "", 1)] for merge in merges]
+        made = [vocab[merge.replace(" ", "", 1)] for merge in merges]          # the id that each merge makes
         if any(a >= b for a, b in zip(made, made[1:])) or len(ranks) != 256 + len(made):
             raise ValueError("its token ids are not in the order of its merges")
         self.vocab, self.merges, self.added, self.vocab_size = vocab, merges, added, vocab_size
@@ -466,7 +463,6 @@ def save_tokenizer(tokenizer, folder):
     """Write vocab.json, merges.txt and tokenizer_config.json as transformers' AutoTokenizer opens them, and
     the end tokens."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0],
               "unk_token": None, "bos_token": None,
@@ -488,10 +484,10 @@ def load_model(name, device="cpu", dtype=None):
     return model, read_tokenizer(folder, model.config.vocab_size)
 
 
-def save_model(model, tokenizer, folder, dtype=None):
+def save_model(model, tokenizer, folder):
     """Write a folder in the hub's layout, which transformers opens as it is."""
     save_tokenizer(tokenizer, folder)
-    save_weights(model, folder, dtype)
+    save_weights(model, folder)
 
 
 # ----------------------------------------------------------------------------------- DistilBERT and WordPiece
@@ -670,8 +666,7 @@ def save_scorer(scorer, folder):
     c, folder = scorer.config, Path(folder)
     config = {"architectures": ["DistilBertForSequenceClassification"], "model_type": "distilbert",
               "activation": "gelu", "sinusoidal_pos_embds": False, "attention_dropout": c.dropout,
-              "seq_classif_dropout": c.dropout,
-              "pad_token_id": scorer.tokenizer.pad,
+              "seq_classif_dropout": c.dropout, "pad_token_id": scorer.tokenizer.pad,
               "id2label": {str(i): "POSITIVE" if i == c.positive else "NEGATIVE" for i in (0, 1)},
               "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
     config.pop("positive")

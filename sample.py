@@ -5,8 +5,8 @@
     python sample.py --run Qwen/Qwen2-0.5B --prompt "The meaning of life is" --temperature 0       # 1 GB
     python sample.py --run Qwen/Qwen2-0.5B-Instruct --chat --prompt "Why is the sky blue?"
 
-One step of generation: the model reads one token per row and returns hidden [B, 1, D]; only that position is
-unembedded; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens
+One step of generation: the model reads one token per row and returns hidden [B, 1, D]; its logits are
+computed; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens
 and to the smallest set of tokens with probability top_p in sum (Holtzman et al. 2020), renormalised.
 temperature 0 takes the most likely token. A repetition penalty c (Keskar et al. 2019) divides the logits
 above 0 of all tokens that the text already has by c, and multiplies those below 0. What the model remembers
@@ -75,8 +75,8 @@ def penalize(logits, seen, penalty):
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] in what was drawn
-    from)."""
+    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] under the
+    distribution that it was drawn from)."""
     if temperature == 0:
         token = logits.max(-1).indices                                      # five times as fast as argmax
         return token, logits.new_zeros(len(logits), dtype=torch.float32)
@@ -112,8 +112,8 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
     text = torch.zeros(len(prompts), total, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         text[row, :len(prompt)] = torch.tensor(prompt, device=device)
-    window = total if model.recurrent else min(total, model.config.block_size)
-    if not model.recurrent and lengths.max() > window:
+    window = min(total, context(model))
+    if lengths.max() > window:
         raise ValueError(f"a prompt has {int(lengths.max())} tokens, the model's context {window}")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
@@ -129,9 +129,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
         in_prompt = t < lengths
         new = ~in_prompt & ~done
         text[:, t] = torch.where(in_prompt, text[:, t], token)
-        done = done | new & (t + 1 >= lengths + max_new_tokens)
-        if len(stops):
-            done = done | new & torch.isin(token, stops)
+        done = done | new & ((t + 1 >= lengths + max_new_tokens) | torch.isin(token, stops))
         yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
         if done.all():
             return
@@ -156,8 +154,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
 def encode_prompt(tokenizer, text):
     """Token ids of a prompt, behind what every text begins with (the end token; nothing for Qwen2, but an
-    empty prompt needs a token). Words that a vocabulary without <unk> does not have are left out, with a
-    warning."""
+    empty prompt needs a token). Unknown characters, and unknown words where there is no <unk>, are left out
+    with a warning."""
     if tokenizer.kind == "char" or tokenizer.kind == "word" and tokenizer.unk is None:
         pieces = tokenizer.normalize(text)
         if unknown := [piece for piece in pieces if piece not in tokenizer.ids]:
@@ -255,16 +253,14 @@ def main(argv=None):
                         f"{config.run} was not")
     if config.chat and not config.prompt:
         return chat(model, tokenizer, config)
-    asked = config.prompt
-    if config.chat:
-        asked = system_message(tokenizer) + MESSAGE.format(role="user", text=asked) + ANSWER
-    prompt = encode_prompt(tokenizer, asked)
-    if not model.recurrent and len(prompt) > model.config.block_size:
-        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is "
-                        f"{model.config.block_size}; shorten it")
-    eos = tokenizer.stops if qwen2 or config.stop else []
+    asked, eos = config.prompt, tokenizer.stops if qwen2 or config.stop else []
     if config.chat:
         eos = [*eos, tokenizer.added["<|im_end|>"]]
+        asked = system_message(tokenizer) + MESSAGE.format(role="user", text=asked) + ANSWER
+    prompt = encode_prompt(tokenizer, asked)
+    if len(prompt) > context(model):
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {context(model)}; "
+                        "shorten it")
     shown = prompt[len(tokenizer.begin):] if config.prompt and not config.chat else []
     seed = torch.seed() % (1 << 31) if config.seed is None else config.seed
     for n in range(config.n):

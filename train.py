@@ -15,7 +15,7 @@ where it stopped: the state is carried on, its history is cut (truncated back-pr
 Williams & Peng 1990), so gradients reach block_size tokens back and memory further. The Transformer has no
 state and reads windows of block_size tokens in random order.
 
-What a step does, with g the gradient, scaled down to a norm of at most --clip (Pascanu et al. 2013), and
+What a step does, with g the gradient, scaled down to a norm of at most --grad-clip (Pascanu et al. 2013), and
 AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) on float32 weights (matmuls in bfloat16 where the hardware
 has them):
 
@@ -32,8 +32,9 @@ Where each is:
     a whole training                    train, stages 4 to 8
 
 A run is a folder: last.pt (all that is needed to resume), best.pt (the weights with the lowest validation
-loss), log.csv (a row for every log step and evaluation), result.json (the final figures). Every file is
-written under another name first and then renamed, so a kill at any moment leaves the previous one whole.
+loss), log.csv (a row for every log step and evaluation), result.json (the final figures). log.csv grows row
+by row; every other file is written under another name first and then renamed, so a kill at any moment leaves
+the previous one whole.
 """
 import copy
 import csv
@@ -62,7 +63,8 @@ import qwen_load
 from data import UserError, option, save_json, write_atomically
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
-from transformer import DecoderLayer, Scorer, Transformer, TransformerConfig, use_layer_kernels
+from transformer import (DecoderLayer, FastDecoderLayer, Scorer, Transformer, TransformerConfig,
+                         use_layer_kernels)
 
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
@@ -83,9 +85,7 @@ REAL_TEXT = {
     "transformer": dict(n_embd=128, n_layer=6, n_head=4, batch_size=16, block_size=64, lr=5e-3,
                         dropout=0.1, weight_decay=0.6, epochs=10.0),
 }
-CHARACTERS = {
-    "transformer": dict(n_embd=192, n_head=6, block_size=128, lr=3e-3, weight_decay=0.1),
-}
+CHARACTERS = {"transformer": dict(n_embd=192, n_head=6, block_size=128, lr=3e-3, weight_decay=0.1)}
 
 
 @dataclass
@@ -184,7 +184,7 @@ libc = ctypes.CDLL(None) if os.name == "posix" else None        # the C library
 
 def keep_memory():
     """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and
-    fetch them anew, page by page. (PPO with 50,257 tokens: 4.0 s an iteration, 2.9 so.)"""
+    fetch them anew, page by page. (PPO with 50,257 tokens: 4.0 s an iteration without, 2.9 with.)"""
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                                                    # M_MMAP_MAX
         libc.mallopt(-1, 2 ** 31 - 1)                                          # M_TRIM_THRESHOLD
@@ -237,7 +237,8 @@ def compile_layers(model, device):
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--compile does not work here: {reason}. Leave it out") from e
     for layer in model.layers:
-        layer.__class__ = DecoderLayer
+        if type(layer) is FastDecoderLayer:
+            layer.__class__ = DecoderLayer
         layer.compile()
 
 
@@ -318,7 +319,7 @@ def token_losses(model, ids, rows=1, context=None, stride=None, dtype=None):
             padded[:, :n] = torch.stack((ids[:-1], ids[1:]))
             inputs, targets = padded.unfold(1, before + length, length)         # [rows, before + length] each
             state = model.init_state(rows)
-            if before:
+            if before:              # the first piece starts from zeros, the others from the beginning's state
                 beginning = model(inputs[:1, :before].to(device))[1]
                 state = take_rows(join_rows([model.init_state(1)] + [beginning] * (rows - 1)), 0, 1, device)
             for x, y in zip(inputs.clamp(min=0).split(256, 1), targets.split(256, 1)):
@@ -474,7 +475,7 @@ class Progress:
         self.step_seconds += seconds
 
     def is_best(self, loss):
-        """Whether this validation loss is the lowest so far; step 0, before any training, does not count."""
+        """Note a validation loss; -> whether it is the lowest so far. Step 0, before any training, is not."""
         better = self.step > 0 and loss < self.best
         if better:
             self.best, self.best_step = loss, self.step
@@ -652,12 +653,14 @@ def stopped(progress, resume_hint, world=1):
 
 # ------------------------------------------------------------------ several processes (one laptop: skip this)
 
+import torch.distributed as dist
+
+
 def join_processes(device):
     """Under torchrun: join the other processes; -> (rank, world size, device of this process). Else (0, 1,
     device)."""
     if data.job_size() == 1:
         return 0, 1, device
-    import torch.distributed as dist
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -670,7 +673,6 @@ def join_processes(device):
 
 def leave_processes(world):
     if world > 1:
-        import torch.distributed as dist
         dist.barrier()                                              # torchrun ends those that are left behind
         dist.destroy_process_group()
 
@@ -678,10 +680,8 @@ def leave_processes(world):
 @contextmanager
 def first_process_first(rank, world):
     """What is done inside, the first process does before the others: it downloads and encodes for all."""
-    if world > 1:
-        import torch.distributed as dist
-        if rank:
-            dist.barrier()
+    if rank:
+        dist.barrier()
     yield
     if world > 1 and rank == 0:
         dist.barrier()
@@ -705,15 +705,14 @@ def average_gradients(model, device, world):
     """The model, wrapped so that a backward pass averages the gradients of all processes."""
     if world == 1:
         return model
-    from torch.nn.parallel import DistributedDataParallel
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    on = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=on)
 
 
 def broadcast(value, world, device):
     """The first process's value, for all."""
     if world == 1:
         return value
-    import torch.distributed as dist
     box = [value]
     dist.broadcast_object_list(box, device=device)
     return box[0]
@@ -723,7 +722,6 @@ def mean_and_any(loss, flag, world, device):
     """The mean of a number over the processes, and whether any of them has the flag."""
     if world == 1:
         return loss, flag
-    import torch.distributed as dist
     both = torch.tensor([loss, flag], dtype=torch.float64, device=device)
     dist.all_reduce(both)
     return both[0].item() / world, both[1].item() > 0
@@ -733,7 +731,6 @@ def gather_state(state, world):
     """The recurrent state of all rows of a batch, on the CPU, from the processes' parts."""
     states = [state]
     if world > 1:
-        import torch.distributed as dist
         states *= world
         dist.all_gather_object(states, state)
     return join_rows(states)
@@ -778,6 +775,8 @@ def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, w
     started = time.perf_counter()
     data.live("measuring the speed")
     model = copy.deepcopy(model).train()
+    if config.compile:
+        compile_layers(model, device)                               # a copy is not compiled
     optimizer = configure_optimizer(model, config.lr / 100, config.weight_decay)
     ddp_model, state = average_gradients(model, device, world), None
     for step in range(MEASURED):
@@ -798,7 +797,7 @@ def plan_minutes(config, progress, model, batches, texts, device, dtype, rank, w
     now = time.perf_counter()
     times = broadcast((step_seconds, now - clock, now - started), world, device)
     step_seconds, eval_seconds, progress.seconds = times
-    left = 0.98 * config.minutes * 60 - progress.seconds
+    left = 0.98 * config.minutes * 60 - progress.seconds - eval_seconds     # one evaluation is at step 0
     evaluations = max(2, min(20, int(0.1 * left / eval_seconds)))
     if config.eval_every:
         step_seconds += eval_seconds / config.eval_every
@@ -913,7 +912,7 @@ def train(config, corpora, device, dtype, rank=0, world=1, checkpoint=None, resu
     # 8 results
     if rank:
         return None
-    result = {"val_ppl": math.exp(progress.best), "epochs": steps / batches.steps_per_epoch,
+    result = {"val_ppl": math.exp(min(progress.best, 700)), "epochs": steps / batches.steps_per_epoch,
               "tokens_per_second": progress.tokens_per_second(batches)}
     if not config.search:
         model.load_state_dict(read_checkpoint(run / "best.pt")["model"])
@@ -927,7 +926,7 @@ def final_figures(model, corpus, dtype):
     """Perplexity on the validation and test splits, the state carried from end to end of each; floor; the
     share of <unk> among what is predicted. None for a test split that the corpus does not have."""
     out = {"test_ppl": None, "floor_ppl": corpus.floor.get("test"), "test_tokens": None}
-    for split in corpus.ids.keys() - {"train"}:
+    for split in [split for split in corpus.ids if split != "train"]:
         ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
         scores = perplexity(model, ids, rows=1 if len(ids) <= EXACT else eval_batch_size(ids), dtype=dtype)
         name = "val" if split == "valid" else split
@@ -1013,16 +1012,18 @@ def search(config, given, corpora, device, dtype):
             data.live("")
             print(f"rung {rung + 1} of {len(sizes)}, trial {i}: validation perplexity "
                   f"{result['val_ppl']:.1f}", flush=True)
-        alive = sorted(alive, key=lambda i: float(trials[i][score]))[:-(-size // 3)]
+        alive = sorted(alive, key=lambda i: float(trials[i][score]))[:math.ceil(size / 3)]
     best = float(trials[alive[0]][scores[-1]])
     if not math.isfinite(best):
         raise UserError("every trial that was left diverged; search again with another --seed, or a smaller "
                         "--lr held fixed")
-    fixed = sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume"})
+    fixed = sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume", "sample",
+                            "compile"})
     chosen = configs[alive[0]] | {name: getattr(config, name) for name in fixed}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
     print(f"all trials are in {folder}/trials.csv. The best, validation perplexity {best:.2f}:\n"
-          f"python train.py --model {config.model} --data {config.data} --minutes {config.minutes:g} {flags}")
+          f"python train.py --model {config.model} --data {data.quoted(config.data)} --minutes "
+          f"{config.minutes:g} {flags}")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1114,13 +1115,13 @@ def resume_or_refuse(config, given, script, places, files=("last.pt", "result.js
     return checkpoint, type(config)(**saved | changed)
 
 
-def check_text(corpus, fingerprint, run):
+def check_text(corpus, checkpoint, run):
     """UserError if a text is too short to be split, or is not the one that a run was started with."""
     for split, ids in corpus.ids.items():
         if len(ids) < 2 and split != "train":
             raise UserError(f"{corpus.name} is too short: its {split} part (5 %, cut between lines) holds "
                             f"{len(ids)} tokens")
-    if fingerprint and fingerprint != corpus.fingerprint():
+    if checkpoint and checkpoint.get("fingerprint") != corpus.fingerprint():
         raise UserError(f"{corpus.name} is no longer the text that the run in {run} was started with; "
                         "restore it, or start a new run with --run")
 
@@ -1158,7 +1159,7 @@ def main(argv=None):
     splits = ("train", "valid") if config.search else ("train", "valid", "test")
     with first_process_first(rank, world):                          # it downloads and encodes
         corpus = data.load(config.data, tokenizer, splits)
-        check_text(corpus, checkpoint and checkpoint.get("fingerprint", "unknown"), config.run)
+        check_text(corpus, checkpoint, config.run)
         also = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
         corpora = {"val": corpus} | also
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])

@@ -624,7 +624,7 @@ def use_layer_kernels(model):
         outcomes = []
         try:
             for layer.__class__ in layer_type, FastDecoderLayer:        # one layer, computed in both ways
-                torch.manual_seed(0)                                    # the same dropout
+                torch.default_generator.manual_seed(0)                  # the same dropout
                 outcomes.append(layer(*args, None))
         except Exception:                                               # it has other parameters or arguments
             return model

@@ -440,3 +440,24 @@ def test_the_reward_at_a_given_divergence_lies_on_the_line_between_two_evaluatio
     log = [{"step": k, "eval_kl": kl, "eval_reward": reward} for k, (kl, reward) in enumerate([(0, 1.0), (2, 3.0), (1, 9.0), (6, 4.0)])] + [{"step": 9}]
     run = evaluation.Run("a", None, None, log, {}, {})
     assert [evaluation.reward_at(run, kl) for kl in (1.0, 2.0, 4.0, 6.0, 7.0)] == [2.0, 3.0, 6.0, 4.0, None]
+
+
+def test_an_interrupted_report_leaves_the_one_before(runs, few_documents, monkeypatch):
+    evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--sentences", "5", "--out", "r"])
+    before = Path("r/report.json").read_text()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluation, "measure_runs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--sentences", "5", "--out", "r"])
+    assert Path("r/report.json").read_text() == before
+    evaluation.main(["--redraw", "--out", "r"])
+
+
+def test_a_text_may_have_and_in_its_name(tmp_path):
+    pytest.importorskip("matplotlib")
+    counts = Counter("a a b c".split()), Counter("a b b d".split())
+    found = evaluation.compare_frequencies(*counts) | {"texts": ["crime and punishment", "war and peace"]}
+    evaluation.plot_frequencies(found, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 1000

@@ -417,6 +417,15 @@ def test_memory_is_estimated_and_too_little_is_said(qwen, monkeypatch):
     assert "It will fail or crawl" in finetune.memory_text(model, args, torch.device("cpu"), torch.bfloat16)
 
 
+def test_rows_that_the_processes_cannot_share_are_refused_on_a_resume_too(base):
+    finetune.main(["--base", base, "--run", "ft", "--steps", "2", *QUICK])
+    checkpoint = train.read_checkpoint("ft/last.pt")
+    config = finetune.Config(**checkpoint["options"])
+    finetune.open_base(config, torch.device("cpu"), checkpoint, config.batch_size)
+    with pytest.raises(UserError, match=f"cannot be cut into {config.batch_size + 1} equal micro-batches"):
+        finetune.open_base(config, torch.device("cpu"), checkpoint, config.batch_size + 1)
+
+
 def test_a_recurrent_base_is_tuned_too(tmp_path):
     train.main(["--model", "lstm", "--steps", "5", "--n-embd", "16", "--batch-size", "4", "--block-size", "16", "--run", "base"])
     finetune.main(["--base", "base", "--run", "ft", "--steps", "4", *QUICK])
