@@ -78,8 +78,8 @@ DEFAULTS = {
     "transformer": dict(n_embd=128, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3, epochs=2.0),
 }
 REAL_TEXT = {
-    "rnn": dict(n_embd=384, n_layer=1, batch_size=32, block_size=35, lr=3e-3, dropout=0.3,
-                dropout_input=0.2, dropout_embed=0.05, weight_decay=0.02, epochs=10.0),
+    "rnn": dict(n_embd=512, n_layer=1, batch_size=32, block_size=35, lr=3e-3, dropout=0.3,
+                dropout_input=0.2, dropout_embed=0.05, weight_decay=0.1, epochs=10.0),
     "lstm": dict(n_embd=512, n_layer=1, batch_size=32, block_size=70, lr=1.1e-2, dropout=0.3,
                  dropout_hidden=0.2, dropout_input=0.2, dropout_embed=0.05, weight_decay=0.05, epochs=10.0),
     "transformer": dict(n_embd=128, n_layer=6, n_head=4, batch_size=16, block_size=64, lr=5e-3,
