@@ -446,7 +446,7 @@ def rlhf(device):
                 args = ppo.Config(run=str(folder / "run"), data="imdb", lr=1e-6, **{k: v for k, v in ppo.DEFAULTS[False].items() if k != "lr"})
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
-                model, reference = (train.load_run(folder / "policy", dtype=torch.float32)[0] for _ in range(2))
+                model, reference = (use_layer_kernels(qwen_load.load_weights(folder / "policy", dtype=torch.float32)) for _ in range(2))
                 task = ppo.make_task(reference, ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
                 ours = OurPPO(task, model, prompts, dtype)
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
