@@ -80,14 +80,10 @@ class NotFound(UserError):
     """A server has no such file."""
 
 
-def job_size():
-    """The number of processes of a torchrun job; 1 outside of one, whatever else a platform may set."""
-    in_a_job = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    return int(os.environ["WORLD_SIZE"]) if in_a_job else 1
-
-
-def job_rank():
-    return int(os.environ["RANK"]) if job_size() > 1 else 0
+# this process's number and how many there are, in a torchrun job; outside of one, whatever else a platform sets, 0 and 1
+RANK, WORLD = 0, 1
+if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def run_main(main):
@@ -99,7 +95,7 @@ def run_main(main):
             stream.reconfigure(errors="replace")
     try:
         main()
-        if job_size() > 1:
+        if WORLD > 1:
             leave(0)
     except SystemExit as e:                                     # --help, or stopped and saved
         leave(e.code)
@@ -121,7 +117,7 @@ def leave(status, message=""):
     and then abort a slow exit."""
     if message:
         print(message, file=sys.stderr)
-    if job_size() > 1 and isinstance(status, int):
+    if WORLD > 1 and isinstance(status, int):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -131,7 +127,7 @@ def leave(status, message=""):
 def live(text, end="\r"):
     """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only
     what ends with a new line is printed. In a torchrun job, the first process has it."""
-    if job_rank():
+    if RANK:
         return
     if end == "\n" and not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
@@ -192,10 +188,24 @@ def quoted(path):
     return f'"{path}"' if " " in str(path) else str(path)
 
 
+def write_text(path, text):
+    write_atomically(Path(path), lambda f: f.write(text.encode()))
+
+
 def save_json(path, value):
-    """Write value as JSON, all of it or nothing."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda f: f.write(text.encode()))
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path, default=None):
+    """What a JSON file holds; default, if there is one, where it is missing. UserError for a damaged file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        if default is not None:
+            return default
+        raise UserError(f"{path} is not there") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -581,7 +591,7 @@ def word_pieces(chunk, known=()):
 
 
 class WordTokenizer:
-    """A closed word-level vocabulary. Unknown words become <unk>, or a ValueError where there is no <unk>;
+    """A closed word-level vocabulary. Unknown words become <unk>, or a UserError where there is no <unk>;
     punctuation that the vocabulary does not have is dropped. A new line (in text with document separators:
     the separator) becomes <eos>."""
     kind = "word"
@@ -592,8 +602,8 @@ class WordTokenizer:
         self.vocab_size, self.eos, self.unk = len(self.words), self.ids["<eos>"], self.ids.get("<unk>")
         self.begin = self.stops = [self.eos]                    # ids that a text begins with, and ends with
         self.suppressed = [] if self.unk is None else [self.unk]        # ids that are never drawn
-        self.pieces = lru_cache(500_000)(self.pieces)           # most words come again
 
+    @lru_cache(500_000)                                         # most words come again
     def pieces(self, chunk):
         """The words of a chunk between spaces, without punctuation that the vocabulary does not have."""
         return [w for w in word_pieces(chunk, self.ids) if w in self.ids or any(ch.isalnum() for ch in w)]
@@ -607,7 +617,8 @@ class WordTokenizer:
         words = self.normalize(text)
         ids = [self.ids.get(w, self.unk) for w in words]
         if None in ids:
-            raise ValueError(f"the vocabulary has no word for {words[ids.index(None)]!r}")
+            raise UserError(f"the vocabulary has no word for {words[ids.index(None)]!r}, and no <unk>: embedded "
+                            "languages go with embedded languages; for other text, --tokenizer gpt2 can read any")
         return ids
 
     def decode(self, ids):
@@ -810,7 +821,7 @@ def article(title):
     if not text.strip():
         raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
                         "address")
-    write_atomically(path, lambda f: f.write(text.encode()))
+    write_text(path, text)
     return path
 
 
@@ -1068,15 +1079,11 @@ def encode_split(name, split, tokenizer):
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encoded():
-        try:
-            for k, text in enumerate(documents(name, split)):
-                if k % 1000 == 0:
-                    live(f"encoding {name} ({split}): {k:,} texts")
-                yield np.array(tokenizer.encode(text), dtype)
-            live("")
-        except ValueError as e:
-            raise UserError(f"{name} cannot be read with this vocabulary: {e}. One of the same kind can: "
-                            "embedded languages go with embedded languages, or take --tokenizer gpt2") from e
+        for k, text in enumerate(documents(name, split)):
+            if k % 1000 == 0:
+                live(f"encoding {name} ({split}): {k:,} texts")
+            yield np.array(tokenizer.encode(text), dtype)
+        live("")
 
     generated = name in CORPORA and not CORPORA[name].file
     source = None if generated else source_file(name, split).resolve()
@@ -1128,12 +1135,19 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
 
 # ---------------------------------------------------------------------------------------------------- batches
 
-def check_length(batches, ids):
-    """UserError unless the text is long enough for a batch."""
+def prepend_eos(tokenizer, ids):
+    """ids (an array) behind the end token, int64: what train.perplexity expects of an independent text."""
+    return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(np.asarray(ids).astype(np.int64))])
+
+
+def batches_of(model, ids, batch_size, block_size, seed):
+    """The batches that a model is trained with. UserError unless the text is long enough for one."""
+    kind = ContiguousBatches if model.recurrent else WindowBatches
+    batches = kind(ids, batch_size, block_size, seed)
     if batches.steps_per_epoch < 1:
-        raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of "
-                        f"{batches.batch_size} rows of {batches.block_size} tokens. Take a longer text, or "
-                        "smaller --batch-size and --block-size")
+        raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} rows of "
+                        f"{block_size} tokens. Take a longer text, or smaller --batch-size and --block-size")
+    return batches
 
 
 def rows_at(ids, starts, block_size):
@@ -1151,9 +1165,9 @@ class ContiguousBatches:
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
+        self.tokens = batch_size * block_size                   # of a batch
         self.row = (len(ids) - block_size) // batch_size        # up to a block is left for the random start
         self.steps_per_epoch = (self.row - 1) // block_size
-        check_length(self, ids)
 
     def is_epoch_start(self, step):
         return step % self.steps_per_epoch == 0
@@ -1171,11 +1185,11 @@ class WindowBatches:
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
+        self.tokens = batch_size * block_size                   # of a batch
         self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
         self.steps_per_epoch = self.n_windows // batch_size
-        self.starts = lru_cache(1)(self.starts)                 # of one epoch at a time
-        check_length(self, ids)
 
+    @lru_cache(1)                                               # of one epoch at a time
     def starts(self, epoch):
         """Where the windows of an epoch begin, in their order."""
         rng = np.random.default_rng((self.seed, epoch))

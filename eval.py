@@ -46,10 +46,10 @@ import numpy as np
 import torch
 
 import data
-from data import UserError, option, save_json, write_atomically
-from qwen_load import read_json
-from sample import encode_prompt, generate
-from train import LOCAL, autocast, context, load_run, pick_device, pick_dtype, read_checkpoint, token_losses
+from data import UserError, option, read_json, save_json, write_atomically, write_text
+from sample import (autocast, context_length, encode_prompt, generate, load_run, pick_device, pick_dtype,
+                    read_checkpoint)
+from train import SHOWN, perplexity_of, token_losses
 
 
 @dataclass
@@ -110,7 +110,7 @@ def run_options(folder):
         return result, result.get("options", {}), result.get("steps", 0)
     path = path.with_name("last.pt")                                        # not finished
     checkpoint = read_checkpoint(path) if path.exists() else {}
-    return {}, checkpoint.get("options", {}), checkpoint.get("progress", {}).get("steps", 0)
+    return {}, checkpoint.get("options", {}), checkpoint.get("run", {}).get("steps", 0)
 
 
 def open_run(folder, device):
@@ -216,11 +216,6 @@ def per_document_nll(model, texts, eos, dtype=None, group=32):
     return out
 
 
-def exp(nats):
-    """A perplexity; what is too large for a number stays one."""
-    return math.exp(min(nats, 700))
-
-
 class Speller:
     """Bits to spell a word: a letter-bigram model of a vocabulary, add-one smoothed; see the top of this
     file."""
@@ -247,7 +242,7 @@ def in_words(tokenizer, sentence):
 
 
 def read_sentence(tokenizer, sentence):
-    """-> (ids, unknown words, characters) of a sentence; ValueError for a word that a vocabulary without
+    """-> (ids, unknown words, characters) of a sentence; UserError for a word that a vocabulary without
     <unk> lacks."""
     if tokenizer.kind != "word":
         ids = tokenizer.encode(sentence)
@@ -256,27 +251,27 @@ def read_sentence(tokenizer, sentence):
     words = in_words(tokenizer, sentence)
     unknown = [w for w in words if w not in tokenizer.ids or w == "<unk>"]
     if unknown and tokenizer.unk is None:
-        raise ValueError(f"its vocabulary has no {unknown[0]!r}")
+        raise UserError(f"its vocabulary has no {unknown[0]!r}")
     return [tokenizer.ids.get(w, tokenizer.unk) for w in words], unknown, sum(len(w) + 1 for w in words)
 
 
 def score(model, tokenizer, sentence_list, dtype, ends=False):
     """The perplexities of sentences under a model: the definitions at the top of this file. ends: the end
-    token after each is predicted too, as documents have it. ValueError if they cannot be read with the
+    token after each is predicted too, as documents have it. UserError if they cannot be read with the
     tokenizer's vocabulary."""
     read = [read_sentence(tokenizer, s) for s in sentence_list]
     kept = [k for k, (ids, _, _) in enumerate(read) if ids]
     if not kept:
-        raise ValueError("nothing in it is a word of its vocabulary")
+        raise UserError("nothing in it is a word of its vocabulary")
     texts = [read[k][0] + [tokenizer.eos] * ends for k in kept]
     losses = per_document_nll(model, texts, tokenizer.eos, dtype)
     unknown = [w for k in kept for w in read[k][1]]
     speller = Speller(w for w in getattr(tokenizer, "words", ()) if w not in ("<unk>", "<eos>"))
     spelling = sum(speller.bits(w) for w in unknown if w != "<unk>")
     nats, characters = np.concatenate(losses), sum(read[k][2] for k in kept)
-    each = dict.fromkeys(range(len(read))) | {k: exp(v.mean()) for k, v in zip(kept, losses)}
+    each = dict.fromkeys(range(len(read))) | {k: perplexity_of(v.mean()) for k, v in zip(kept, losses)}
     return {"sentences": list(each.values()), "mean": statistics.fmean(each[k] for k in kept),
-            "corpus": exp(nats.mean()), "tokens": len(nats), "unknown": len(unknown) / len(nats),
+            "corpus": perplexity_of(nats.mean()), "tokens": len(nats), "unknown": len(unknown) / len(nats),
             "characters": characters,
             "bits_per_character": (nats.sum() / math.log(2) + spelling) / characters,
             "ids": [i for ids in texts for i in ids], "losses": nats}
@@ -357,7 +352,7 @@ def distinct(texts, n):
 
 def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     """Continuations of a prompt at a low and a high temperature, how varied they are, and their perplexity
-    under the model that wrote them. ValueError for a prompt longer than the model's context."""
+    under the model that wrote them. UserError for a prompt longer than the model's context."""
     tokenizer, out = run.tokenizer, []
     prompt = encode_prompt(tokenizer, prompt)
     read = prompt[len(tokenizer.begin):]
@@ -368,7 +363,7 @@ def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
         own = np.concatenate([v[len(read):] for v in losses])
         out.append({"temperature": temperature, "text": tokenizer.decode(read + texts[0]),
                     "distinct-1": distinct(texts, 1), "distinct-2": distinct(texts, 2),
-                    "perplexity under itself": exp(own.mean())})
+                    "perplexity under itself": perplexity_of(own.mean())})
     return out
 
 
@@ -378,7 +373,7 @@ def by_configuration(runs):
     """[{seed: run}]: finished runs that differ in their seed alone are together."""
     groups = defaultdict(dict)
     for run in runs:
-        same = {k: v for k, v in run.options.items() if k not in ("seed", *LOCAL)}
+        same = {k: v for k, v in run.options.items() if k not in {"seed", *SHOWN}}
         key, seed = json.dumps([run.corpus, same], sort_keys=True), run.options.get("seed", "?")
         if not run.result or seed in groups[key]:                  # not finished, or a copy: a row of its own
             key += run.name
@@ -453,11 +448,14 @@ def frequencies(runs, domains, scores):
 
 
 def search_trials(path):
-    """The trials of one search, best first: those that reached the last rung, then those of the rung
-    before."""
-    with open(path, newline="") as f:
-        rows = [r for r in csv.DictReader(f) if r.get("val_ppl_1")]
-    rungs = sorted((k for k in rows[0] if k.startswith("val_ppl_")), reverse=True) if rows else []
+    """The trials of one search, from its table of finished trainings; best first: those that reached the last
+    rung, then those of the rung before."""
+    trials = {}
+    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        score = row.pop("val_ppl")
+        trials.setdefault(row["trial"], {}).update(row | {f"val_ppl_{row['rung']}": score})
+    rungs = sorted({name for row in trials.values() for name in row if name.startswith("val_ppl_")}, reverse=True)
+    rows = [dict.fromkeys(rungs[::-1], "") | row for row in trials.values()]
     return sorted(rows, key=lambda r: [float(r[k] or "inf") for k in rungs])
 
 
@@ -513,7 +511,7 @@ def measure_runs(runs, domains, left_out, prompt, n_sentences, dtype, searches):
             try:
                 scores[run.name, name] = score(run.model, run.tokenizer, sentence_list[:n_sentences],
                                                dtype, ends=embedded)
-            except ValueError as e:
+            except UserError as e:
                 gaps[run.name] = str(e)
         report["domains"][name] = {
             "sentences": sentence_list[:n_sentences], "gaps": gaps,
@@ -526,7 +524,7 @@ def measure_runs(runs, domains, left_out, prompt, n_sentences, dtype, searches):
             report["memory"].setdefault(run.corpus, {})[run.name] = name_memory(run, dtype)
         try:
             report["samples"][run.name] = samples(run, prompt, dtype)
-        except ValueError as e:                                             # longer than its context
+        except UserError as e:                                              # longer than its context
             report["samples"][run.name] = [{"text": f"– ({e})"}]
     report["rewards"], report["frontier"] = rewards(policies) if policies else ([], {})
     report["search"] = {path.parent.name: rows for path in searches if (rows := search_trials(path))}
@@ -561,7 +559,7 @@ def write_report(folder, lines):
     if not pyplot():
         lines = [line for line in lines if not line.startswith("![")]
         lines.append("No figures, because matplotlib is not installed: pip install matplotlib\n")
-    write_atomically(folder / "report.md", lambda f: f.write("\n".join(lines).encode()))
+    write_text(folder / "report.md", "\n".join(lines))
 
 
 def curves_section(report, out):
@@ -769,7 +767,7 @@ def plot_frequencies(found, path):
 
 def plot_search(rows, path):
     """The validation perplexity of each rung against each hyperparameter in which trials differ."""
-    others = "trial params tokens seconds diverged".split()
+    others = "trial rung model data minutes params tokens seconds".split()
     rungs = [c for c in rows[0] if c.startswith("val_ppl_")]
     varied = [c for c in rows[0] if c not in (*others, *rungs) and len({r[c] for r in rows}) > 1] or ["trial"]
     for panels in figure(path, len(varied), width=2.2):
@@ -799,14 +797,11 @@ def plot_frontier(frontier, path):
 def token_table(run, text, dtype):
     """Print the loss of every token of a sentence, and what the model would have said."""
     model, tokenizer = run.model, run.tokenizer
-    try:
-        ids, unknown, _ = read_sentence(tokenizer, text)
-    except ValueError as e:
-        raise UserError(f"{run.name} cannot read this: {e}; take words it was trained on") from e
+    ids, unknown, _ = read_sentence(tokenizer, text)
     if not ids:
         raise UserError("nothing in this text is a word of the run's vocabulary")
     losses = per_document_nll(model, [ids], tokenizer.eos, dtype)[0]
-    inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(len(ids), context(model))]])
+    inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(len(ids), context_length(model))]])
     with torch.no_grad():
         hidden, _ = model(inputs.to(next(model.parameters()).device))
         guesses = model.logits(hidden)[0].argmax(-1).tolist()
@@ -822,7 +817,7 @@ def token_table(run, text, dtype):
         print(f"{shown(i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {guess}")
     if unknown:
         print(f"<unk> stands for: {', '.join(unknown)}")
-    print(f"{len(ids)} tokens, {losses.mean():.3f} nats per token, perplexity {exp(losses.mean()):.2f}")
+    print(f"{len(ids)} tokens, {losses.mean():.3f} nats per token, perplexity {perplexity_of(losses.mean()):.2f}")
 
 
 def default_domains(runs):

@@ -61,25 +61,23 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import data
-from data import UserError, option, save_json
-from eval import COLOURS, distinct, exp, figure, markdown_table, read_log, write_report
-from finetune import bytes_of_layer, is_embedded
-from qwen_load import WordPiece, build_wordpiece, load_scorer, read_json, save_model, save_scorer
+from data import UserError, option, read_json, save_json
+from eval import COLOURS, distinct, figure, markdown_table, read_log, write_report
+from finetune import is_embedded
+from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
-from sample import encode_prompt, generate_stream
-from train import (COLUMNS, Log, NotFinite, Progress, RunOptions, StopRequest, autocast, base_result,
-                   check_finite, clip_grad_norm, complete_checkpoint, configure_optimizer, context,
-                   dtype_name, extend, get_lr, keep_memory, load_optimizer, load_run, pick_device, pick_dtype,
-                   read_checkpoint, resume_command, resume_or_refuse, resumed_progress, save_checkpoint,
-                   set_lr, step_seed, stopped)
+from sample import (autocast, context_length, count_parameters, dtype_name, encode_prompt, generate_stream,
+                    keep_memory, load_run, pick_device, pick_dtype, read_checkpoint)
+from train import (NotFinite, Run, RunOptions, clip_grad_norm, configure_optimizer, get_lr, load_optimizer,
+                   perplexity_of, resume_hint, resume_or_refuse, set_lr, step_seed)
 from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 
 # by base: pretrained (searched on SmolLM2-135M; every update passes over all weights, so it reads many
 # responses), a run of ours
-DEFAULTS = {True: dict(steps=20, lr=5e-5, batch_size=256, minibatch=64, epochs=2, kl_coef=0.05),
-            False: dict(steps=100, lr=1e-4, batch_size=64, minibatch=16, epochs=4, kl_coef=0.2)}
+DEFAULTS = {True: dict(steps=20, lr=5e-5, batch_size=256, minibatch=64, update_epochs=2, kl_coef=0.05),
+            False: dict(steps=100, lr=1e-4, batch_size=64, minibatch=16, update_epochs=4, kl_coef=0.2)}
 # a scorer: from scratch, by corpus; from a pretrained encoder (searched on MiniLM-L6)
 SCORER = {"reviews": dict(lr=1e-3, epochs=1.0), "imdb": dict(lr=1e-3, epochs=3.0),
           "encoder": dict(lr=1e-4, epochs=2.0)}
@@ -113,7 +111,7 @@ class Config(RunOptions):
     warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
     batch_size: int = option(None, f"responses of an iteration {by_base('batch_size')}")
     minibatch: int = option(None, f"responses of an update {by_base('minibatch')}")
-    epochs: int = option(None, f"times that each response is used {by_base('epochs')}")
+    update_epochs: int = option(None, f"times that each response is used {by_base('update_epochs')}")
     response_tokens: int = option(24, "longest response")
     kl_coef: float = option(None, f"what a nat of KL to the reference costs {by_base('kl_coef')}", at_least=0)
     kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it "
@@ -165,7 +163,7 @@ class TextBatches:
         fits = scorer.config.max_position_embeddings - 2
         # pieces of a text, roughly
         self.block_size = round(sum(min(len(t), fits) + min(len(t), 32) for t in texts) / len(texts) / 2)
-        self.steps_per_epoch = len(texts) // batch_size
+        self.steps_per_epoch, self.tokens = len(texts) // batch_size, batch_size * self.block_size
         self.plan = lru_cache(1)(self.plan)                     # of one epoch at a time
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
@@ -200,7 +198,7 @@ def evaluate_scorer(scorer, texts, labels, device, dtype):
         logits = scorer.logits(texts)
     labels = torch.tensor(labels)
     nll = F.cross_entropy(logits, labels).item()
-    return {"nll": nll, "ppl": exp(nll), "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
+    return {"nll": nll, "ppl": perplexity_of(nll), "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
 
 
 def new_scorer(tokenizer, device):
@@ -215,8 +213,6 @@ def new_scorer(tokenizer, device):
 
 def train_reward(config, device, dtype, checkpoint=None):
     """Train a scorer on labelled reviews, into config.run: a folder in the hub's layout."""
-    run = Path(config.run)
-
     # 3 data
     splits = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
     torch.manual_seed(config.seed)
@@ -234,87 +230,78 @@ def train_reward(config, device, dtype, checkpoint=None):
     ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
     labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
     batches = TextBatches(scorer, ids["train"], labels["train"], config.batch_size, config.seed)
+    fingerprint = f"{zlib.crc32(repr(ids['train']).encode()):08x}"
+    if checkpoint and checkpoint.get("fingerprint") != fingerprint:
+        raise UserError(f"{config.data} is not the text that the run in {config.run} was started with; name that, or "
+                        "start a new run")
 
     # 5 optimizer
     optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
     steps = max(1, round(config.epochs * batches.steps_per_epoch))
-    progress = Progress(steps, config.eval_every or -(-steps // 10))
     warmup_steps = min(100, max(1, steps // 10))
 
     # 6 resume
     if checkpoint:
-        with complete_checkpoint(run):
-            scorer.load_state_dict(checkpoint["model"])
-            load_optimizer(optimizer, checkpoint["optimizer"])
-            progress = resumed_progress(run, checkpoint, config)
-        if checkpoint.get("extended"):
-            extend(run, progress, steps, config.lr, warmup_steps)
-    steps = progress.steps
+        scorer.load_state_dict(checkpoint["model"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
 
     # 7 loop
-    log = Log(run, COLUMNS, progress.resumed_at)
-    data.live(f"a scorer of {sum(p.numel() for p in scorer.parameters()):,} parameters on "
-              f"{len(ids['train']):,} texts of {config.data}, {steps} steps, {device.type} "
-              f"{dtype_name(dtype)}, {run}", "\n")
+    data.live(f"a scorer of {count_parameters(scorer):,} parameters on {len(ids['train']):,} texts of "
+              f"{config.data}, {steps} steps, {device.type} {dtype_name(dtype)}, {config.run}", "\n")
     scorer.train()
-    clock, loss, metrics = time.perf_counter() - progress.seconds, math.nan, {}
-    with StopRequest() as stop:
-        for step in range(progress.step, steps + 1):
+    hint = resume_hint("python ppo.py --train-reward", config.run)
+    with Run(config, steps, batches, checkpoint, hint, evaluations=10) as run:
+        while True:
             # evaluate, log, save
-            progress.seconds, better = time.perf_counter() - clock, False
-            evaluating = progress.due(progress.eval_every)
-            if evaluating:
+            if run.due(run.eval_every):
                 scores = evaluate_scorer(scorer, ids["valid"], labels["valid"], device, dtype)
-                check_finite(run, f"step {step}", validation_loss=scores["nll"])
-                better = progress.is_best(scores["nll"])
-                progress.seconds = time.perf_counter() - clock
-                metrics |= {"val_loss": scores["nll"], "val_ppl": scores["ppl"]}
-            if evaluating or progress.due(config.log_every):
-                log.write(progress.row(batches) | metrics)
-            if step > 0 and (evaluating or stop.requested):
-                states = scorer.state_dict(), optimizer.state_dict()
-                save_checkpoint(config, scorer, tokenizer, states, progress, better)
-            if evaluating and step > 0:
-                data.live(f"{progress}  loss {loss:.3f}  validation loss {scores['nll']:.3f}"
-                          f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}", "\n")
-            if step == steps:
+                run.check_finite(validation_loss=scores["nll"])
+                row = run.log(val_loss=scores["nll"], val_ppl=scores["ppl"])
+                if run.step:
+                    better = run.save(scorer, tokenizer, optimizer, loss=scores["nll"], fingerprint=fingerprint)
+                    data.live(f"{run}  loss {row['train_loss']:.3f}  validation loss {scores['nll']:.3f}"
+                              f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}", "\n")
+            elif run.due(config.log_every):
+                run.log()
+            if run.stopping:                        # without an evaluation: nothing differs after a resume
+                if run.step:
+                    run.save(scorer, tokenizer, optimizer, fingerprint=fingerprint)
+                run.leave()
+            if run.step == run.steps:
                 break
-            if stop.requested:
-                stopped(progress, resume_command("python ppo.py --train-reward", run, 1))
 
             # one step
             started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, step))                         # of dropout
-            lr = get_lr(step, steps, config.lr, warmup_steps)
+            torch.manual_seed(step_seed(config.seed, run.step))                     # of dropout
+            lr = get_lr(run.step, run.steps, config.lr, warmup_steps)
             set_lr(optimizer, lr)
-            tokens, label = (part.to(device) for part in batches.batch(step))       # [B, T], [B]
+            tokens, label = (part.to(device) for part in batches.batch(run.step))   # [B, T], [B]
             with autocast(device, dtype):
                 loss = F.cross_entropy(scorer(tokens).float(), label)
             loss.backward()
             grad_norm = clip_grad_norm(scorer.parameters(), config.grad_clip)
             loss = loss.item()
-            check_finite(run, f"step {step}", loss=loss, gradient_norm=grad_norm)
+            run.check_finite(loss=loss, gradient_norm=grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.add_loss(loss, time.perf_counter() - started)
-            metrics = {"lr": lr, "grad_norm": grad_norm}
-            data.live(f"{progress}  loss {loss:.3f}")
+            run.add(time.perf_counter() - started, loss, lr=lr, grad_norm=grad_norm)
+            data.live(f"{run}  loss {loss:.3f}")
 
     # 8 results
-    scorer.load_state_dict(read_checkpoint(run / "best.pt")["model"])
+    scorer.load_state_dict(read_checkpoint(run.folder / "best.pt")["model"])
     short = [text[:32] for text in ids["test"]]
     complete, beginning = (evaluate_scorer(scorer, texts, labels["test"], device, dtype)["accuracy"]
                            for texts in (ids["test"], short))
-    save_scorer(scorer, run)
-    result = base_result(config, scorer, progress, device, dtype) | {
+    save_scorer(scorer, run.folder)
+    result = run.result(scorer, device, dtype) | {
         "vocabulary": len(tokenizer.vocab), "held_out": len(short), "accuracy": complete,
         "accuracy_first_32": beginning}
-    save_json(run / "result.json", result)
-    for path in run.glob("*.pt"):                                   # the folder is the scorer now
+    save_json(run.folder / "result.json", result)
+    for path in run.folder.glob("*.pt"):                            # the folder is the scorer now
         path.unlink()
     print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
-          f"texts {complete:.1%}, on their first 32 pieces {beginning:.1%}, {progress.seconds:.0f} s")
-    print(f"written to {run}")
+          f"texts {complete:.1%}, on their first 32 pieces {beginning:.1%}, {run.seconds:.0f} s")
+    print(f"written to {config.run}")
 
 
 # ------------------------------------------------------------------------------------------------ PPO's parts
@@ -413,13 +400,7 @@ def read_prompts(name, split, tokenizer, most=10_000):
     Detail: they need not end with a full stop, because those of the experiment reproduced did not."""
     rng, prompts = random.Random(f"{name} {split}"), []
     for text, _ in data.labelled(name, split)[:most]:
-        beginning = text[:300].rsplit(" ", 1)[0]                # 300 characters hold 8 tokens; no word is cut
-        try:
-            ids = tokenizer.encode(beginning)
-        except ValueError as e:
-            raise UserError(f"{name} cannot be read with the base's vocabulary: {e}. Take --data reviews for "
-                            "a base on an embedded language, or a base that was trained with --tokenizer "
-                            "gpt2") from e
+        ids = tokenizer.encode(text[:300].rsplit(" ", 1)[0])    # 300 characters hold 8 tokens; no word is cut
         if len(ids) >= 2:
             prompts.append(tokenizer.begin + ids[:rng.randint(2, 8)])
     return prompts
@@ -550,23 +531,19 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
         for k, text in enumerate(texts):
             each.append({"prompt": decode_text(task, r.prompts[k]), "text": text, "reward": rewards[k].item(),
                          "kl": kl[k].item(), "tokens": int(tokens[k]),
-                         "ref_ppl": exp((ref_nll / tokens)[k].item()),
+                         "ref_ppl": perplexity_of((ref_nll / tokens)[k].item()),
                          "repetition": repetition(r.responses[k])})
         responses += r.responses
     reward, kl, repeated, tokens, ref_ppl = (np.array([row[name] for row in each]) for name in
                                              ("reward", "kl", "repetition", "tokens", "ref_ppl"))
-    return {"reward": reward.mean(), "reward_std": reward.std(ddof=1), "kl": kl.mean(),
-            "distinct_2": distinct(responses, 2) or 1.0, "repetition": repeated.mean(),
-            "length": tokens.mean(),
-            "ref_ppl": exp((np.log(ref_ppl) * tokens).sum() / tokens.sum()), "each": each}
+    return {"reward": float(reward.mean()), "reward_std": float(reward.std(ddof=1)), "kl": float(kl.mean()),
+            "distinct_2": distinct(responses, 2) or 1.0, "repetition": float(repeated.mean()),
+            "length": float(tokens.mean()),
+            "ref_ppl": perplexity_of((np.log(ref_ppl) * tokens).sum() / tokens.sum()), "each": each}
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
 
-# kl, kl_estimate: nats a response; entropy: nats a token; length: tokens; losses, grad_norm: mean of updates
-METRICS = ("reward", "reward_std", "kl", "kl_estimate", "kl_coef", "entropy", "clip_fraction", "policy_loss",
-           "value_loss", "explained_variance", "length", "distinct_2", "repetition", "sft_loss", "grad_norm",
-           "updates", "seconds_rollout", "seconds_scoring", "seconds_update")
 EVALUATED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
              "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
              "repetition": "repeated bigrams in a response, share", "length": "tokens of a response",
@@ -583,7 +560,9 @@ def supervised_loss(task, policy, batch):
 def apply_gradients(task, policy, value_head, optimizer):
     """Clip, check, step; -> the norm of the gradients before they were clipped."""
     grad_norm = clip_grad_norm([*policy.parameters(), *value_head.parameters()], task.config.grad_clip)
-    check_finite(Path(task.config.run), "an update of this iteration", gradient_norm=grad_norm)
+    if not math.isfinite(grad_norm):
+        raise NotFinite(f"the gradient norm of an update is not finite ({grad_norm}). What was saved in "
+                        f"{task.config.run} is complete; train again with a smaller --lr and another --run")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm
@@ -594,7 +573,7 @@ def update_policy(task, policy, value_head, optimizer, r, old, text, text_step):
     before the first, with advantages and returns; text: batches of real text from text_step on, where
     --sft-coef is above 0."""
     config, updates = task.config, []
-    for _ in range(config.epochs):
+    for _ in range(config.update_epochs):
         for rows in torch.randperm(len(r.mask)).split(config.minibatch):
             token_mask = r.mask[rows] > 0
             part = {name: values[rows][token_mask] for name, values in old.items()}     # [N] each, N tokens
@@ -637,13 +616,12 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     """PPO as config says, into the folder config.run; -> what its result.json holds. reference: the policy to
     begin with; prompts: {"train", "valid", "test": lists of lists of ids}; text: batches of real text, where
     a repair wants them."""
-    run = Path(config.run)
+    folder = Path(config.run)
     task = make_task(reference, scorer, tokenizer, config, dtype)
-    if checkpoint and (run / "before.json").exists():
-        before = read_json(run / "before.json")
-    else:
+    before = read_json(folder / "before.json", {}) if checkpoint else {}
+    if not before:
         before = evaluate_policy(task, reference, prompts["test"], config.seed)
-        save_json(run / "before.json", before)
+        save_json(folder / "before.json", before)
 
     # 4 model
     policy = copy.deepcopy(reference).requires_grad_(True).eval()     # no dropout: the first ratio is to be 1
@@ -658,68 +636,51 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     groups = [{"params": list(policy.parameters()), "lr_scale": 1},
               {"params": list(value_head.parameters()), "lr_scale": 10}]
     optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"))
-    progress, kl_coef, best = Progress(config.steps, config.eval_every), config.kl_coef, None
+    kl_coef = config.kl_coef
 
     # 6 resume
     if checkpoint:
-        with complete_checkpoint(run):
-            policy.load_state_dict(checkpoint["model"])
-            value_head.load_state_dict(checkpoint["value_head"])
-            load_optimizer(optimizer, checkpoint["optimizer"])
-            progress = resumed_progress(run, checkpoint, config)
-            kl_coef = checkpoint["kl_coef"]
-            best = checkpoint["best_scores"] if (run / "best.pt").exists() else None
-        if checkpoint.get("extended"):
-            extend(run, progress, config.steps, config.lr, config.warmup_steps)
+        policy.load_state_dict(checkpoint["model"])
+        value_head.load_state_dict(checkpoint["value_head"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
+        kl_coef = checkpoint["kl_coef"]
 
     # 7 loop
-    columns = ["step", "seconds", "lr", *METRICS, *(f"eval_{name}" for name in EVALUATED)]
-    log = Log(run, columns, progress.resumed_at)
     data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {config.steps} "
-              f"iterations, {device.type} {dtype_name(dtype)}, {run}", "\n")
-    clock, metrics = time.perf_counter() - progress.seconds, {}
-    with StopRequest() as stop:
-        for step in range(progress.step, config.steps + 1):
-            # log, evaluate, save
-            progress.step, progress.seconds, better = step, time.perf_counter() - clock, False
-            evaluating = progress.due(progress.eval_every)
-            row = metrics | {"step": step, "seconds": progress.seconds}
-            if evaluating:
+              f"iterations, {device.type} {dtype_name(dtype)}, {config.run}", "\n")
+    with Run(config, config.steps, None, checkpoint, resume_hint("python ppo.py", config.run), 10) as run:
+        while True:
+            # evaluate, log, save
+            kept = {"value_head": value_head.state_dict(), "kl_coef": kl_coef, "fingerprint": fingerprint}
+            if run.due(run.eval_every):
                 scores = evaluate_policy(task, policy, prompts["valid"], config.seed)
-                progress.seconds = time.perf_counter() - clock
-                row |= {f"eval_{name}": scores[name] for name in EVALUATED}
-                # the best policy has the highest reward - coefficient * KL, at the coefficient of now for all
-                worth = scores["reward"] - kl_coef * scores["kl"]
-                better = step > 0 and (best is None or worth > best[0] - kl_coef * best[1])
-                if better:
-                    best, progress.best_step = (float(scores["reward"]), float(scores["kl"])), step
-            if progress.due(1):
-                log.write(row)
-            if step > 0 and (evaluating or stop.requested):
-                states = policy.state_dict(), optimizer.state_dict()
-                save_checkpoint(config, policy, tokenizer, states, progress, better,
-                                value_head=value_head.state_dict(), kl_coef=kl_coef, best_scores=best,
-                                fingerprint=fingerprint)
-            if evaluating and step > 0:
-                data.live(f"{progress}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}  coefficient "
-                          f"{kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, "
-                          f"distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}", "\n")
-                if config.sample:
-                    data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
-            if step == config.steps:
+                run.log(**{f"eval_{name}": scores[name] for name in EVALUATED})
+                if run.step:                # the best policy has the highest reward - coefficient * KL
+                    worth = scores["reward"] - config.kl_coef * scores["kl"]
+                    better = run.save(policy, tokenizer, optimizer, loss=-worth, **kept)
+                    data.live(f"{run}  reward {run.metrics['reward']:.2f}  KL {run.metrics['kl']:.2f}  coefficient "
+                              f"{kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, "
+                              f"distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}", "\n")
+                    if config.sample:
+                        data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
+            elif run.due(1):
+                run.log()
+            if run.stopping:                        # without an evaluation: nothing differs after a resume
+                if run.step:
+                    run.save(policy, tokenizer, optimizer, **kept)
+                run.leave()
+            if run.step == run.steps:
                 break
-            if stop.requested:
-                stopped(progress, resume_command("python ppo.py", run, 1))
 
             # 7.1 rollout
             started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, step))                 # responses and minibatches
-            lr = get_lr(step, config.steps, config.lr, config.warmup_steps)
+            torch.manual_seed(step_seed(config.seed, run.step))             # responses and minibatches
+            lr = get_lr(run.step, run.steps, config.lr, config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             if sampler is not policy:
                 sampler.load_state_dict(policy.state_dict())
-            r = rollout(task, sampler, prompt_batch(prompts["train"], config.batch_size, config.seed, step))
+            r = rollout(task, sampler, prompt_batch(prompts["train"], config.batch_size, config.seed, run.step))
             rolled = time.perf_counter()
 
             # 7.2 reward model, at the end of each response
@@ -747,12 +708,12 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
 
             # 7.6 epochs of minibatches, then supervised steps
             old |= {"advantages": advantages, "returns": returns}
-            text_step = step * (config.epochs + 1) * config.batch_size // config.minibatch
+            text_step = run.step * (config.update_epochs + 1) * config.batch_size // config.minibatch
             updates = update_policy(task, policy, value_head, optimizer, r, old, text, text_step)
-            if config.sft_every and (step + 1) % config.sft_every == 0:
+            if config.sft_every and (run.step + 1) % config.sft_every == 0:
                 updates += supervised_steps(task, policy, value_head, optimizer, text, text_step)
 
-            # 7.7 KL coefficient, metrics
+            # 7.7 KL coefficient, metrics (kl, kl_estimate: nats a response; entropy: nats a token; length: tokens)
             tokens, n = r.mask.sum(), len(r.mask)
             metrics = {"lr": lr, "reward": scores.mean().item(), "reward_std": scores.std().item(),
                        "kl": old["kl"].sum().item() / n, "kl_estimate": kl_estimate.sum().item() / n,
@@ -767,18 +728,19 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
                 metrics[name] = sum(values) / len(values) if values else ""
             if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL begins at 0
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
-            data.live(f"{progress}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
+            run.add(time.perf_counter() - started, **metrics)
+            data.live(f"{run}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
 
     # 8 results
-    policy.load_state_dict(read_checkpoint(run / "best.pt")["model"])
+    policy.load_state_dict(read_checkpoint(folder / "best.pt")["model"])
     after = evaluate_policy(task, policy, prompts["test"], config.seed)
     if tokenizer.kind == "qwen2":
-        save_model(policy, tokenizer, run)
-    result = base_result(config, policy, progress, device, dtype) | {
+        save_model(policy, tokenizer, folder)
+    result = run.result(policy, device, dtype) | {
         "base": config.base, "scorer": config.scorer, "before": before, "after": after,
         "rise": (after["reward"] - before["reward"]) / before["reward_std"]}
     report(config, result)
-    save_json(run / "result.json", result)                            # last: it says that the run is complete
+    save_json(folder / "result.json", result)                         # last: it says that the run is complete
     return result
 
 
@@ -862,7 +824,7 @@ def weights_fingerprint(*modules):
 def check_fit(config, model, scorer, tokenizer, prompts):
     """UserError for prompts that are too few or too long, and for a scorer that cannot read what the policy
     writes."""
-    longest, limit = max(map(len, prompts)), context(model)
+    longest, limit = max(map(len, prompts)), context_length(model)
     if longest + config.response_tokens > limit:
         raise UserError(f"a prompt of {longest} tokens and a response of {config.response_tokens} do not fit "
                         f"the base's context of {limit}; take a smaller --response-tokens, or a base with a "
@@ -901,21 +863,19 @@ def open_task(config, device, dtype, checkpoint):
     prompts["test"] = (named + prompts["test"])[:config.held_out]
     prompts["valid"] = prompts["valid"][:config.held_out]
     check_fit(config, reference, scorer, tokenizer, prompts["train"])
-    weights = weights_fingerprint(reference, scorer)
+    weights = f"{weights_fingerprint(reference, scorer)} {zlib.crc32(repr(prompts).encode()):08x}"
     if checkpoint and checkpoint.get("fingerprint") != weights:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
                         f"{config.run} was started with; restore them, or start a new run")
-    n, c = sum(p.numel() for p in reference.parameters()), reference.config
-    if (needed := n * (26 if dtype == torch.bfloat16 else 20)) > 1e9 and not reference.recurrent:
-        tokens = config.minibatch * (8 + config.response_tokens)
-        needed += tokens * (c.n_layer * bytes_of_layer(c, dtype.itemsize) + 2 * c.vocab_size * dtype.itemsize)
-        print(f"{n:,} parameters: PPO needs about {needed / 1e9 + 1:.0f} GB of memory for the policy, its "
-              "moments and gradients, the reference, and a minibatch", file=sys.stderr)
+    n = count_parameters(reference)
+    if (needed := n * (26 if dtype == torch.bfloat16 else 20)) > 1e9:
+        print(f"{n:,} parameters: PPO needs {needed / 1e9:.0f} GB of memory for the policy, its moments and "
+              "gradients, and the reference, beside what a minibatch keeps", file=sys.stderr)
     text = None
     if config.sft_coef or config.sft_every:
-        cut = data.ContiguousBatches if reference.recurrent else data.WindowBatches
         ids = data.load(config.data, tokenizer, splits=("train",)).ids["train"]
-        text = cut(ids, config.minibatch, min(context(reference), 8 + config.response_tokens), config.seed)
+        text = data.batches_of(reference, ids, config.minibatch,
+                               min(context_length(reference), 8 + config.response_tokens), config.seed)
     return dict(reference=reference, tokenizer=tokenizer, scorer=scorer, prompts=prompts, text=text,
                 fingerprint=weights)
 
@@ -927,15 +887,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     train_a_scorer = "--train-reward" in argv
     config, given = data.parse_args(RewardConfig if train_a_scorer else Config, argv, EXAMPLES)
-    if data.job_size() > 1:
+    if data.WORLD > 1:
         raise UserError("ppo.py runs in one process; start it without torchrun")
     script = "python ppo.py" + " --train-reward" * train_a_scorer
     default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{data.file_name(config.base)}"
     config.run = config.run or f"runs/{default}"
     keep_memory()
-    places = set() if train_a_scorer else {"base", "scorer"}
-    checkpoint, config = resume_or_refuse(config, given, script, places,
-                                          lengths=("epochs",) if train_a_scorer else ("steps",))
+    checkpoint, config = resume_or_refuse(config, given, script, ("last.pt", "result.json", "config.json"))
     if train_a_scorer and not checkpoint:
         defaults = SCORER.get("encoder" if config.encoder else config.data, SCORER["imdb"])
         config.lr, config.epochs = config.lr or defaults["lr"], config.epochs or defaults["epochs"]

@@ -40,7 +40,7 @@ from pathlib import Path
 
 import torch
 
-from data import HUB, SEPARATOR, NotFound, UserError, data_dir, download, write_atomically
+from data import HUB, SEPARATOR, NotFound, UserError, data_dir, download, read_json, write_atomically, write_text
 from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
 # ------------------------------------------------------------------------------------------------ safetensors
@@ -147,15 +147,6 @@ def write_safetensors(tensors, path, metadata=None):
 
 
 # ---------------------------------------------------------------------------------------------------- the hub
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path} is not there") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
-
 
 REPOSITORY = r"[\w.-]+/[\w.-]+"
 
@@ -355,8 +346,7 @@ def save_weights(model, folder):
               "tie_word_embeddings": c.tied, "use_sliding_window": False, "attention_dropout": 0.0,
               "torch_dtype": stored}
     write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 # Qwen2 cuts a text into these pieces before any pair is merged; a digit stands alone
@@ -378,7 +368,7 @@ class Qwen2Tokenizer:
     id}, merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the
     model, which may have ids that stand for nothing, stops: ids that end a text (None: <|endoftext|> alone);
     special: the added tokens that its files call special (None: all); chat_template: an instruction-tuned
-    model's, or None. ValueError if the ids are not in the order of the merges, as tiktoken needs them."""
+    model's, or None. UserError if the ids are not in the order of the merges, as tiktoken needs them."""
     kind = "qwen2"
 
     def __init__(self, vocab, merges, added, vocab_size, stops=None, special=None, chat_template=None):
@@ -387,7 +377,7 @@ class Qwen2Tokenizer:
         ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
         made = [vocab[merge.replace(" ", "", 1)] for merge in merges]          # the id that each merge makes
         if any(a >= b for a, b in zip(made, made[1:])) or len(ranks) != 256 + len(made):
-            raise ValueError("its token ids are not in the order of its merges")
+            raise UserError("a tokenizer's ids are not in the order of its merges")
         self.vocab, self.merges, self.added, self.vocab_size = vocab, merges, added, vocab_size
         self.encoding = tiktoken.Encoding("qwen2", pat_str=QWEN2_PIECES, mergeable_ranks=ranks,
                                           special_tokens=added)
@@ -425,7 +415,7 @@ def read_tokenizer(folder, vocab_size):
     folder = Path(folder)
 
     def optional(file):
-        return read_json(folder / file) if (folder / file).exists() else {}
+        return read_json(folder / file, {})
     whole = optional("tokenizer.json")
     try:
         if (folder / "vocab.json").exists():
@@ -474,7 +464,7 @@ def save_tokenizer(tokenizer, folder):
                        ("merges.txt", "\n".join(tokenizer.merges) + "\n"),
                        ("tokenizer_config.json", json.dumps(config, indent=2)),
                        ("generation_config.json", json.dumps({"eos_token_id": tokenizer.stops}))):
-        write_atomically(folder / name, lambda f: f.write(text.encode()))
+        write_text(folder / name, text)
 
 
 def load_model(name, device="cpu", dtype=None):
@@ -643,7 +633,7 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
     if len(vocab) > config.vocab_size:
         raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it "
                         f"{config.vocab_size:,}: they do not belong together")
-    said = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    said = read_json(folder / "tokenizer_config.json", {})
     lower = said.get("do_lower_case", True)
     strip_accents = lower if said.get("strip_accents") is None else said["strip_accents"]
     options = {"lower": lower, "strip_accents": strip_accents,
@@ -677,7 +667,7 @@ def save_scorer(scorer, folder):
     for name, text in (("config.json", json.dumps(config, indent=2)),
                        ("vocab.txt", "\n".join(scorer.tokenizer.vocab)),
                        ("tokenizer_config.json", json.dumps(tokenizer_config))):
-        write_atomically(folder / name, lambda f: f.write((text + "\n").encode()))
+        write_text(folder / name, text + "\n")
     tensors = {(name if "classifier" in name else f"distilbert.{name}"): p
                for name, p in scorer.state_dict().items()}
     write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -18,16 +18,25 @@ row whose prompt continues is given its next prompt token instead of the sampled
 Where each is: the softmax and the draw, sample_token; the cuts, top_k_top_p; the penalty, penalize; the
 steps, generate_stream.
 """
+import ctypes
+import math
+import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import data
+import qwen_load
 from data import UserError, option
-from train import context, load_run, pick_device, pick_dtype
-from transformer import use_decode_kernels
+from lstm import LSTMConfig, LSTMLM
+from rnn import RNNConfig, RNNLM
+from transformer import Scorer, Transformer, TransformerConfig, use_decode_kernels, use_layer_kernels
+
+MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
+          "transformer": (Transformer, TransformerConfig)}
 
 
 @dataclass
@@ -55,6 +64,142 @@ class Config:
     dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else "
                                 "float32, twice as large", choices=["auto", "float32", "bfloat16"])
 
+
+# ------------------------------------------------------------------------------------------- opening a model
+
+def pick_device(name="auto"):
+    """`auto` is cuda, then mps, then cpu."""
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device {name} is not available here; try --device cpu") from e
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name, device):
+    """The dtype matmuls run in. `auto` is bfloat16 where the hardware multiplies it (CUDA from capability
+    8.0; CPUs with AVX512-BF16 or AMX), float32 elsewhere. Weights are float32 always."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        flags = [getattr(torch.cpu, f, None) for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        fast = device.type == "cpu" and any(f is not None and f() for f in flags)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(device, dtype):
+    """The context in which matmuls run in bfloat16, if dtype says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+libc = ctypes.CDLL(None) if os.name == "posix" else None        # the C library
+
+
+def keep_memory():
+    """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and
+    fetch them anew, page by page. (PPO with 50,257 tokens: 4.0 s an iteration without, 2.9 with.)"""
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)                                                    # M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)                                          # M_TRIM_THRESHOLD
+
+
+def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
+    """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. mmap: tensors are
+    read where they are used. UserError if it is not readable."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        needed = {"model", "kind", "config", "tokenizer"}
+        if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+            raise ValueError("not a checkpoint of this project")
+        return checkpoint
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is not there; train a model first, for example: {first} --run "
+                        f"{Path(path).parent}") from e
+    except (PermissionError, IsADirectoryError, MemoryError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
+    except Exception as e:                          # truncated zip, hostile pickle, wrong content: many types
+        raise UserError(f"{path} cannot be loaded: it is damaged or not a checkpoint of this project "
+                        f"({type(e).__name__}). Delete it, and train again if there is no other") from e
+
+
+def tokenizer_from(state):
+    """The tokenizer that a checkpoint describes."""
+    kinds = {"word": data.WordTokenizer, "char": data.CharTokenizer, "gpt2": data.GPT2Tokenizer,
+             "qwen2": qwen_load.Qwen2Tokenizer}
+    return kinds[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
+
+
+def build_model(kind, config, weights=None):
+    """A model of MODELS from its config as a dict, with weights if given. UserError if they do not fit."""
+    try:
+        model_type, config_type = MODELS[kind]
+        model = model_type(config_type(**config))
+        if weights is not None:
+            model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
+                        f"{' '.join(str(e).split())[:200]}") from e
+    return use_layer_kernels(model)
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def kind_of(model):
+    """A model's name in MODELS, or scorer. (fully_shard makes a subclass of a model's class.)"""
+    names = {model_type: kind for kind, (model_type, _) in MODELS.items()} | {Scorer: "scorer"}
+    return next(names[t] for t in type(model).__mro__ if t in names)
+
+
+def command_for(folder):
+    """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
+    runs/ppo-..., ..."""
+    kind, _, corpus = folder.name.partition("-")
+    if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
+        return f"python train.py --model {kind} --data {corpus}"
+    if kind in ("finetune", "ppo"):
+        return f"python {kind}.py --run {folder} (python {kind}.py --help says from what)"
+    return f"python train.py --model {kind if kind in MODELS else 'lstm'} --run {folder}"
+
+
+def load_run(folder, device="cpu", dtype=None):
+    """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or
+    pretrained weights: a folder in the hub's layout, or the name of a repository there; dtype None keeps
+    theirs. A run is float32."""
+    if qwen_load.is_pretrained(folder):
+        model, tokenizer = qwen_load.load_model(folder, device, dtype)
+        return use_layer_kernels(model), tokenizer, model.config
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
+    path = folder / "best.pt"
+    if not path.exists() and not (folder / "last.pt").exists():
+        raise UserError(f"{folder} is neither a run nor a model that can be read here: it holds "
+                        f"{qwen_load.contents(folder)}")
+    checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
+    if checkpoint["kind"] not in MODELS:
+        raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of "
+                        "train.py")
+    model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device).eval()
+    return model, tokenizer_from(checkpoint["tokenizer"]), model.config
+
+
+def context_length(model):
+    """How many tokens a model can read at once."""
+    return math.inf if model.recurrent else model.config.block_size
+
+# ------------------------------------------------------------------------------------------- drawing a token
 
 def top_k_top_p(logits, top_k=None, top_p=None):
     """logits [B, V] with everything outside the top_k tokens and the top_p nucleus at -inf. Ties at the edge
@@ -112,9 +257,9 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
     text = torch.zeros(len(prompts), total, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         text[row, :len(prompt)] = torch.tensor(prompt, device=device)
-    window = min(total, context(model))
+    window = min(total, context_length(model))
     if lengths.max() > window:
-        raise ValueError(f"a prompt has {int(lengths.max())} tokens, the model's context {window}")
+        raise UserError(f"the prompt has {int(lengths.max())} tokens, the model's context is {window}; shorten it")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
     stops = torch.tensor([] if eos is None else eos, dtype=torch.long, device=device).flatten()
@@ -219,7 +364,7 @@ def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
 def chat(model, tokenizer, config):
     """A conversation in the terminal: Ctrl-C stops an answer, Ctrl-D ends. The state is kept from turn to
     turn, so that only what is new is read."""
-    limit = min(CHAT_CONTEXT, context(model))
+    limit = min(CHAT_CONTEXT, context_length(model))
     state, new, ids = model.init_state(1, limit), system_message(tokenizer), []
     stops = [*tokenizer.stops, tokenizer.added["<|im_end|>"]]
     while True:
@@ -258,9 +403,6 @@ def main(argv=None):
         eos = [*eos, tokenizer.added["<|im_end|>"]]
         asked = system_message(tokenizer) + MESSAGE.format(role="user", text=asked) + ANSWER
     prompt = encode_prompt(tokenizer, asked)
-    if len(prompt) > context(model):
-        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {context(model)}; "
-                        "shorten it")
     shown = prompt[len(tokenizer.begin):] if config.prompt and not config.chat else []
     seed = torch.seed() % (1 << 31) if config.seed is None else config.seed
     for n in range(config.n):

@@ -510,6 +510,11 @@ def run(function, *args):
     function(*map(convert, args))
 
 
+def stacked(dtype, *weights):
+    """Several matrices as one, of this dtype: one product in place of several."""
+    return torch.cat([w.to(dtype) for w in weights])
+
+
 class LayerFunction(torch.autograd.Function):
     """DecoderLayer.forward without a cache. x [B, T, D], cos, sin float32 [T, d], weights in the order of
     layer.parameters() -> [B, T, D].
@@ -540,54 +545,55 @@ class LayerFunction(torch.autograd.Function):
         dtype, rate, eps = compute_dtype(x), layer.dropout, layer.input_layernorm.eps
         B, T, D, n_q, n_kv, d = *x.shape, layer.self_attn.n_head, layer.self_attn.n_kv_head, cos.shape[1]
         N, group, x, kernels = B * T, n_q // n_kv, x.contiguous(), layer_kernels(x.dtype, dtype)
-        w_qkv, b = torch.cat((wq, wk, wv)).to(dtype), torch.cat((bq, bk, bv)).to(dtype)
-        w_gu, w_o, w_down = torch.cat((w_gate, w_up)).to(dtype), w_o.to(dtype), w_down.to(dtype)
+        b = torch.cat((bq, bk, bv)).to(dtype)
 
         n, r = x.new_empty(N, D, dtype=dtype), x.new_empty(N, dtype=torch.float32)
         run(kernels.norm, N, D, eps, x, w_1, n, r)
         q, k, v = (n.new_empty(B * n_kv, heads * T, d) for heads in (group, 1, 1))
-        run(kernels.rotate, B, T, n_q, n_kv, d, 1, cos, sin, torch.addmm(b, n, w_qkv.t()), q, k, v)
+        qkv = torch.addmm(b, n, stacked(dtype, wq, wk, wv).t())
+        run(kernels.rotate, B, T, n_q, n_kv, d, 1, cos, sin, qkv, q, k, v)
         mask = causal_mask(T, T, q).repeat(group, 1)
         p = torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=d ** -0.5), -1)    # [B n_kv, group * T, T]
         a = (p @ v).view(B, n_q, T, d).transpose(1, 2).reshape(N, -1)
         keep = [dropout(torch.ones_like(n), rate, True) for _ in range(2)] if rate and layer.training else []
-        out = a @ w_o.t()
+        out = a @ w_o.to(dtype).t()
         z = x + (out * keep[0] if keep else out).view_as(x)
         n2, r2, m = torch.empty_like(n), torch.empty_like(r), n.new_empty(N, len(w_up))
         run(kernels.norm, N, D, eps, z, w_2, n2, r2)
-        gu = n2 @ w_gu.t()
+        gu = n2 @ stacked(dtype, w_gate, w_up).t()
         run(kernels.swiglu, *m.shape, gu, m)
-        out = m @ w_down.t()
-        ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, w_qkv, w_o, w_2, w_gu,
-                              w_down, *keep)
+        out = m @ w_down.to(dtype).t()
+        ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2, w_gate,
+                              w_up, w_down, *keep)
         ctx.n_q, ctx.n_kv = n_q, n_kv
         return z + (out * keep[1] if keep else out).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        (x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, w_qkv, w_o, w_2, w_gu, w_down,
-         *keep) = ctx.saved_tensors
+        (x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2, w_gate, w_up, w_down,
+         *keep) = ctx.saved_tensors                             # the weights as they are: a cast copy is memory
         (B, T, D), N, d, dy = x.shape, len(n), q.shape[2], dy.contiguous()
         kernels, scale = layer_kernels(x.dtype, n.dtype), d ** -0.5
 
         d_out = dy.view(N, D).to(n.dtype)
         d_out = d_out * keep[1] if keep else d_out
-        dw_down, dm, dgu = d_out.t() @ m, d_out @ w_down, torch.empty_like(gu)
+        dw_down, dm, dgu = d_out.t() @ m, d_out @ w_down.to(n.dtype), torch.empty_like(gu)
         run(kernels.swiglu_backward, *m.shape, gu, dm, dgu)
-        dw_gu, dn2 = dgu.t() @ n2, dgu @ w_gu
+        dw_gu, dn2 = dgu.t() @ n2, dgu @ stacked(n.dtype, w_gate, w_up)
         dz, dw_2 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
         run(kernels.norm_backward, N, D, z, w_2, r2, dn2, dy, dz, dw_2)
 
         d_out = dz.view(N, D).to(n.dtype)
         d_out = d_out * keep[0] if keep else d_out
-        dw_o, da = d_out.t() @ a, d_out @ w_o
+        dw_o, da = d_out.t() @ a, d_out @ w_o.to(n.dtype)
         da = da.view(B, T, -1, d).transpose(1, 2).reshape(q.shape)
         ds = torch._softmax_backward_data(da @ v.mT, p, -1, p.dtype)
         dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
-        dk, dv, dqkv = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale), p.mT @ da, n.new_empty(N, len(w_qkv))
+        dk, dv = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale), p.mT @ da
+        dqkv = n.new_empty(N, (ctx.n_q + 2 * ctx.n_kv) * d)
         run(kernels.rotate, B, T, ctx.n_q, ctx.n_kv, d, -1, cos, sin, dqkv, dq, dk, dv)
-        dw_qkv, db, dn = dqkv.t() @ n, dqkv.sum(0), dqkv @ w_qkv
+        dw_qkv, db, dn = dqkv.t() @ n, dqkv.sum(0), dqkv @ stacked(n.dtype, wq, wk, wv)
         dx, dw_1 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
         run(kernels.norm_backward, N, D, x, w_1, r, dn, dz, dx, dw_1)
 

@@ -138,7 +138,7 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
             else:
                 logits, state = model(x, state)
                 loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        state = train.detach_state(state)
+        state = train.map_state(torch.Tensor.detach, state)
         loss.backward()
         clip(model.parameters(), 1.0)
         optimizer.step()
@@ -148,7 +148,7 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
 
 
 def step_rows(name, make_ours, make_theirs, batch_size, block_size, vocab_size, device):
-    default = "bf16" if train.pick_dtype("auto", device) == torch.bfloat16 else "float32"
+    default = "bf16" if sample.pick_dtype("auto", device) == torch.bfloat16 else "float32"
     pairs = [(n, n, "same dtype", True) for n in DTYPES] + [(default, "float32", "defaults", None)]
     for ours, theirs, label, fused in pairs:
         row(f"{name}, {label}", ours, theirs,
@@ -165,7 +165,7 @@ def step(device):
 def transformer(device, compiled=False):
     """Beside a GPT of as many parameters (a SwiGLU of 8/3 of the width has those of an MLP of 4), in the optimizer that it would take
     here: AdamW's fused form on a GPU alone. They share the process, so glibc keeps memory for both, as train.py has it."""
-    train.keep_memory()
+    sample.keep_memory()
     for B, T, n_layer, n_head, width, V in ((12, 64, 4, 4, 128, 65), (16, 128, 4, 4, 256, 10_000), (32, 256, 6, 6, 384, 65)):
         c = TransformerConfig(V, T, n_layer, n_head, n_head, width, 8 * round(width / 3))
         for name, dtype in DTYPES.items():
@@ -248,18 +248,19 @@ def tuning_step(side, folder, option, tokens=512):
     checkpointing, the library's with AdamW(fused=True)."""
     ids = torch.randint(QWEN2["vocab_size"], (10 * tokens,)).numpy()
     if side == "ours":
-        model = qwen_load.load_weights(folder, dtype=torch.float32).train()
-        bf16_model, pairs = finetune.make_bf16_model(model)
-        bf16_model.checkpointing = option
+        model = use_layer_kernels(qwen_load.load_weights(folder, dtype=torch.float32)).train()
+        model.checkpointing = option
         optimizer, batches = train.configure_optimizer(model, 1e-5, 0.01), data.WindowBatches(ids, 1, tokens, 0)
 
         def our_step():
             """finetune.py's step."""
             x, y = batches.batch(0)
-            loss, _ = bf16_model(x, targets=y)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = model(x, targets=y)
             loss.backward()
-            norm = finetune.bf16_grad_norm(bf16_model, pairs)
-            finetune.step_with_bf16_gradients(optimizer, pairs, 1.0 if norm <= 1.0 else 1.0 / norm)
+            train.clip_grad_norm(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             return loss.item()
         return our_step
     from transformers import AutoModelForCausalLM
@@ -302,8 +303,20 @@ def finetuning(device):
                       f"peak memory {a_peak / 1e9:.2f} GB, {b_peak / 1e9:.2f} GB, {a_peak / b_peak:.2f}", flush=True)
 
 
+def memory_needed(model, config, world):
+    """Bytes in one process: what a parameter takes (finetune.py's head), what the backward pass reads of a batch, and logits."""
+    c, n = model.config, sum(p.numel() for p in model.parameters())
+    fixed = (18 + 4 * (world > 1)) * n
+    if config.shard:                # gathered at a time: embedding, head, two layers, and their gradients
+        layers = sum(p.numel() for p in model.layers.parameters())
+        fixed = 16 * n / world + 8 * (n - layers + 2 * layers / c.n_layer)
+    layer, tokens = 2 * (14 * c.n_embd + 5 * c.n_hidden), config.batch_size * config.block_size // world
+    kept = 2 * c.n_layer * c.n_embd + layer if config.checkpointing else c.n_layer * layer
+    return fixed + tokens * kept + 2 * min(tokens, 512) * c.vocab_size
+
+
 def memory(device):
-    """GB per card by finetune.memory_needed: bf16 products, 8 windows of 256 tokens on every card."""
+    """GB per card by memory_needed: bf16 products, 8 windows of 256 tokens on every card."""
     sizes = {"0.5B": {}, "1.5B": dict(n_embd=1536, n_hidden=8960, n_layer=28, n_head=12),
              "7B": dict(vocab_size=152064, n_embd=3584, n_hidden=18944, n_layer=28, n_head=28, n_kv_head=4, tied=False)}
     base = dict(vocab_size=151936, n_embd=896, n_hidden=4864, n_layer=24, n_head=14, n_kv_head=2, block_size=256)
@@ -316,8 +329,7 @@ def memory(device):
             for world in (1, 2, 4, 8):
                 args = finetune.Config(batch_size=8 * world, block_size=256, checkpointing="--checkpointing" in options,
                                        shard="--shard" in options)
-                needed = finetune.memory_needed(model, args, torch.bfloat16, world)
-                cells.append("–" if args.shard and world == 1 else f"{needed / 1e9:.0f}")
+                cells.append("–" if args.shard and world == 1 else f"{memory_needed(model, args, world) / 1e9:.0f}")
             n = sum(p.numel() for p in model.parameters())
             print(f"| {name}, {n / 1e9:.2f} billion | {' '.join(options)} | {' | '.join(cells)} |")
 
@@ -432,7 +444,7 @@ def rlhf(device):
     small = dict(dim=128, hidden_dim=256, n_layers=2, n_heads=4)
     for name, scorer_sizes, keep in (("small scorer", small, False), ("small scorer, memory kept", small, True), ("DistilBERT's size, memory kept", {}, True)):
         if keep:
-            train.keep_memory()
+            sample.keep_memory()
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             torch.manual_seed(0)
@@ -461,7 +473,7 @@ def main():
     p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
     p.add_argument("--device", default="auto")
     args = p.parse_args()
-    device = train.pick_device(args.device)
+    device = sample.pick_device(args.device)
     said = train.environment(device)
     print(f"{said['processor']}, torch {said['torch']}, {device.type}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
     for name in args.what or benches:

@@ -147,6 +147,8 @@ def run_case(tree, folder, name):
                     before = before[:1] + before[1:]
                 else:
                     before += ["-c", how, *([str(what[1])] if what[1] else [])]
+            if command.startswith("ppo.py --base") and "update_epochs" in (tree / "ppo.py").read_text():
+                command = command.replace("--epochs", "--update-epochs")
             script, *options = command.split()
             done = subprocess.run([*before, str(tree / script), *options], cwd=folder, env=env, text=True, capture_output=True)
             output.write(f"=== {k}: {command}: status {done.returncode}\n{done.stdout}--- stderr\n{done.stderr}")

@@ -324,7 +324,7 @@ def test_an_unfinished_run_is_marked_and_its_stages_are_shares_of_the_plan(runs,
 
 def test_a_prompt_longer_than_the_context_is_a_marked_gap(runs, few_documents):
     evaluation.main(["--runs", "runs/transformer", "--domains", "climate", "--out", "r", "--prompt", "the " * 30])
-    assert "the model's context 16" in Path("r/report.md").read_text()
+    assert "the model's context is 16" in Path("r/report.md").read_text()
 
 
 def test_a_damaged_run_is_left_out_and_named_or_refused_if_asked_for(runs, few_documents):
@@ -337,10 +337,10 @@ def test_a_damaged_run_is_left_out_and_named_or_refused_if_asked_for(runs, few_d
 
 def test_a_search_is_a_table_and_a_figure(runs, few_documents):
     (runs / "search-x").mkdir()
-    (runs / "search-x" / "trials.csv").write_text("trial,params,tokens,seconds,diverged,lr,n_embd,val_ppl_1,val_ppl_2\n"
-                                                  "0,9,9,1.0,0,0.01,16,50.0,\n1,9,9,1.0,0,0.1,32,40.0,30.0\n2,9,9,1.0,1,1.0,32,inf,\n3,,,,,0.2,16,,\n")
+    (runs / "search-x" / "trials.csv").write_text("trial,rung,params,tokens,seconds,lr,n_embd,val_ppl\n"
+                                                  "0,1,9,9,1.0,0.01,16,50.0\n1,1,9,9,1.0,0.1,32,40.0\n2,1,9,9,1.0,1.0,32,inf\n1,2,9,27,3.0,0.1,32,30.0\n")
     (runs / "just-begun").mkdir()
-    (runs / "just-begun" / "trials.csv").write_text("trial,lr,val_ppl_1,val_ppl_2\n0,0.01,50.0,\n1,0.02,,\n")
+    (runs / "just-begun" / "trials.csv").write_text("trial,rung,lr,val_ppl\n0,1,0.01,50.0\n")
     evaluation.main(["--domains", "climate", "--sentences", "5"])
     js = json.loads(Path("runs/report/report.json").read_text())
     assert [row["trial"] for row in js["search"]["just-begun"]] == ["0"]
@@ -367,7 +367,7 @@ def test_one_token_and_words_nobody_knows_have_numbers_or_gaps(runs, few_documen
 def test_errors_are_one_line(runs, tmp_path):
     for options, message in ((["--run", "runs/rnn"], "go together"), (["--sentences", "0"], "above 0"),
                              (["--domains", "nowhere.txt"], "nowhere.txt"), (["--runs", "runs/none"], "no run at runs/none"),
-                             (["--runs", "runs/rnn", "runs/rnn"], "same name"), (["--run", "runs/rnn", "--text", "zebra"], "words it was"),
+                             (["--runs", "runs/rnn", "runs/rnn"], "same name"), (["--run", "runs/rnn", "--text", "zebra"], "has no .zebra"),
                              (["--run", "runs/own-rnn", "--text", "!!!"], "nothing in this text")):
         with pytest.raises(UserError, match=message):
             evaluation.main(options)

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 import data
 import qwen_load
 import sample
-import train
 from data import UserError
-from train import tokenizer_from
+from sample import tokenizer_from
 from qwen_load import DTYPES, load_weights, read_safetensors, save_weights, write_safetensors
 from sample import generate
 from tests.conftest import ROOT, real
@@ -671,7 +670,7 @@ def test_a_run_is_opened_by_its_name_on_the_hub_and_a_missing_one_is_no_reposito
     library, server = hub(**SMALL)
     write_tokenizer(tmp_path)
     server.files |= {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
-    model, tokenizer, config = train.load_run("some/model")
+    model, tokenizer, config = sample.load_run("some/model")
     assert tokenizer.kind == "qwen2" and config == model.config and not model.training
     asked = len(server.asked)
     (tmp_path / "here" / "run").mkdir(parents=True)
@@ -679,7 +678,7 @@ def test_a_run_is_opened_by_its_name_on_the_hub_and_a_missing_one_is_no_reposito
     for missing, said in (("runs/nothing", "there is no run at"), ("here/nothing", "there is no run at"), ("nothing", "there is no run at"),
                           ("/tmp/no/where", "there is no run at"), ("here", "neither a run nor a model .* it holds run")):
         with pytest.raises(UserError, match=said):
-            train.load_run(missing)
+            sample.load_run(missing)
     assert len(server.asked) == asked
 
 
@@ -694,7 +693,7 @@ def test_a_folder_of_a_repositorys_name_does_not_hide_the_hub_and_is_named_if_th
         (tmp_path / "my" / "adapter" / name).touch()
     for name in ("my/adapter", str(tmp_path / "my" / "adapter")):
         with pytest.raises(UserError, match="adapter_config.json, adapter_model.safetensors"):
-            train.load_run(name)
+            sample.load_run(name)
 
 
 def test_a_quantized_model_is_refused_by_name(saved):
@@ -745,7 +744,7 @@ def test_the_system_message_is_that_of_the_models_template_and_the_template_is_k
     written = json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())
     assert written["chat_template"] == TEMPLATES[name]
     assert {token["content"] for token in written["added_tokens_decoder"].values() if token["special"]} == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
-    assert train.tokenizer_from(tokenizer.state()).chat_template == TEMPLATES[name]
+    assert sample.tokenizer_from(tokenizer.state()).chat_template == TEMPLATES[name]
 
 
 def test_a_conversation_keeps_its_state_and_says_what_one_long_prompt_would(whole, capsys, monkeypatch):

@@ -142,7 +142,7 @@ def test_bad_prompts_are_refused():
     with pytest.raises(ValueError, match="at least one token"):
         sample.generate(make("rnn"), [[]], 5)
     for prompts in ([[1] * 49], [[1], [1] * 49]):
-        with pytest.raises(ValueError, match="49 tokens, the model's context 48"):
+        with pytest.raises(data.UserError, match="49 tokens, the model's context is 48"):
             sample.generate(make("transformer"), prompts, 5)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data
+import sample
 import train
 from data import UserError
 from lstm import LSTMConfig, LSTMLM
@@ -74,7 +75,7 @@ def test_recurrent_perplexity_equals_one_pass_token_by_token(kind, n):
 def test_side_by_side_pieces_predict_every_token_once(kind, n, rows):
     """Against a loop over the pieces: state of the text's beginning, tokens of context, then what counts."""
     model, ids = make(kind), torch.randint(31, (n + 1,))
-    before = min(train.CONTEXT, n // rows)
+    before = min(train.OVERLAP, n // rows)
     length, total = -(-(n - before) // rows), 0.0
     with torch.no_grad():
         beginning = model(ids[None, :before])[1] if before else None
@@ -84,7 +85,7 @@ def test_side_by_side_pieces_predict_every_token_once(kind, n, rows):
                 continue
             nll = model(ids[None, start:end], beginning if row else None, ids[None, start + 1:end + 1], "none")[0][0]
             total += nll[before if row else 0:].sum().item()
-    got = train.perplexity(model, ids, rows=rows)
+    got = train.perplexity(model, ids, rows)
     assert got["tokens"] == n and abs(got["nll"] - total / n) < 1e-5
 
 
@@ -101,14 +102,14 @@ def test_pieces_side_by_side_do_not_settle_where_the_text_read_through_never_is(
         model.embed_tokens.weight.copy_(torch.tensor([[1.0], [-0.1], [-0.1]]))         # token 0 comes first, and never again
         model.lm_head.bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
     ids = torch.cat([torch.tensor([0]), torch.randint(1, 3, (4000,))])
-    assert train.perplexity(model.eval(), ids, rows=16)["ppl"] == pytest.approx(train.perplexity(model, ids)["ppl"], rel=1e-4)
+    assert train.perplexity(model.eval(), ids, pieces=16)["ppl"] == pytest.approx(train.perplexity(model, ids)["ppl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 5, 12, 13, 60])
 @pytest.mark.parametrize("context, stride", [(12, 1), (12, 5), (12, 12), (7, 3), (None, None)])
 def test_window_perplexity_equals_a_loop_over_tokens(n, context, stride):
     model, ids = make("transformer"), torch.randint(31, (n + 1,))
-    got = train.perplexity(model, ids, context=context, stride=stride)
+    got = train.perplexity(model, ids, window=context, stride=stride)
     context, total = min(context or 12, n), 0.0
     stride = min(stride or context // 2 or 1, context)
     ends = list(range(context, n, stride)) + [n]                # a window predicts ids[end - context + 1 .. end]
@@ -153,12 +154,12 @@ def test_random_draws_depend_on_seed_step_and_rank_alone():
 def test_dtype_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert sample.pick_dtype("auto", torch.device("cpu")) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert train.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert sample.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert train.pick_dtype("auto", torch.device("cuda")) == dtype
+        assert sample.pick_dtype("auto", torch.device("cuda")) == dtype
 
 
 def test_weight_decay_spares_vectors():
@@ -179,14 +180,14 @@ def test_a_run_leaves_what_it_promises(kind, dtype):
             "dtype", "device", "seed", "torch", "processor", "commit"} <= result.keys()
     assert result["torch"] == torch.__version__ and result["processor"]
     assert result["dtype"] == dtype and result["test_ppl"] > result["floor_ppl"] > 1
-    model, tokenizer, config = train.load_run("r")
+    model, tokenizer, config = sample.load_run("r")
     assert result["params"] == sum(p.numel() for p in model.parameters()) and not model.training
     log = rows("r")
     assert [int(r["step"]) for r in log] == list(range(13))
     assert [int(r["step"]) for r in log if r["val_ppl"]] == [0, 5, 10, 12]
     assert all(r["ppl_climate"] for r in log if r["val_ppl"])
     assert float(log[-1]["val_ppl"]) < float(log[0]["val_ppl"]) <= 3 * config.vocab_size
-    ids = train.prepend_eos(tokenizer, data.load("finance", tokenizer).ids["test"])
+    ids = data.prepend_eos(tokenizer, data.load("finance", tokenizer).ids["test"])
     dtype = getattr(torch, dtype)
     assert train.perplexity(model, ids, dtype=dtype)["ppl"] == pytest.approx(result["test_ppl"], rel=1e-6)
     assert not list(Path("r").glob("*.part"))
@@ -201,8 +202,8 @@ def test_the_lstm_learns_the_language_and_stays_above_its_floor():
 
 def loss_at_repeated_names(run):
     """Mean nll where the grammar leaves one choice and it is the name of somebody introduced before."""
-    model, tokenizer, _ = train.load_run(run)
-    ids = train.prepend_eos(tokenizer, data.load("finance", tokenizer, splits=("test",)).ids["test"])
+    model, tokenizer, _ = sample.load_run(run)
+    ids = data.prepend_eos(tokenizer, data.load("finance", tokenizer, splits=("test",)).ids["test"])
     words = [tokenizer.words[i] for i in ids[1:]]
     source = torch.tensor(data.language("finance").nll(words))
     at = torch.tensor([w in data.NAMES.split() for w in words]) & (source == 0)
@@ -228,15 +229,14 @@ def test_defaults_come_within_ten_percent_of_the_floor_in_two_minutes_and_separa
     assert found["rnn"][2] > 1.5 and found["lstm"][2] < 0.3 and found["transformer"][2] < 0.3, found
 
 
-def test_minutes_plans_steps_that_steps_repeats(monkeypatch):
-    train.main(tiny("lstm", "--minutes", "0.05", "--run", "a"))
+def test_minutes_plans_steps_that_steps_repeats(capsys):
+    train.main(tiny("lstm", "--minutes", "0.05", "--warmup-steps", "20", "--run", "a"))
     planned = json.loads(Path("a/result.json").read_text())
     assert planned["steps"] > 20 and planned["seconds"] < 2 * 0.05 * 60 + 3
-    train.main(tiny("lstm", "--steps", str(planned["steps"]), "--run", "b"))
+    assert f"0.05 minutes are {planned['steps']} steps" in capsys.readouterr().err
+    train.main(tiny("lstm", "--steps", str(planned["steps"]), "--warmup-steps", "20", "--run", "b"))
     a, b = ([r["train_loss"] for r in rows(run)] for run in "ab")
     assert a == b
-    with open("a/log.csv") as f:
-        assert float(next(csv.DictReader(f))["seconds"]) > 0            # measuring counts
     a, b = (torch.load(f"{run}/last.pt", weights_only=True)["model"] for run in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -359,19 +359,17 @@ def ctrl_c_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-def test_minutes_can_be_interrupted_while_they_are_measured_and_after(monkeypatch, ctrl_c_interrupts):
+@pytest.mark.parametrize("step", [1, train.WARMING_UP, train.MEASURED - 1, train.MEASURED, train.MEASURED + 8])
+def test_minutes_can_be_interrupted_while_the_speed_is_measured_and_after(monkeypatch, capsys, step):
     with monkeypatch.context() as m:
-        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(8))
-        with pytest.raises(KeyboardInterrupt):
-            train.main(tiny("lstm", "--minutes", "0.03", "--run", "r"))
-    assert not Path("r").exists()
-    with monkeypatch.context() as m:
-        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(train.MEASURED + 8))
+        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(step))
         with pytest.raises(SystemExit):
             train.main(tiny("lstm", "--minutes", "0.03", "--run", "r"))
+    assert ("minutes are" in capsys.readouterr().err) == (step >= train.MEASURED)
     train.main(["--resume", "--run", "r"])
-    steps = json.loads(Path("r/result.json").read_text())["steps"]
-    assert steps > 8 and [int(r["step"]) for r in rows("r")] == list(range(steps + 1))
+    result = json.loads(Path("r/result.json").read_text())
+    assert train.MEASURED < result["steps"] < 10 ** 5 and [int(r["step"]) for r in rows("r")] == list(range(result["steps"] + 1))
+    assert 0.6 < result["seconds"] < 6
 
 
 def test_a_text_that_has_changed_is_not_gone_on_with(capsys, monkeypatch):
@@ -390,7 +388,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))     # writing past 20 kB fails
         with pytest.raises(UserError, match="cannot write r/last.pt .*free some space"):
-            train.write_atomically(Path("r/last.pt"), lambda f: torch.save({"big": torch.randn(100_000)}, f))
+            data.write_atomically(Path("r/last.pt"), lambda f: torch.save({"big": torch.randn(100_000)}, f))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Path("r/last.pt").read_bytes() == before and not list(Path("r").glob("*.part"))
@@ -431,38 +429,41 @@ def test_search_narrows_by_thirds_and_goes_on_where_it_stopped(monkeypatch, caps
     space = dict(lr=(1e-3, 1e-2), n_embd=[8, 16], n_layer=[1, 2], batch_size=[4], block_size=[8, 16], dropout=[0.0, 0.5],
                  weight_decay=(0.01, 0.1))
     monkeypatch.setitem(train.SEARCH_SPACE, "lstm", space)
-    monkeypatch.setattr(train, "perplexity", lambda model, ids, **kw: {"nll": 3.0 + model.config.n_embd / 100, "ppl": 9.0})
-    trials, tried, original = "s/trials.csv", [], train.train
+    monkeypatch.setattr(train, "perplexity", lambda model, ids, *more, **kw: {"nll": 3.0 + model.config.n_embd / 100, "ppl": 9.0})
+    trials, tried, original = "s/trials.csv", [], train.pretrain
 
     def counted(config, *more, **kwargs):
         if len(tried) == 5:
             tried.append(None)
             raise KeyboardInterrupt
         tried.append(config)
-        assert "test" not in more[0]["val"].ids                     # a search never sees it
+        assert "test" not in more[0]["valid"].ids                   # a search never sees it
         return original(config, *more, **kwargs)
-    monkeypatch.setattr(train, "train", counted)
+    monkeypatch.setattr(train, "pretrain", counted)
     options = ["--search", "6", "--minutes", "0.06", "--run", "s", "--data", "small.txt", "--weight-decay", "0.2",
                "--log-every", "3"]
     with pytest.raises(KeyboardInterrupt):
         train.main(options)
-    with open(trials) as f:
-        assert sum(bool(row["val_ppl_1"]) for row in csv.DictReader(f)) == 5
+    table = lambda: list(csv.DictReader(open(trials)))
+    assert [(row["trial"], row["rung"]) for row in table()] == [(str(k), "1") for k in range(5)]
     capsys.readouterr()
     train.main(options)
     assert len(tried) == 1 + 7 + 3 + 1                          # nothing twice: 7 trials, then 3, then 1
-    with open(trials) as f:
-        table = list(csv.DictReader(f))
-    assert len(table) == 7 and [sum(bool(r[f"val_ppl_{k}"]) for r in table) for k in (1, 2, 3)] == [7, 3, 1]
-    assert table[0]["n_embd"] == "512" and table[0]["lr"] == "0.011"            # trial 0: the defaults for real text
-    assert all(r["n_embd"] in ("8", "16") for r in table[1:])
-    assert all(r["weight_decay"] == "0.2" for r in table)                      # typed, so not drawn
-    first = sorted(float(r["val_ppl_1"]) for r in table)
-    assert sorted(float(r["val_ppl_1"]) for r in table if r["val_ppl_2"]) == first[:3]
+    rungs = [[row for row in table() if row["rung"] == rung] for rung in "123"]
+    assert [len(rung) for rung in rungs] == [7, 3, 1] and [row["trial"] for row in rungs[0]] == list("0123456")
+    assert rungs[0][0]["n_embd"] == "512" and rungs[0][0]["lr"] == "0.011"      # trial 0: the defaults for real text
+    assert all(r["n_embd"] in ("8", "16") for r in rungs[0][1:])
+    assert all(r["weight_decay"] == "0.2" for r in table())                    # typed, so not drawn
+    for before, after in zip(rungs, rungs[1:]):
+        scores = sorted(float(r["val_ppl"]) for r in before)
+        assert sorted(float(r["val_ppl"]) for r in before if r["trial"] in [a["trial"] for a in after]) == scores[:len(after)]
     out = capsys.readouterr().out
     assert "python train.py --model lstm --data small.txt --minutes 0.06 --lr" in out and "--n-embd 8" in out and "trials.csv" in out
     assert "--log-every 3" in out                                               # typed, so it belongs to the command
     assert not list(Path("s").rglob("*.pt")) and len(list(Path("s").glob("trial-*/result.json"))) == 11
+    capsys.readouterr()
+    train.main(options)                                         # once more: the same answer, and nothing is trained
+    assert len(tried) == 12 and out.splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_search_of_other_configurations_is_not_mixed_in(capsys):
@@ -527,7 +528,7 @@ def test_a_killed_process_ends_the_job_with_a_line_and_a_usable_checkpoint():
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and "another process of this job was gone" in errors, errors[-2000:]
     assert "last good checkpoint is kept in r" in errors
-    train.load_run("r")
+    sample.load_run("r")
     assert torch.load("r/last.pt", weights_only=True)["step"] % 20 == 0
 
 
@@ -601,15 +602,14 @@ def test_the_default_model_typed_out_does_not_resume_another(capsys):
     assert "started with model rnn, not lstm" in fails(capsys, "--resume", "--run", "r", "--model", "lstm")
 
 
-@pytest.mark.parametrize("lost", ["options", "state", "progress", "optimizer"])
+@pytest.mark.parametrize("lost", ["options", "state", "run", "optimizer"])
 def test_a_checkpoint_that_lacks_something_is_not_resumed(capsys, lost):
     train.main(tiny("lstm", "--steps", "2", "--run", "r"))
     checkpoint = torch.load("r/last.pt", weights_only=True)
     del checkpoint[lost]
     torch.save(checkpoint, "r/last.pt")
     capsys.readouterr()
-    said = fails(capsys, "--resume", "--run", "r")
-    assert "r/last.pt is not a complete" in said or "r is not a run of" in said
+    assert "r is not a run of python train.py, or one of another version" in fails(capsys, "--resume", "--run", "r")
 
 
 class Evil:
@@ -632,7 +632,7 @@ def test_a_bad_checkpoint_is_refused(capsys, damage):
         else:
             torch.save(torch.load(file, weights_only=True) | {"kind": "rnn"}, file)
     with pytest.raises(UserError, match="does not make a rnn model" if damage == "another model" else "cannot be loaded"):
-        train.load_run("r")
+        sample.load_run("r")
     if damage != "another model":
         capsys.readouterr()
         assert "cannot be loaded" in fails(capsys, "--resume", "--run", "r")
@@ -644,7 +644,7 @@ def test_a_bad_checkpoint_is_refused(capsys, damage):
     ("runs/transformer-mine", "train.py --model transformer --run runs/transformer-mine"), ("runs/ppo-x", "ppo.py --run runs/ppo-x")])
 def test_a_missing_run_says_which_command_comes_first(run, first):
     with pytest.raises(UserError, match=f"Train one first: python {first}"):
-        train.load_run(run)
+        sample.load_run(run)
 
 
 def test_help_is_a_page_with_an_example(capsys):
@@ -676,8 +676,7 @@ def test_where_and_how_a_run_is_computed_may_change_when_it_resumes(monkeypatch,
     with pytest.raises(UserError, match="no corpus and no file is called 'small.txt'"):
         train.main(["--resume", "--run", "cut"])
     train.main(["--resume", "--run", "cut", "--data", "moved text.txt", "--device", "cpu", "--dtype", "float32", "--log-every", "2", "--eval-every", "6"])
-    assert "log.csv is missing; it begins again at step 5" in capsys.readouterr().err
-    assert [int(r["step"]) for r in rows("cut")] == [6, 8, 10, 12] and [r["step"] for r in rows("cut") if r["val_ppl"]] == ["6", "12"]
+    assert [int(r["step"]) for r in rows("cut")] == [0, 1, 2, 3, 4, 6, 8, 10, 12] and [r["step"] for r in rows("cut") if r["val_ppl"]] == ["0", "4", "6", "12"]
     assert all(torch.equal(a, b) for a, b in zip(last("cut")["model"].values(), last("whole")["model"].values()))
     Path("other.txt").write_text("here is w2 of the w3\n" * 600)
     with pytest.raises(UserError, match="no longer the text"):
@@ -703,7 +702,7 @@ def test_more_steps_extend_a_finished_run(capsys, how, steps):
     train.main(["--resume", "--run", "r", *how])
     said = capsys.readouterr().err
     result = json.loads(Path("r/result.json").read_text())
-    assert "extended from 8 to" in said and "the learning rate goes from" in said and result["steps"] > 8 and result["steps"] in (steps, result["steps"])
+    assert "extended from 8 to" in said and "learning rate's schedule" in said and result["steps"] > 8 and result["steps"] in (steps, result["steps"])
     assert [int(r["step"]) for r in rows("r")] == list(range(result["steps"] + 1))
     assert float(rows("r")[9]["lr"]) == pytest.approx(train.get_lr(8, result["steps"], result["options"]["lr"], 5), rel=1e-4)
     with pytest.raises(UserError, match="give more than these"):

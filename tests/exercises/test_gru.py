@@ -1,6 +1,7 @@
 """A GRU by hand, as a model of train.py."""
 import torch
 
+import sample
 import train
 from tests.recurrent import check_against_library, check_gradcheck, check_plain_equals_fast
 
@@ -29,4 +30,4 @@ def test_its_backward_pass_is_written_by_hand():
 def test_train_knows_it(tmp_path):
     train.main(f"--model gru --steps 2 --n-embd 8 --batch-size 4 --block-size 8 --no-sample --run {tmp_path / 'r'}".split())
     from gru import GRU
-    assert all(type(layer) is GRU for layer in train.load_run(tmp_path / "r")[0].layers)
+    assert all(type(layer) is GRU for layer in sample.load_run(tmp_path / "r")[0].layers)
