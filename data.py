@@ -80,7 +80,7 @@ class NotFound(UserError):
     """A server has no such file."""
 
 
-# this process's number and how many there are, in a torchrun job; outside of one, whatever else a platform sets, 0 and 1
+# this process's number and how many there are, in a torchrun job; else 0 and 1, whatever a platform sets
 RANK, WORLD = 0, 1
 if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -617,8 +617,8 @@ class WordTokenizer:
         words = self.normalize(text)
         ids = [self.ids.get(w, self.unk) for w in words]
         if None in ids:
-            raise UserError(f"the vocabulary has no word for {words[ids.index(None)]!r}, and no <unk>: embedded "
-                            "languages go with embedded languages; for other text, --tokenizer gpt2 can read any")
+            raise UserError(f"the vocabulary has no word for {words[ids.index(None)]!r}: embedded languages "
+                            "go with embedded languages; --tokenizer gpt2 reads any text")
         return ids
 
     def decode(self, ids):
@@ -1145,8 +1145,9 @@ def batches_of(model, ids, batch_size, block_size, seed):
     kind = ContiguousBatches if model.recurrent else WindowBatches
     batches = kind(ids, batch_size, block_size, seed)
     if batches.steps_per_epoch < 1:
-        raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} rows of "
-                        f"{block_size} tokens. Take a longer text, or smaller --batch-size and --block-size")
+        raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} "
+                        f"rows of {block_size} tokens. Take a longer text, or smaller --batch-size and "
+                        "--block-size")
     return batches
 
 

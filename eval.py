@@ -454,7 +454,8 @@ def search_trials(path):
     for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
         score = row.pop("val_ppl")
         trials.setdefault(row["trial"], {}).update(row | {f"val_ppl_{row['rung']}": score})
-    rungs = sorted({name for row in trials.values() for name in row if name.startswith("val_ppl_")}, reverse=True)
+    names = {name for row in trials.values() for name in row}
+    rungs = sorted((name for name in names if name.startswith("val_ppl_")), reverse=True)
     rows = [dict.fromkeys(rungs[::-1], "") | row for row in trials.values()]
     return sorted(rows, key=lambda r: [float(r[k] or "inf") for k in rungs])
 
@@ -817,7 +818,8 @@ def token_table(run, text, dtype):
         print(f"{shown(i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {guess}")
     if unknown:
         print(f"<unk> stands for: {', '.join(unknown)}")
-    print(f"{len(ids)} tokens, {losses.mean():.3f} nats per token, perplexity {perplexity_of(losses.mean()):.2f}")
+    nll = losses.mean()
+    print(f"{len(ids)} tokens, {nll:.3f} nats per token, perplexity {perplexity_of(nll):.2f}")
 
 
 def default_domains(runs):

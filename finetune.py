@@ -45,10 +45,10 @@ import data
 from data import RANK, WORLD, UserError, option, prepend_eos, read_json, save_json
 from eval import format_number, markdown_table, plot_curves, read_log, run_options, score, write_report
 from qwen_load import save_model
-from sample import (build_model, context_length, count_parameters, dtype_name, encode_prompt, generate, kind_of,
-                    load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
-from train import (SHOWN, RunOptions, check_rows, check_same, check_text, environment, first_process_first,
-                   join_processes, leave_processes, perplexity, perplexity_of, resume_hint, resume_or_refuse, shard_as,
+from sample import (build_model, context_length, count_parameters, dtype_name, encode_prompt, generate,
+                    kind_of, load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
+from train import (SHOWN, RunOptions, check_rows, check_same, check_text, environment, everyone,
+                   join_processes, leave_processes, perplexity, perplexity_of, resume_or_refuse, shard_as,
                    train, warn_of_unknown)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
@@ -67,6 +67,7 @@ def by_base(name):
 @dataclass
 class Config(RunOptions):
     """Fine-tune all parameters of a trained model on other text, and show what changed."""
+    script = "python finetune.py"
     base: str = option("Qwen/Qwen2-0.5B", "a run of train.py; or Qwen2's weights: a folder, or their name on "
                                           "the hub, downloaded once (1 GB)")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
@@ -111,13 +112,14 @@ def memory_text(model, config, dtype):
     elif hasattr(os, "sysconf"):                                            # one memory for all processes
         needed, there = needed * WORLD, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if there and needed > there:
-        words += (f"; this machine has {there / 1e9:.1f} GB: it will fail or crawl. Take a smaller --batch-size or "
-                  "--block-size, --accumulate, --checkpointing, or a smaller base")
+        words += (f"; this machine has {there / 1e9:.1f} GB: it will fail or crawl. Take --accumulate, "
+                  "--checkpointing, a smaller --block-size or base")
     return words
 
 
 def shard_model(model, weights, device, dtype):
-    """fully_shard a model on the meta device, by layers and the rest, and give it the first process's weights."""
+    """fully_shard a model on the meta device, by layers and the rest, and give it the first process's
+    weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (WORLD,))
@@ -216,15 +218,16 @@ def first_share(ids, fraction, eos):
     return ids[:n if len(ends) == 0 or fraction == 1 else start + int(ends[-1]) + 1]
 
 
-def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, before=None, hint=""):
-    """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base or, of
-    a run that resumes, what was saved; it is trained in place. before: the base's figures, if they are known."""
+def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, before=None):
+    """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base
+    or, of a run that resumes, what was saved; it is trained in place. before: the base's figures, if they are
+    known."""
     folder = Path(config.run)
 
     # 3 data: windows of the first share of the text; what is measured before
     train_ids = first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
-    batches = data.batches_of(model, train_ids, config.batch_size, min(config.block_size, context_length(model)),
-                              config.seed)
+    block_size = min(config.block_size, context_length(model))
+    batches = data.batches_of(model, train_ids, config.batch_size, block_size, config.seed)
     valid = prepend_eos(tokenizer, corpus.ids["valid"][:config.eval_tokens])
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     if RANK == 0:
@@ -240,16 +243,16 @@ def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, b
     # 4 model
     model.checkpointing = config.checkpointing
     if config.shard:
-        weights = checkpoint["model"] if checkpoint else RANK == 0 and load_run(config.base, "cpu")[0].state_dict()
-        shard_model(model, weights, device, dtype)
-        del weights
+        base = checkpoint or RANK == 0 and {"model": load_run(config.base)[0].state_dict()}
+        shard_model(model, base and base["model"], device, dtype)
+        del base
 
     # 5 to 7: as from random weights
     data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, "
               f"{device.type} {dtype_name(dtype)}, {config.run}", "\n")
-    run = train(config, model, tokenizer, batches, {"valid": valid}, steps, device, dtype, checkpoint, hint,
-                prompt=encode_prompt(tokenizer, config.prompts[0]),
-                warmup_steps=min(config.warmup_steps, max(1, steps // 10)), fingerprint=corpus.fingerprint())
+    run = train(config, model, tokenizer, batches, {"valid": valid}, steps, device, dtype, checkpoint,
+                encode_prompt(tokenizer, config.prompts[0]), min(config.warmup_steps, max(1, steps // 10)),
+                fingerprint=corpus.fingerprint())
     if RANK:
         return None
 
@@ -286,11 +289,11 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         checkpoint = read_checkpoint(cell / "last.pt") if not result and (cell / "last.pt").exists() else None
         if begun := result or checkpoint:
             here = asdict(one)
-            check_same(begun["options"], here, here.keys() - SHOWN - {"ablate_epochs", "ablate_fractions"}, cell)
+            cells = {"ablate_epochs", "ablate_fractions"}
+            check_same(begun["options"], here, here.keys() - SHOWN - cells, cell)
         if not result:
             model = saved_model(checkpoint, device) if checkpoint else copy.deepcopy(base)
-            result = finetune(one, model, tokenizer, corpus, device, dtype, checkpoint, before,
-                              "the same command again; finished cells are kept")
+            result = finetune(one, model, tokenizer, corpus, device, dtype, checkpoint, before)
         for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
         before = result["before"]
@@ -327,8 +330,8 @@ def resolve_defaults(config, model, tokenizer):
     config.prompts = config.prompts or default_prompts(config, tokenizer)
     for prompt in config.prompts:
         if len(encode_prompt(tokenizer, prompt)) > context_length(model):
-            raise UserError(f"the prompt {prompt!r} is longer than the base's context of {context_length(model)} "
-                            "tokens; give shorter --prompts")
+            raise UserError(f"the prompt {prompt!r} is longer than the base's context of "
+                            f"{context_length(model)} tokens; give shorter --prompts")
     if config.retain is None:
         config.retain = "wikitext2" if qwen2 else run_options(config.base)[1].get("data", "")
         try:
@@ -345,7 +348,8 @@ def saved_model(checkpoint, device):
 
 
 def open_base(config, device, checkpoint):
-    """The model to train and its tokenizer: the base, or that of a checkpoint; without memory with --shard."""
+    """The model to train and its tokenizer: the base, or that of a checkpoint; without memory with
+    --shard."""
     if checkpoint and not config.shard:
         model, tokenizer = saved_model(checkpoint, device), tokenizer_from(checkpoint["tokenizer"])
     elif checkpoint:
@@ -378,8 +382,7 @@ def main(argv=None):
     kind, checkpoint = "ablate" if config.ablate else "finetune", None
     config.run = config.run or f"runs/{kind}-{data.file_name(config.base)}-{data.file_name(config.data)}"
     if not config.ablate:
-        checkpoint, config = resume_or_refuse(config, given, "python finetune.py",
-                                              ("last.pt", "config.json", "result.json"))
+        checkpoint, config = resume_or_refuse(config, given, ("last.pt", "config.json", "result.json"))
         config.shard = "shard" in given
 
     # 2 device and processes
@@ -387,14 +390,16 @@ def main(argv=None):
     dtype = pick_dtype(config.dtype, device)
 
     # 3 data and base
-    with first_process_first():                                     # it downloads and encodes
-        model, tokenizer = open_base(config, device, checkpoint)
-        corpus = data.load(config.data, tokenizer, splits=("train", "valid"))
+    if RANK:
+        everyone()                                          # the first process downloads and encodes for all
+    model, tokenizer = open_base(config, device, checkpoint)
+    corpus = data.load(config.data, tokenizer, splits=("train", "valid"))
+    if RANK == 0:
+        everyone()
     check_text(corpus, checkpoint, config.run)
     if config.ablate:
         return ablate(config, model, tokenizer, corpus, device, dtype)
-    result = finetune(config, model, tokenizer, corpus, device, dtype, checkpoint,
-                      hint=resume_hint("python finetune.py", config.run))
+    result = finetune(config, model, tokenizer, corpus, device, dtype, checkpoint)
     if RANK == 0:
         before, after = result["before"], result["after"]
         retained = (f", {config.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"

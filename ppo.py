@@ -69,7 +69,7 @@ from rnn import compute_dtype
 from sample import (autocast, context_length, count_parameters, dtype_name, encode_prompt, generate_stream,
                     keep_memory, load_run, pick_device, pick_dtype, read_checkpoint)
 from train import (NotFinite, Run, RunOptions, clip_grad_norm, configure_optimizer, get_lr, load_optimizer,
-                   perplexity_of, resume_hint, resume_or_refuse, set_lr, step_seed)
+                   perplexity_of, resume_or_refuse, set_lr, step_seed)
 from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
@@ -96,6 +96,7 @@ def by_base(name):
 class Config(RunOptions):
     """Reinforcement learning from a sentiment scorer: PPO on a language model.
     (--train-reward trains a scorer instead: python ppo.py --train-reward --help.)"""
+    script = "python ppo.py"
     train_reward: bool = option(False, "train a scorer instead; it has options of its own")
     base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run of train.py or finetune.py, or "
                                           "Qwen2's weights, a folder or their name on the hub (1 GB)")
@@ -139,6 +140,7 @@ def by_corpus(name):
 class RewardConfig(RunOptions):
     """Train a sentiment scorer for ppo.py to reward with: a small one from scratch, or a pretrained
     encoder."""
+    script = "python ppo.py --train-reward"
     train_reward: bool = option(False, "this")
     data: str = option("reviews", "the labelled texts", choices=REVIEWS)
     encoder: str = option(None, "a DistilBERT to begin with, under a new head: a folder, or its name on the "
@@ -198,7 +200,8 @@ def evaluate_scorer(scorer, texts, labels, device, dtype):
         logits = scorer.logits(texts)
     labels = torch.tensor(labels)
     nll = F.cross_entropy(logits, labels).item()
-    return {"nll": nll, "ppl": perplexity_of(nll), "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
+    accuracy = (logits.argmax(-1) == labels).float().mean().item()
+    return {"nll": nll, "ppl": perplexity_of(nll), "accuracy": accuracy}
 
 
 def new_scorer(tokenizer, device):
@@ -231,9 +234,9 @@ def train_reward(config, device, dtype, checkpoint=None):
     labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
     batches = TextBatches(scorer, ids["train"], labels["train"], config.batch_size, config.seed)
     fingerprint = f"{zlib.crc32(repr(ids['train']).encode()):08x}"
+    kept = {"fingerprint": fingerprint}
     if checkpoint and checkpoint.get("fingerprint") != fingerprint:
-        raise UserError(f"{config.data} is not the text that the run in {config.run} was started with; name that, or "
-                        "start a new run")
+        raise UserError(f"{config.data} is not the text that the run in {config.run} was started with")
 
     # 5 optimizer
     optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
@@ -249,8 +252,7 @@ def train_reward(config, device, dtype, checkpoint=None):
     data.live(f"a scorer of {count_parameters(scorer):,} parameters on {len(ids['train']):,} texts of "
               f"{config.data}, {steps} steps, {device.type} {dtype_name(dtype)}, {config.run}", "\n")
     scorer.train()
-    hint = resume_hint("python ppo.py --train-reward", config.run)
-    with Run(config, steps, batches, checkpoint, hint, evaluations=10) as run:
+    with Run(config, steps, batches, checkpoint, evaluations=10) as run:
         while True:
             # evaluate, log, save
             if run.due(run.eval_every):
@@ -258,14 +260,14 @@ def train_reward(config, device, dtype, checkpoint=None):
                 run.check_finite(validation_loss=scores["nll"])
                 row = run.log(val_loss=scores["nll"], val_ppl=scores["ppl"])
                 if run.step:
-                    better = run.save(scorer, tokenizer, optimizer, loss=scores["nll"], fingerprint=fingerprint)
+                    better = run.save(scorer, tokenizer, optimizer, loss=scores["nll"], **kept)
                     data.live(f"{run}  loss {row['train_loss']:.3f}  validation loss {scores['nll']:.3f}"
                               f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}", "\n")
             elif run.due(config.log_every):
                 run.log()
             if run.stopping:                        # without an evaluation: nothing differs after a resume
                 if run.step:
-                    run.save(scorer, tokenizer, optimizer, fingerprint=fingerprint)
+                    run.save(scorer, tokenizer, optimizer, **kept)
                 run.leave()
             if run.step == run.steps:
                 break
@@ -648,7 +650,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     # 7 loop
     data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {config.steps} "
               f"iterations, {device.type} {dtype_name(dtype)}, {config.run}", "\n")
-    with Run(config, config.steps, None, checkpoint, resume_hint("python ppo.py", config.run), 10) as run:
+    with Run(config, config.steps, checkpoint=checkpoint) as run:
         while True:
             # evaluate, log, save
             kept = {"value_head": value_head.state_dict(), "kl_coef": kl_coef, "fingerprint": fingerprint}
@@ -658,9 +660,10 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
                 if run.step:                # the best policy has the highest reward - coefficient * KL
                     worth = scores["reward"] - config.kl_coef * scores["kl"]
                     better = run.save(policy, tokenizer, optimizer, loss=-worth, **kept)
-                    data.live(f"{run}  reward {run.metrics['reward']:.2f}  KL {run.metrics['kl']:.2f}  coefficient "
-                              f"{kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL {scores['kl']:.2f}, "
-                              f"distinct-2 {scores['distinct_2']:.2f}{' *' if better else ''}", "\n")
+                    data.live(f"{run}  reward {run.metrics['reward']:.2f}  KL {run.metrics['kl']:.2f}  "
+                              f"coefficient {kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL "
+                              f"{scores['kl']:.2f}, distinct-2 {scores['distinct_2']:.2f}"
+                              + " *" * better, "\n")
                     if config.sample:
                         data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
             elif run.due(1):
@@ -680,7 +683,8 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
                 group["lr"] = lr * group["lr_scale"]
             if sampler is not policy:
                 sampler.load_state_dict(policy.state_dict())
-            r = rollout(task, sampler, prompt_batch(prompts["train"], config.batch_size, config.seed, run.step))
+            batch = prompt_batch(prompts["train"], config.batch_size, config.seed, run.step)
+            r = rollout(task, sampler, batch)
             rolled = time.perf_counter()
 
             # 7.2 reward model, at the end of each response
@@ -713,7 +717,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             if config.sft_every and (run.step + 1) % config.sft_every == 0:
                 updates += supervised_steps(task, policy, value_head, optimizer, text, text_step)
 
-            # 7.7 KL coefficient, metrics (kl, kl_estimate: nats a response; entropy: nats a token; length: tokens)
+            # 7.7 KL coefficient, metrics (KL in nats a response, entropy in nats a token)
             tokens, n = r.mask.sum(), len(r.mask)
             metrics = {"lr": lr, "reward": scores.mean().item(), "reward_std": scores.std().item(),
                        "kl": old["kl"].sum().item() / n, "kl_estimate": kl_estimate.sum().item() / n,
@@ -889,11 +893,10 @@ def main(argv=None):
     config, given = data.parse_args(RewardConfig if train_a_scorer else Config, argv, EXAMPLES)
     if data.WORLD > 1:
         raise UserError("ppo.py runs in one process; start it without torchrun")
-    script = "python ppo.py" + " --train-reward" * train_a_scorer
     default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{data.file_name(config.base)}"
     config.run = config.run or f"runs/{default}"
     keep_memory()
-    checkpoint, config = resume_or_refuse(config, given, script, ("last.pt", "result.json", "config.json"))
+    checkpoint, config = resume_or_refuse(config, given, ("last.pt", "result.json", "config.json"))
     if train_a_scorer and not checkpoint:
         defaults = SCORER.get("encoder" if config.encoder else config.data, SCORER["imdb"])
         config.lr, config.epochs = config.lr or defaults["lr"], config.epochs or defaults["epochs"]

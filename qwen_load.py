@@ -40,7 +40,8 @@ from pathlib import Path
 
 import torch
 
-from data import HUB, SEPARATOR, NotFound, UserError, data_dir, download, read_json, write_atomically, write_text
+from data import (HUB, SEPARATOR, NotFound, UserError, data_dir, download, read_json, write_atomically,
+                  write_text)
 from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
 # ------------------------------------------------------------------------------------------------ safetensors

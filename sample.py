@@ -220,8 +220,8 @@ def penalize(logits, seen, penalty):
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] under the
-    distribution that it was drawn from)."""
+    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] under the distribution
+    that it was drawn from)."""
     if temperature == 0:
         token = logits.max(-1).indices                                      # five times as fast as argmax
         return token, logits.new_zeros(len(logits), dtype=torch.float32)
@@ -259,7 +259,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
         text[row, :len(prompt)] = torch.tensor(prompt, device=device)
     window = min(total, context_length(model))
     if lengths.max() > window:
-        raise UserError(f"the prompt has {int(lengths.max())} tokens, the model's context is {window}; shorten it")
+        raise UserError(f"the prompt has {int(lengths.max())} tokens, the model's context is {window}")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
     stops = torch.tensor([] if eos is None else eos, dtype=torch.long, device=device).flatten()

@@ -32,9 +32,8 @@ Where each is:
     a whole training                    pretrain, stages 4 and 8; train, stages 5 to 7
     its folder                          Run
 
-A run is a folder: last.pt (all that is needed to resume), best.pt (the weights with the lowest validation loss),
-log.csv (a row for every log step and evaluation), result.json (the final figures). A kill at any moment leaves
-complete files.
+A run is a folder: last.pt (all that is needed to resume), best.pt (the weights with the lowest validation
+loss), log.csv (a row for every log step and evaluation), result.json (the final figures).
 """
 import csv
 import math
@@ -46,7 +45,6 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -57,8 +55,8 @@ import torch.distributed as dist
 
 import data
 from data import RANK, WORLD, UserError, option, prepend_eos, save_json, write_atomically
-from sample import (MODELS, autocast, build_model, count_parameters, dtype_name, generate, keep_memory, kind_of,
-                    pick_device, pick_dtype, read_checkpoint, tokenizer_from)
+from sample import (MODELS, autocast, build_model, count_parameters, dtype_name, generate, keep_memory,
+                    kind_of, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
 from transformer import DecoderLayer, FastDecoderLayer
 
 # Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes,
@@ -87,7 +85,7 @@ class RunOptions:
                       group="the run")
     resume: bool = option(False, "resume the run in --run, as it was started")
     grad_clip: float = option(1.0, "largest gradient norm")
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run, of ppo.py's a 10th)")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run; ppo.py: a 10th)")
     seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of matmuls, weights are float32; auto: bfloat16 where the hardware has it",
@@ -96,31 +94,33 @@ class RunOptions:
 
 @dataclass
 class Config(RunOptions):
-    """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a file."""
+    """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a
+    file."""
+    script = "python train.py"
     model: str = option("lstm", "which of the models", choices=list(MODELS))
-    data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 file or of a folder of them")
+    data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a text file or a folder")
     tokenizer: str = option("word", "whole words, characters, or GPT-2's byte-pair encoding",
                             choices=["word", "char", "gpt2"])
     also: list[str] = option([], "other corpora to log the perplexity of")
-    search: int = option(None, "try N random configurations and the default one within --minutes, narrowed by "
-                               "thirds; what else you type is held fixed; looks at the validation split only")
+    search: int = option(None, "try N random configurations and the default one within --minutes, narrowed "
+                               "by thirds, on the validation split; what else you type is held fixed")
     epochs: float = option(None, "passes over the training text")
     steps: int = option(None, "optimizer steps, instead of --epochs")
     minutes: float = option(None, "instead: plan as many steps as fit, after the first 20")
     warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
-    compile: bool = option(False, "torch.compile the Transformer's layers: for a GPU (a CPU has kernels, as fast)")
+    compile: bool = option(False, "torch.compile the Transformer's layers, on a GPU (a CPU has kernels)")
     log_every: int = option(50, "steps between rows of log.csv")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory (Transformer only)")
     batch_size: int = option(None, "rows of a batch", group="by model and corpus (the defaults are below)")
-    block_size: int = option(None, "tokens of a row: so far goes back-propagation through time, or a Transformer sees")
+    block_size: int = option(None, "tokens of a row: as far as back-propagation, or a Transformer, goes")
     lr: float = option(None, "highest learning rate")
     n_layer: int = option(None, "layers")
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "width")
-    n_hidden: int = option(None, "width inside: of all recurrent layers but the last (default: n_embd), of the "
+    n_hidden: int = option(None, "width inside: of recurrent layers but the last (default: n_embd), of the "
                                  "Transformer's MLP (default: 3 n_embd)")
-    dropout: float = option(None, "after the last recurrent layer, or each half of a layer", at_least=0, below=1)
+    dropout: float = option(None, "after the last recurrent layer, or half a layer", at_least=0, below=1)
     dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1)
     dropout_input: float = option(None, "on the embedded input", at_least=0, below=1)
     dropout_embed: float = option(None, "of words of the vocabulary", at_least=0, below=1)
@@ -136,9 +136,9 @@ def step_seed(seed, step, rank=0):
 
 
 def get_lr(step, steps, peak, warmup_steps):
-    """The schedule of all four trainings (train.py, finetune.py, ppo.py's two): linear warm-up, then half a
+    """The schedule of all four trainings (here, finetune.py, ppo.py's two): linear warm-up, then half a
     cosine down to 1 % of the peak. Steps count from 0; the last is steps - 1, and log.csv shows its rate in
-    row `steps`. Fine-tuning and the scorer warm up for a tenth of the run at most."""
+    row `steps`."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -170,31 +170,30 @@ def map_state(f, *states):
 
 
 def clip_grad_norm(parameters, limit):
-    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps of a
-    training need no scaling, and then this passes over them once instead of twice, as clip_grad_norm_
-    does."""
+    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps need no
+    scaling: then this passes over them once, and clip_grad_norm_ twice."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm    # of a model split across processes
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of a sharded model
     if not norm <= limit:                                           # also where it is not a number
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
 
 
-# ------------------------------------------------------------------------------------------------- the training
+# ----------------------------------------------------------------------------------------------- the training
 
 # tokens of a split that are read at most (IMDB's has 7 million)
 WHILE_TRAINING, AT_THE_END = 100_000, 300_000
 EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one piece
 
 
-def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint=None, hint="", prompt=(),
+def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint=None, prompt=(),
           warmup_steps=0, **kept):
     """Train a model, into the folder config.run; -> its Run, with the best weights in best.pt.
 
     texts: {name: ids} to evaluate on; "valid" decides which weights are the best. steps: of the optimizer;
-    inf where --minutes plans them. checkpoint: of the run that is resumed, its weights are in the model. hint:
-    how to resume. prompt: ids that the model continues at evaluations. kept: what else checkpoints hold.
+    inf where --minutes plans them. checkpoint: of the run that is resumed; the model has its weights. prompt:
+    ids that the model continues at evaluations. kept: what else checkpoints hold.
     """
     # 5 optimizer
     optimizer = configure_optimizer(model, config.lr, config.weight_decay)
@@ -204,11 +203,12 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
         state = map_state(lambda rows: own_rows(rows, device), checkpoint["state"])
-    ddp_model = average_gradients(model, device)
+    sharded = hasattr(next(model.parameters()), "full_tensor")      # finetune.py --shard
+    ddp_model = model if WORLD == 1 or sharded else torch.nn.parallel.DistributedDataParallel(model)
 
     # 7 loop
     model.train()
-    with Run(config, steps, batches, checkpoint, hint) as run:
+    with Run(config, steps, batches, checkpoint) as run:
         if checkpoint:
             checkpoint.clear()                                      # its memory is needed
         while True:
@@ -216,16 +216,16 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
             if run.steps == math.inf and run.step == MEASURED:
                 run.plan()
             if run.due(run.eval_every):
-                scores = everyone(evaluate(model, texts, dtype) if RANK == 0 or is_sharded(model) else None)[0]
+                scores = everyone(evaluate(model, texts, dtype) if RANK == 0 or sharded else None)[0]
                 valid = scores.pop("valid")
                 others = {f"ppl_{name}": each["ppl"] for name, each in scores.items()}
                 run.check_finite(validation_loss=valid["nll"])
                 row = run.log(val_loss=valid["nll"], val_ppl=valid["ppl"], **others)
                 if run.step:
                     better = run.save(model, tokenizer, optimizer, state, valid["nll"], **kept)
-                    data.live(f"{run}  loss {row['train_loss']:.3f}  val ppl {valid['ppl']:.2f}{' *' * better}"
-                              + "".join(f"  {name} {ppl:.1f}" for name, ppl in others.items()), "\n")
-                    if config.sample and RANK == 0 and not is_sharded(model):
+                    data.live(f"{run}  loss {row['train_loss']:.3f}  val ppl {valid['ppl']:.2f}"
+                              + " *" * better + "".join(f"  {k} {v:.1f}" for k, v in others.items()), "\n")
+                    if config.sample and RANK == 0 and not sharded:
                         data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             elif run.due(config.log_every):
                 run.log()
@@ -261,29 +261,29 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
     return run
 
 
-def pretrain(config, corpora, device, dtype, checkpoint=None, hint=""):
-    """Train a model from random weights as config says, into the folder config.run; -> what its result.json
-    holds. corpora["valid"] is the corpus (without a test split in a trial of a search), the others are
-    --also."""
+def pretrain(config, corpora, device, dtype, checkpoint=None):
+    """Train a model from random weights, into the folder config.run; -> what its result.json holds.
+    corpora["valid"] is the corpus (without a test split in a trial of a search), the others are --also."""
     # 4 model
     corpus, tokenizer = corpora["valid"], corpora["valid"].tokenizer
     torch.manual_seed(config.seed)
-    model = build_model(config.model, model_config(config, tokenizer.vocab_size), checkpoint and checkpoint["model"])
-    model.to(device)
+    sizes = model_config(config, tokenizer.vocab_size)
+    model = build_model(config.model, sizes, checkpoint and checkpoint["model"]).to(device)
     if config.compile:
         compile_layers(model, device)
     check_rows(config, model)
     batches = data.batches_of(model, corpus.ids["train"], config.batch_size, config.block_size, config.seed)
     texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
-    steps = config.steps or (math.inf if config.minutes else max(1, round(config.epochs * batches.steps_per_epoch)))
+    steps = config.steps or math.inf
+    if config.epochs:
+        steps = max(1, round(config.epochs * batches.steps_per_epoch))
 
     # 5 to 7
     data.live(f"{config.model} on {config.data}: {count_parameters(model):,} parameters, "
               f"{len(corpus.ids['train']):,} training tokens, {device.type} {dtype_name(dtype)}"
               f"{f' x {WORLD}' if WORLD > 1 else ''}, {config.run}", "\n")
-    run = train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint, hint,
-                prompt=texts["valid"][:9].tolist(), warmup_steps=config.warmup_steps,
-                fingerprint=corpus.fingerprint())
+    run = train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint,
+                texts["valid"][:9].tolist(), config.warmup_steps, fingerprint=corpus.fingerprint())
     if RANK:
         return None
 
@@ -299,8 +299,8 @@ def pretrain(config, corpora, device, dtype, checkpoint=None, hint=""):
 
 
 def final_figures(model, corpus, dtype):
-    """Perplexity on the validation and test splits, the state carried from end to end of each; floor; the share of
-    <unk> among what is predicted. None for a test split that the corpus does not have."""
+    """Perplexity on the validation and test splits, the state carried from end to end of each; floor; the
+    share of <unk> among what is predicted. None for a test split that the corpus does not have."""
     out = {"test_ppl": None, "floor_ppl": corpus.floor.get("test"), "test_tokens": None}
     for split in [split for split in corpus.ids if split != "train"]:
         ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
@@ -326,19 +326,20 @@ def compile_layers(model, device):
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
-OVERLAP = 256                                       # tokens
+OVERLAP = 256           # tokens
 
 
 @torch.no_grad()
 def token_losses(model, ids, pieces=1, window=None, stride=None, dtype=None):
-    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout. ids[0] is context only (put <eos>
-    first). The model may be split across processes; then all call this together.
+    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout. ids[0] is context only (put
+    <eos> first). The model may be split across processes; then all call this together.
 
-    A recurrent model reads the text from start to end, or, faster, in `pieces` side by side. Each piece but the first
-    begins with the state after the first OVERLAP tokens of the text and reads the OVERLAP tokens before its own,
-    which do not count: from a state of zero in mid-text a recurrent network may settle among states that it never
-    meets in reading on. The Transformer reads windows of `window` tokens that advance by `stride`; only a window's
-    last `stride` predictions count, so that after the first window every token has window - stride before it.
+    A recurrent model reads the text from start to end, or, faster, in `pieces` side by side. Each piece but
+    the first begins with the state after the first OVERLAP tokens of the text and reads the OVERLAP tokens
+    before its own, which do not count: from a state of zero in mid-text a recurrent network may settle among
+    states that it never meets in reading on. The Transformer reads windows of `window` tokens that advance by
+    `stride`; only a window's last `stride` predictions count, so that after the first window every token has
+    window - stride before it.
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.long)
@@ -353,11 +354,12 @@ def token_losses(model, ids, pieces=1, window=None, stride=None, dtype=None):
             length = -(-(n - before) // pieces)
             padded = torch.full((2, before + pieces * length), -1)
             padded[:, :n] = torch.stack((ids[:-1], ids[1:]))
-            inputs, targets = padded.unfold(1, before + length, length)         # [pieces, before + length] each
+            inputs, targets = padded.unfold(1, before + length, length)     # [pieces, before + length] each
             state = model.init_state(pieces)
             if before:              # the first piece starts from zeros, the others from the beginning's state
                 beginning = model(inputs[:1, :before].to(device))[1]
-                state = map_state(lambda *parts: torch.cat(parts), model.init_state(1), *[beginning] * (pieces - 1))
+                states = model.init_state(1), *[beginning] * (pieces - 1)
+                state = map_state(lambda *rows: torch.cat(rows), *states)
             for x, y in zip(inputs.clamp(min=0).split(256, 1), targets.split(256, 1)):
                 nll, state = model(x.to(device), state, targets=y.to(device), reduction="none")
                 losses.append(nll.cpu())
@@ -387,16 +389,18 @@ def perplexity_of(nats):
 
 
 def perplexity(model, ids, pieces=1, window=None, stride=None, dtype=None):
-    """The mean of token_losses, every token of ids[1:] predicted once.
-    -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}."""
+    """The mean of token_losses, every token of ids[1:] predicted once. -> {"nll": nats per token, "ppl":
+    perplexity, "tokens": how many}."""
     losses = token_losses(model, ids, pieces, window, stride, dtype)
     nll = losses.mean().item()
     return {"nll": nll, "ppl": perplexity_of(nll), "tokens": len(losses)}
 
 
 def evaluate(model, texts, dtype):
-    """{name: perplexity} of texts {name: ids}, quickly: recurrent models read up to 16 pieces side by side."""
-    return {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000)), dtype=dtype) for name, ids in texts.items()}
+    """{name: perplexity} of texts {name: ids}, quickly: recurrent models read up to 16 pieces side by
+    side."""
+    return {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000)), dtype=dtype)
+            for name, ids in texts.items()}
 
 
 def sample_line(model, tokenizer, prompt, seed):
@@ -417,29 +421,29 @@ def unknown_share(tokenizer, ids):
 def warn_of_unknown(share, what):
     """Say what flatters a perplexity."""
     if share > 0.05:
-        data.live(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity here: "
+        data.live(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity: "
                   "train with --tokenizer char or gpt2", "\n")
 
 
-# ------------------------------------------------------------------------------------ a training in its folder
+# ----------------------------------------------------------------------------------- a training in its folder
 
 class NotFinite(UserError):
     """The loss or the gradient has left the finite numbers."""
 
 
-MEASURED, WARMING_UP = 20, 5        # after so many steps --minutes plans, by their speed without the first ones
+MEASURED, WARMING_UP = 20, 5        # --minutes plans after 20 steps, by their speed without the first 5
 
 
 class Run:
-    """A training in its folder: how far it is, its clock, log.csv, last.pt and best.pt. Of several processes, the
-    first one writes. Row k of log.csv shows the state after k steps: its lr and grad_norm are those of step k - 1.
-    Ctrl-C, or a polite kill, sets `stopping`, which the loop reads between two steps; a second one does not
-    wait."""
+    """A training in its folder: how far it is, its clock, log.csv, last.pt and best.pt. Of several processes,
+    the first one writes. Row k of log.csv shows the state after k steps: its lr and grad_norm are those of
+    step k - 1. Ctrl-C, or a polite kill, sets `stopping`, which the loop reads between two steps; a second
+    one does not wait."""
     KEPT = ("step", "steps", "eval_every", "seconds", "step_seconds", "warming_up", "best", "best_step",
             "rows", "logged", "losses", "metrics")
 
-    def __init__(self, config, steps, batches=None, checkpoint=None, hint="", evaluations=20):
-        self.config, self.folder, self.batches, self.hint = config, Path(config.run), batches, hint
+    def __init__(self, config, steps, batches=None, checkpoint=None, evaluations=20):
+        self.config, self.folder, self.batches = config, Path(config.run), batches
         self.steps = steps                                          # inf: not planned yet
         self.eval_every = steps if steps == math.inf else -(-steps // evaluations)
         self.step, self.seconds = 0, 0.0
@@ -452,8 +456,8 @@ class Run:
             vars(self).update(checkpoint["run"])
             if checkpoint.get("extended"):
                 self.extend(steps)
-            if not (self.folder / "best.pt").exists():              # then the next evaluation is the best so far
-                self.best = math.inf
+            if not (self.folder / "best.pt").exists():
+                self.best = math.inf                                # the next evaluation is the best so far
             self.write_log()
         self.eval_every = config.eval_every or self.eval_every
         self.started = time.perf_counter() - self.seconds
@@ -463,15 +467,15 @@ class Run:
         if steps == math.inf and self.steps < math.inf:             # --minutes, at the speed so far
             steps = int(60 * self.config.minutes / self.seconds * self.step)
         if steps <= self.steps < math.inf:
-            raise UserError(f"{self.folder} was planned for {self.steps} steps; to extend it, give more than these "
-                            f"({steps} is what you gave)")
+            raise UserError(f"{self.folder} was planned for {self.steps} steps; to extend it, give more than "
+                            f"these ({steps} is what you gave)")
         data.live(f"from {self.steps} to {steps} steps, and the learning rate's schedule with it", "\n")
         self.steps = steps
         (self.folder / "result.json").unlink(missing_ok=True)       # the run is not complete any more
 
     def plan(self):
-        """--minutes as a number of steps: as many as fit into the rest beside the evaluations (up to 20, and up to a
-        tenth of the time, but at least two; the final figures on the test split come on top)."""
+        """--minutes as a number of steps: as many as fit into the rest beside the evaluations (up to 20, and
+        up to a tenth of the time, but at least two; the final figures on the test split come on top)."""
         step, every = (self.step_seconds - self.warming_up) / (MEASURED - WARMING_UP), self.config.eval_every
         left, evaluating = 0.98 * 60 * self.config.minutes - self.seconds, self.rows[0]["seconds"]
         evaluations = max(2, min(20, int(0.1 * left / evaluating)))
@@ -492,20 +496,19 @@ class Run:
     def request_stop(self, *_):
         if self.signalled:
             raise KeyboardInterrupt
-        self.signalled, self.stopping = True, WORLD == 1            # several processes agree on it in add and log
+        self.signalled, self.stopping = True, WORLD == 1            # several processes agree in add and log
         data.live("stopping when this step is complete and saved; Ctrl-C again does not wait", "\n")
 
     def __exit__(self, kind, error, _):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         if WORLD > 1 and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            again = f" with --resume --run {self.folder}" if (self.folder / "last.pt").exists() else ""
             raise UserError(f"at step {self.step} another process of this job was gone, or this one failed "
-                            f"({(str(error) or kind.__name__).splitlines()[0]}). {self.what_is_kept()}: start the same "
-                            f"torchrun command again{again}") from error
+                            f"({str(error).partition(chr(10))[0]}). {self.resume_hint()}") from error
 
     def due(self, every):
-        """Whether what is done every so many steps, and at the end, is due; where a run resumes, it was done."""
+        """Whether what is done every so many steps, and at the end, is due; where a run resumes, it was
+        done."""
         now = self.step % every == 0 or self.step == self.steps
         return now and self.step != self.logged and not self.stopping
 
@@ -531,8 +534,8 @@ class Run:
         self.seconds, self.stopping = time.perf_counter() - self.started, any(everyone(self.signalled))
         row = {"step": self.step, "seconds": self.seconds}
         if self.batches:
-            row |= {"epoch": self.step / self.batches.steps_per_epoch, "tokens": self.step * self.batches.tokens,
-                    "tokens_per_second": self.tokens_per_second}
+            row |= {"epoch": self.step / self.batches.steps_per_epoch,
+                    "tokens": self.step * self.batches.tokens, "tokens_per_second": self.tokens_per_second}
         if self.losses:
             row["train_loss"] = sum(self.losses) / len(self.losses)
         row |= self.metrics | scores
@@ -547,8 +550,8 @@ class Run:
             write_csv(self.folder / "log.csv", self.rows, appended)
 
     def save(self, model, tokenizer, optimizer, state=None, loss=None, **more):
-        """last.pt; with a validation loss, best.pt, too, if it is the lowest so far. -> whether it is. more: what
-        else this kind of run needs to resume. All processes call it together."""
+        """last.pt; with a validation loss, best.pt, too, if it is the lowest so far. -> whether it is. more:
+        what else this kind of run needs to resume. All processes call it together."""
         better = loss is not None and loss < self.best
         if better:
             self.best, self.best_step = loss, self.step
@@ -564,29 +567,36 @@ class Run:
             write_atomically(self.folder / "last.pt", lambda f: torch.save(last, f))
         return better
 
+    def resume_hint(self):
+        """What is kept, and what to type to resume."""
+        if not (self.folder / "last.pt").exists():
+            return "Nothing was saved yet; the same command begins again"
+        if getattr(self.config, "search", None):
+            return "Resume with: the same search again; finished trainings are kept"
+        command = self.config.script if WORLD == 1 else "the same torchrun command and"
+        return (f"The last checkpoint is kept in {self.folder}. Resume with: {command} --resume --run "
+                f"{data.quoted(self.folder)}")
+
     def leave(self):
-        """After a stop: say how to resume, end with status 130."""
-        data.live(f"stopped at step {self.step} and saved. Resume with: {self.hint}" if self.step else
-                  "stopped before the first step: nothing to resume, the same command begins again", "\n")
+        """End after a stop with status 130."""
+        data.live(f"stopped at step {self.step}. {self.resume_hint()}", "\n")
         leave_processes()
         raise SystemExit(130)
-
-    def what_is_kept(self):
-        kept = (self.folder / "last.pt").exists()
-        return f"The last good checkpoint is kept in {self.folder}" if kept else "Nothing was saved yet"
 
     def check_finite(self, **values):
         """NotFinite unless all these values are finite."""
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NotFinite(f"the {name.replace('_', ' ')} is not finite at step {self.step} ({value}). "
-                                f"{self.what_is_kept()}; train again with a smaller --lr and another --run")
+                                f"What was saved is kept in {self.folder}; train again with a smaller --lr "
+                                "and another --run")
 
     def result(self, model, device, dtype):
         """What every result.json holds."""
         return {"model": kind_of(model), "data": self.config.data, "params": count_parameters(model),
-                "steps": self.steps, "best_step": self.best_step, "seconds": self.seconds, "dtype": dtype_name(dtype),
-                "seed": self.config.seed, **environment(device), "options": asdict(self.config)}
+                "steps": self.steps, "best_step": self.best_step, "seconds": self.seconds,
+                "dtype": dtype_name(dtype), "seed": self.config.seed, **environment(device),
+                "options": asdict(self.config)}
 
     def __str__(self):
         if self.steps == math.inf:
@@ -596,7 +606,8 @@ class Run:
 
 
 def write_csv(path, rows, appended=False):
-    """Rows, {column: value}, as a file; appended: the last one, to a file that has its columns and the others."""
+    """Rows, {column: value}, as a file; appended: the last one, to a file that has its columns and the
+    others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a" if appended else "w", encoding="utf-8", newline="") as f:
         table = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
@@ -609,7 +620,7 @@ def write_csv(path, rows, appended=False):
 def load_optimizer(optimizer, state):
     """Put a checkpoint's state into an optimizer that may be on another device, or in shards."""
     for saved, own in zip(state["param_groups"], optimizer.param_groups):
-        saved["fused"] = own["fused"]
+        saved["fused"] = own.get("fused")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for k, moments in state["state"].items():
         moments |= {name: shard_as(v, parameters[k]) for name, v in moments.items() if v.dim()}
@@ -617,31 +628,30 @@ def load_optimizer(optimizer, state):
 
 
 def environment(device):
-    """What a result was computed with: torch, the processor, the commit of this code (None where git has none)."""
+    """What a result was computed with: torch, the processor, the commit of this code (None where git has
+    none)."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search("model name\\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     processor = found[1] if found else platform.processor() or platform.machine()
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
-    git = subprocess.run("git describe --always --dirty --exclude=*", shell=True, cwd=data.HERE, capture_output=True,
-                         text=True)
+    git = "git describe --always --dirty --exclude=*"
+    commit = subprocess.run(git, shell=True, cwd=data.HERE, capture_output=True, text=True).stdout.strip()
     return {"device": device.type, "torch": torch.__version__, "processor": processor,
-            "commit": git.stdout.strip() or None}
+            "commit": commit or None}
 
 
 # ------------------------------------------------------------------ several processes (one laptop: skip this)
 
 def join_processes(device):
-    """Under torchrun: join the other processes; -> the device of this one. Else device."""
-    if WORLD == 1:
-        return device
-    if device.type == "cuda":
+    """Under torchrun: join the other processes. -> the device of this one."""
+    if WORLD > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    elif device.type == "mps":                                      # gloo knows CPUs only
-        device = torch.device("cpu")
-    # the others wait while one encodes a text
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    elif WORLD > 1:
+        device = torch.device("cpu")                                # gloo does not know mps
+    if WORLD > 1:                                                   # the others wait while one encodes a text
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return device
 
 
@@ -651,30 +661,8 @@ def leave_processes():
         dist.destroy_process_group()
 
 
-@contextmanager
-def first_process_first():
-    """What is done inside, the first process does before the others: it downloads and encodes for all."""
-    if RANK:
-        dist.barrier()
-    yield
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-
-
-def is_sharded(model):
-    return hasattr(next(model.parameters()), "full_tensor")
-
-
-def average_gradients(model, device):
-    """The model, wrapped so that a backward pass averages the gradients of all processes. (Shards do.)"""
-    if WORLD == 1 or is_sharded(model):
-        return model
-    on = [device] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=on)
-
-
-def everyone(value):
-    """The values of all processes, in their order."""
+def everyone(value=None):
+    """The values of all processes, in their order; they wait for each other."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -697,7 +685,8 @@ def gather(state):
 
 
 def shard_as(value, parameter):
-    """This process's part of the first one's tensor, split as a parameter is; itself, if that is not split."""
+    """This process's part of the first one's tensor, split as a parameter is; itself, if that is not
+    split."""
     if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -722,22 +711,20 @@ SEARCH_SPACE = {
 
 def draw(config, given, rng):
     """One random configuration, as a dict of options. What the command line says is not drawn."""
-    drawn = {}
-    for name, space in SEARCH_SPACE[config.model].items():
-        if isinstance(space, tuple):
-            drawn[name] = float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}")
-        else:
-            drawn[name] = rng.choice(space)
+    drawn = {name: rng.choice(space) if isinstance(space, list) else
+             float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}")
+             for name, space in SEARCH_SPACE[config.model].items()}
     drawn |= {name: getattr(config, name) for name in drawn if name in given}
     return drawn | {"n_hidden": (3 if config.model == "transformer" else 1) * drawn["n_embd"]}
 
 
 def search(config, given, corpora, device, dtype):
-    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time each, the
-    best third again for three times as long, and so on, every rung for an equal share of --minutes. Trial 0 is what
-    would be trained without a search, so that the table says whether searching paid. Each training is complete, with
-    its own schedule, because a half-finished one says little about a finished one. Only the validation split is
-    looked at. trials.csv has a row for each finished training; these are not repeated."""
+    """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
+    each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
+    Trial 0 is what would be trained without a search, so that the table says whether searching paid. Each
+    training is complete, with its own schedule, because a half-finished one says little about a finished one.
+    Only the validation split is looked at. trials.csv has a row for each finished training; these are not
+    repeated."""
     folder, rng = Path(config.run), random.Random(config.seed)
     drawn = [draw(config, given, rng) for _ in range(config.search)]
     trials = [{name: getattr(config, name) for name in drawn[0]}, *drawn]
@@ -750,33 +737,36 @@ def search(config, given, corpora, device, dtype):
     for rung, size in enumerate(sizes, 1):
         minutes, scores = config.minutes / len(sizes) / size, {}
         for i in alive:
-            row = {"trial": i, "rung": rung, "model": config.model, "data": config.data, "minutes": f"{minutes:.4g}"}
+            row = {"trial": i, "rung": rung, "model": config.model, "data": config.data, "minutes": minutes}
             row = {name: str(value) for name, value in (row | trials[i]).items()}
             if len(rows) < len(finished):
                 if not row.items() <= finished[len(rows)].items():
                     raise UserError(f"{table} is of another search; choose another folder with --run")
                 rows.append(finished[len(rows)])
             else:
-                one = replace(config, **trials[i], minutes=minutes, sample=False, run=f"{folder}/trial-{i}-rung-{rung}")
+                one = folder / f"trial-{i}-rung-{rung}"
+                one = replace(config, **trials[i], minutes=minutes, sample=False, run=str(one))
                 rows.append(row | run_trial(one, corpora, device, dtype))
                 write_csv(table, rows, appended=len(rows) > 1)
             scores[i] = float(rows[-1]["val_ppl"])
-            print(f"rung {rung} of {len(sizes)}, trial {i}: validation perplexity {scores[i]:.1f}", flush=True)
+            print(f"rung {rung} of {len(sizes)}, trial {i}: validation perplexity {scores[i]:.1f}")
         alive = sorted(alive, key=scores.get)[:math.ceil(size / 3)]
     if not math.isfinite(scores[alive[0]]):
-        raise UserError("every trial that was left diverged; search again with another --seed, or a smaller --lr held "
-                        "fixed")
-    fixed = sorted(given - {"model", "data", "minutes", "search", "run", "also", "resume", "sample", "compile"})
+        raise UserError("every trial that was left diverged; search with another --seed, or hold --lr fixed")
+    named = {"model", "data", "minutes", "search", "run", "also", "resume", "sample", "compile"}
+    fixed = sorted(given - named)
     chosen = trials[alive[0]] | {name: getattr(config, name) for name in fixed}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
     print(f"all trainings are in {table}. The best, validation perplexity {scores[alive[0]]:.2f}:\n"
-          f"python train.py --model {config.model} --data {data.quoted(config.data)} --minutes {config.minutes:g} {flags}")
+          f"{config.script} --model {config.model} --data {data.quoted(config.data)} --minutes "
+          f"{config.minutes:g} {flags}")
 
 
 def run_trial(config, corpora, device, dtype):
-    """One training of a search, whose weights are not kept; -> what trials.csv says of it: inf where it diverged."""
+    """One training of a search, whose weights are not kept; -> what trials.csv says of it: inf where it
+    diverged."""
     try:
-        result = pretrain(config, corpora, device, dtype, hint="the same search again; finished trainings are kept")
+        result = pretrain(config, corpora, device, dtype)
     except NotFinite:
         result = {"params": "", "steps": 0, "seconds": 0.0, "val_ppl": math.inf}
     for file in Path(config.run).glob("*.pt"):
@@ -815,17 +805,19 @@ def resolve_defaults(config):
 
 
 def model_config(config, vocab_size):
-    """The options that describe the model, as the dict its own config is made of; UserError for one it lacks."""
+    """The options that describe the model, as the dict its own config is made of; UserError for one it
+    lacks."""
     fields = MODELS[config.model][1].__dataclass_fields__
-    sizes = {name: getattr(config, name) for name in fields if hasattr(config, name)} | {"vocab_size": vocab_size}
+    sizes = {name: getattr(config, name) for name in fields if hasattr(config, name)}
+    sizes["vocab_size"] = vocab_size
     if config.model == "transformer":
         sizes["n_kv_head"] = config.n_head
     elif config.n_layer == 1 and config.n_hidden != config.n_embd:
-        raise UserError("--n-hidden is the width of the layers below the last one, which shares its weights with the "
-                        "embedding and is --n-embd wide; with one layer, set --n-embd alone")
+        raise UserError("--n-hidden is the width of the layers below the last one, which is --n-embd wide; "
+                        "with one layer, set --n-embd alone")
     for name in ("n_head", "dropout_hidden", "dropout_input", "dropout_embed"):
         if getattr(config, name) is not None and name not in fields:
-            raise UserError(f"--{name.replace('_', '-')} means nothing to --model {config.model}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --model {config.model}")
     return sizes
 
 
@@ -836,22 +828,21 @@ SHOWN = {"run", "resume", "sample", "log_every", "eval_every", "device", "dtype"
 ANEW = LENGTHS | SHOWN | {"data", "base", "scorer", "also", "lr"}
 
 
-def resume_or_refuse(config, given, script, files=("last.pt", "result.json")):
-    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config). UserError
-    if the run is not one of this script, or was started with other options; without --resume, if the folder
-    holds a run."""
-    run = data.quoted(config.run)
+def resume_or_refuse(config, given, files=("last.pt", "result.json")):
+    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config).
+    UserError if the run is not one of this script, or was started with other options; without --resume, if
+    the folder holds a run."""
+    folder, script = Path(config.run), config.script
     if not config.resume:
-        if RANK == 0 and any((Path(config.run) / file).exists() for file in files):
-            raise UserError(f"{config.run} already holds a run{' or weights' if 'config.json' in files else ''}. "
-                            f"Resume it: {script} --resume --run {run}; or choose another folder with --run")
+        if RANK == 0 and any((folder / file).exists() for file in files):
+            raise UserError(f"{folder} already holds a run or weights. Resume it: {script} --resume --run "
+                            f"{data.quoted(folder)}; or choose another folder with --run")
         return None, config
-    checkpoint = read_checkpoint(Path(config.run) / "last.pt", script, mmap=getattr(config, "shard", False))
+    checkpoint = read_checkpoint(folder / "last.pt", script, mmap=getattr(config, "shard", False))
     saved, here = checkpoint.get("options", {}), asdict(config)
     if saved.keys() != here.keys() or not {"run", "state", "optimizer"} <= checkpoint.keys():
-        raise UserError(f"{config.run} is not a run of {script}, or one of another version; resume it with what "
-                        "started it")
-    check_same(saved, here, given - ANEW, config.run)
+        raise UserError(f"{folder} is not a run of {script}, or one of another version, and is not resumed")
+    check_same(saved, here, given - ANEW, folder)
     checkpoint["extended"] = bool(given & LENGTHS)
     anew = given & ANEW | (LENGTHS & here.keys() if checkpoint["extended"] else set())
     return checkpoint, type(config)(**saved | {name: here[name] for name in anew})
@@ -861,13 +852,8 @@ def check_same(saved, here, names, run):
     """UserError if an option of these names is another one than it was."""
     for name in sorted(names):
         if here[name] != saved[name]:
-            raise UserError(f"the run in {run} was started with {name} {saved[name]}, not {here[name]}. Resume it "
-                            "without this option, or choose another folder with --run")
-
-
-def resume_hint(script, run):
-    """What to type to resume a run."""
-    return f"{script if WORLD == 1 else 'the same torchrun command and'} --resume --run {data.quoted(run)}"
+            raise UserError(f"the run in {run} was started with {name} {saved[name]}, not {here[name]}: "
+                            "leave it out, or choose another folder with --run")
 
 
 def check_text(corpus, checkpoint, run):
@@ -883,9 +869,9 @@ def check_text(corpus, checkpoint, run):
 
 def check_rows(config, model):
     """UserError unless the rows of a batch can be split across micro-batches and processes."""
-    if config.batch_size % (config.accumulate * WORLD):
-        raise UserError(f"--batch-size {config.batch_size} cannot be cut into {config.accumulate * WORLD} equal "
-                        "micro-batches")
+    parts = config.accumulate * WORLD
+    if config.batch_size % parts:
+        raise UserError(f"--batch-size {config.batch_size} cannot be cut into {parts} equal micro-batches")
     if model.recurrent and config.accumulate > 1:
         raise UserError("--accumulate is for a Transformer: a recurrent model carries its rows' state")
 
@@ -897,17 +883,17 @@ def main(argv=None):
     if len(given & LENGTHS) > 1:
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
     if config.search and (not config.minutes or "n_hidden" in given or WORLD > 1):
-        raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, and draws "
-                        "--n-hidden with --n-embd")
+        raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, "
+                        "and draws --n-hidden with --n-embd")
     if config.search and config.model not in SEARCH_SPACE:
-        raise UserError(f"--search does not know what to draw for {config.model}; give it a line in SEARCH_SPACE")
+        raise UserError(f"--search cannot draw for {config.model}; give it a line in SEARCH_SPACE")
     if config.compile and config.model != "transformer":
         raise UserError("--compile is for --model transformer; a recurrent layer has a loop of its own")
     if "valid" in config.also:
         raise UserError("--also valid: this name is taken; rename the file")
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
     config.run = config.run or f"runs/{default}"
-    checkpoint, config = resume_or_refuse(config, given, "python train.py")
+    checkpoint, config = resume_or_refuse(config, given)
     if not checkpoint:
         resolve_defaults(config)
     keep_memory()
@@ -919,22 +905,26 @@ def main(argv=None):
     # 3 data
     tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else config.tokenizer
     splits = ("train", "valid") if config.search else ("train", "valid", "test")
-    with first_process_first():                                     # it downloads and encodes
-        corpus = data.load(config.data, tokenizer, splits)
-        check_text(corpus, checkpoint, config.run)
-        corpora = {"valid": corpus} | {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
-    warn_of_unknown(unknown_share(corpus.tokenizer, corpus.ids["valid"]), f"the validation split of {config.data}")
+    if RANK:
+        everyone()                                          # the first process downloads and encodes for all
+    corpus = data.load(config.data, tokenizer, splits)
+    check_text(corpus, checkpoint, config.run)
+    also = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
+    if RANK == 0:
+        everyone()
+    share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
+    warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:
-        return search(config, given, corpora, device, dtype)
-    result = pretrain(config, corpora, device, dtype, checkpoint, resume_hint("python train.py", config.run))
+        return search(config, given, {"valid": corpus} | also, device, dtype)
+    result = pretrain(config, {"valid": corpus} | also, device, dtype, checkpoint)
     if RANK == 0:
         figures = (f", test {result['test_ppl']:.2f}" if result["test_ppl"] else
                    f" ({math.log(result['val_ppl']):.4f} nats per token), no test split")
         figures += f", floor {result['floor_ppl']:.2f}" if result["floor_ppl"] else ""
         figures += f", {result['val_unknown']:.1%} <unk>" if result["val_unknown"] else ""
         print(f"{config.model} on {config.data}: {result['params']:,} parameters, validation perplexity "
-              f"{result['val_ppl']:.2f}{figures}, {result['seconds']:.0f} s at {result['tokens_per_second']:,.0f} "
-              "tokens/s")
+              f"{result['val_ppl']:.2f}{figures}, {result['seconds']:.0f} s at "
+              f"{result['tokens_per_second']:,.0f} tokens/s")
         print(f"written to {config.run}. Next: python sample.py --run {data.quoted(config.run)}")
     leave_processes()
 

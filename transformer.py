@@ -563,8 +563,8 @@ class LayerFunction(torch.autograd.Function):
         gu = n2 @ stacked(dtype, w_gate, w_up).t()
         run(kernels.swiglu, *m.shape, gu, m)
         out = m @ w_down.to(dtype).t()
-        ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2, w_gate,
-                              w_up, w_down, *keep)
+        ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2,
+                              w_gate, w_up, w_down, *keep)
         ctx.n_q, ctx.n_kv = n_q, n_kv
         return z + (out * keep[1] if keep else out).view_as(x)
 
@@ -572,7 +572,7 @@ class LayerFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2, w_gate, w_up, w_down,
-         *keep) = ctx.saved_tensors                             # the weights as they are: a cast copy is memory
+         *keep) = ctx.saved_tensors                         # weights as they are: a cast copy costs memory
         (B, T, D), N, d, dy = x.shape, len(n), q.shape[2], dy.contiguous()
         kernels, scale = layer_kernels(x.dtype, n.dtype), d ** -0.5
 

@@ -33,7 +33,7 @@ class Scorer:
 def test_responses_come_in_groups_of_eight_and_advantages_sum_to_zero_in_each(tmp_path):
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(23, 16, 1, 2, 2, 16, 24))
-    config = ppo.Config(run=str(tmp_path), lr=1e-3, batch_size=32, minibatch=8, epochs=1, steps=2, response_tokens=6, kl_coef=0.1,
+    config = ppo.Config(run=str(tmp_path), lr=1e-3, batch_size=32, minibatch=8, update_epochs=1, steps=2, response_tokens=6, kl_coef=0.1,
                         eval_every=2, held_out=4, value_coef=0.0, sample=False, whiten=False)
     prompts, seen = [[0, 1 + k % 22] for k in range(64)], {}
     rollout, update = ppo.rollout, ppo.update_policy
