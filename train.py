@@ -26,7 +26,7 @@ then falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
 
 Where each is:
     L                                   the models' forward (rnn.softmax_loss); perplexity, token_losses
-    what a step sees                    data.ContiguousBatches, data.WindowBatches; map_state
+    what a step sees                    data.ContiguousBatches, data.WindowBatches; map_state, begin_texts
     g scaled down, m, v, w              clip_grad_norm, configure_optimizer
     lr                                  get_lr, set_lr
     a whole training                    pretrain, stages 4 and 8; train, stages 5 to 7
@@ -169,6 +169,15 @@ def map_state(f, *states):
     return [map_state(f, *parts) for parts in zip(*states)]
 
 
+def begin_texts(state, x, eos, seed, step):
+    """A text begins with its end token and no state, where it is written (sample.py) or read alone (eval.py):
+    so does half of the rows of x [B, T] that begin with it. Drawn for all rows, whichever process has
+    them."""
+    drawn = torch.from_numpy(np.random.default_rng((seed, step)).random(len(x)) < 0.5)
+    keep = (x[:, 0] != eos) | ~drawn                                        # [B]
+    return map_state(lambda s: s * own_rows(keep, s.device)[:, None], state)
+
+
 def clip_grad_norm(parameters, limit):
     """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps need no
     scaling: then this passes over them once, and clip_grad_norm_ twice."""
@@ -244,6 +253,7 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
             if not model.recurrent or batches.is_epoch_start(run.step):
                 state = None                                    # a recurrent state is carried within an epoch
             x, y = batches.batch(run.step)                          # [B, T] each, y one token later
+            state = begin_texts(state, x, tokenizer.eos, config.seed, run.step)
             x, y, loss = own_rows(x, device), own_rows(y, device), 0.0
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
                 with autocast(device, dtype):
@@ -414,8 +424,7 @@ def sample_line(model, tokenizer, prompt, seed):
 
 def unknown_share(tokenizer, ids):
     """The share of <unk> among token ids; 0 for a tokenizer without."""
-    unk = getattr(tokenizer, "unk", None)
-    return 0.0 if unk is None else float(np.mean(np.asarray(ids) == unk))
+    return float(np.mean(np.asarray(ids) == getattr(tokenizer, "unk", None)))
 
 
 def warn_of_unknown(share, what):
@@ -458,7 +467,7 @@ class Run:
                 self.extend(steps)
             if not (self.folder / "best.pt").exists():
                 self.best = math.inf                                # the next evaluation is the best so far
-            self.write_log()
+            write_csv(self.folder / "log.csv", self.rows)
         self.eval_every = config.eval_every or self.eval_every
         self.started = time.perf_counter() - self.seconds
 
@@ -507,8 +516,7 @@ class Run:
                             f"({str(error).partition(chr(10))[0]}). {self.resume_hint()}") from error
 
     def due(self, every):
-        """Whether what is done every so many steps, and at the end, is due; where a run resumes, it was
-        done."""
+        """Whether what is done every so many steps and at the end is due, and was not done before a resume."""
         now = self.step % every == 0 or self.step == self.steps
         return now and self.step != self.logged and not self.stopping
 
@@ -541,13 +549,9 @@ class Run:
         row |= self.metrics | scores
         known = {name for row in self.rows for name in row}
         self.rows.append(row)
-        self.write_log(appended=row.keys() <= known)
+        write_csv(self.folder / "log.csv", self.rows, appended=row.keys() <= known)
         self.logged, self.losses = self.step, []
         return row
-
-    def write_log(self, appended=False):
-        if RANK == 0:
-            write_csv(self.folder / "log.csv", self.rows, appended)
 
     def save(self, model, tokenizer, optimizer, state=None, loss=None, **more):
         """last.pt; with a validation loss, best.pt, too, if it is the lowest so far. -> whether it is. more:
@@ -606,14 +610,15 @@ class Run:
 
 
 def write_csv(path, rows, appended=False):
-    """Rows, {column: value}, as a file; appended: the last one, to a file that has its columns and the
-    others."""
+    """Rows, {column: value}, as a file; appended: only the last, to a file that has its columns."""
+    if RANK:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a" if appended else "w", encoding="utf-8", newline="") as f:
         table = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
         if not appended:
             table.writeheader()
-        for row in rows[-appended:]:                                # True is 1, and from -0 on are all
+        for row in rows[-1:] if appended else rows:
             table.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
 
 
@@ -628,8 +633,7 @@ def load_optimizer(optimizer, state):
 
 
 def environment(device):
-    """What a result was computed with: torch, the processor, the commit of this code (None where git has
-    none)."""
+    """What a result was computed with; the commit of this code is None where git has none."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search("model name\\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     processor = found[1] if found else platform.processor() or platform.machine()
@@ -645,13 +649,14 @@ def environment(device):
 
 def join_processes(device):
     """Under torchrun: join the other processes. -> the device of this one."""
-    if WORLD > 1 and device.type == "cuda":
+    if WORLD == 1:
+        return device
+    device = torch.device("cpu") if device.type == "mps" else device
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    elif WORLD > 1:
-        device = torch.device("cpu")                                # gloo does not know mps
-    if WORLD > 1:                                                   # the others wait while one encodes a text
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    # the others wait while one encodes a text
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return device
 
 
@@ -685,8 +690,7 @@ def gather(state):
 
 
 def shard_as(value, parameter):
-    """This process's part of the first one's tensor, split as a parameter is; itself, if that is not
-    split."""
+    """This process's part of the first one's tensor, if a parameter is split; else the tensor."""
     if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -723,8 +727,7 @@ def search(config, given, corpora, device, dtype):
     each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
     Trial 0 is what would be trained without a search, so that the table says whether searching paid. Each
     training is complete, with its own schedule, because a half-finished one says little about a finished one.
-    Only the validation split is looked at. trials.csv has a row for each finished training; these are not
-    repeated."""
+    Only the validation split is looked at. trials.csv has a row for each training; none is repeated."""
     folder, rng = Path(config.run), random.Random(config.seed)
     drawn = [draw(config, given, rng) for _ in range(config.search)]
     trials = [{name: getattr(config, name) for name in drawn[0]}, *drawn]
@@ -763,8 +766,7 @@ def search(config, given, corpora, device, dtype):
 
 
 def run_trial(config, corpora, device, dtype):
-    """One training of a search, whose weights are not kept; -> what trials.csv says of it: inf where it
-    diverged."""
+    """One training of a search; its weights are not kept. -> its figures, inf where it diverged."""
     try:
         result = pretrain(config, corpora, device, dtype)
     except NotFinite:
@@ -805,8 +807,7 @@ def resolve_defaults(config):
 
 
 def model_config(config, vocab_size):
-    """The options that describe the model, as the dict its own config is made of; UserError for one it
-    lacks."""
+    """The options that describe the model, for its own config; UserError for one that it lacks."""
     fields = MODELS[config.model][1].__dataclass_fields__
     sizes = {name: getattr(config, name) for name in fields if hasattr(config, name)}
     sizes["vocab_size"] = vocab_size
@@ -889,8 +890,6 @@ def main(argv=None):
         raise UserError(f"--search cannot draw for {config.model}; give it a line in SEARCH_SPACE")
     if config.compile and config.model != "transformer":
         raise UserError("--compile is for --model transformer; a recurrent layer has a loop of its own")
-    if "valid" in config.also:
-        raise UserError("--also valid: this name is taken; rename the file")
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
     config.run = config.run or f"runs/{default}"
     checkpoint, config = resume_or_refuse(config, given)
@@ -909,14 +908,15 @@ def main(argv=None):
         everyone()                                          # the first process downloads and encodes for all
     corpus = data.load(config.data, tokenizer, splits)
     check_text(corpus, checkpoint, config.run)
-    also = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
+    corpora = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
+    corpora["valid"] = corpus
     if RANK == 0:
         everyone()
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
     warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:
-        return search(config, given, {"valid": corpus} | also, device, dtype)
-    result = pretrain(config, {"valid": corpus} | also, device, dtype, checkpoint)
+        return search(config, given, corpora, device, dtype)
+    result = pretrain(config, corpora, device, dtype, checkpoint)
     if RANK == 0:
         figures = (f", test {result['test_ppl']:.2f}" if result["test_ppl"] else
                    f" ({math.log(result['val_ppl']):.4f} nats per token), no test split")

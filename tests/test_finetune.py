@@ -22,7 +22,7 @@ from data import UserError
 from finetune import first_share, held_out, measure
 from qwen_load import hub_name, load_weights
 from tests.test_qwen_load import library_model, write_tokenizer
-from tests.test_train import survives_kills, torchrun
+from tests.test_train import stops_and_resumes, survives_kills, torchrun
 from transformer import Transformer, TransformerConfig, use_layer_kernels
 
 
@@ -242,9 +242,13 @@ def test_a_killed_run_resumes_bit_for_bit(base, monkeypatch, dtype):
     assert strip("whole") == strip("killed")
 
 
+def test_a_stopped_run_resumes_as_if_it_had_not_been(base):
+    stops_and_resumes(finetune.main, ["--base", base, "--steps", "10", "--eval-every", "4", "--log-every", "3", "--dtype", "float32", *QUICK], [], (3, 8, 10))
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing(base):
-    survives_kills("finetune.py", ["--base", base, "--steps", "40", "--eval-every", "4", "--log-every", "1", "--dtype", "float32", *QUICK], [])
+    survives_kills("finetune.py", ["--base", base, "--steps", "40", "--eval-every", "4", "--log-every", "3", "--dtype", "float32", *QUICK], [])
 
 
 def test_a_kill_while_saving_leaves_the_last_checkpoint(base, monkeypatch):

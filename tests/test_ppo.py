@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from qwen_load import WordPiece, save_scorer
 from rnn import RNNConfig, RNNLM
 from tests.conftest import real
 from tests.test_qwen_load import library_model, write_tokenizer
-from tests.test_train import survives_kills
+from tests.test_train import stops_and_resumes, survives_kills
 from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -800,6 +801,14 @@ def test_a_scorers_training_that_was_killed_goes_on_bit_for_bit(tmp_path, monkey
     a, b = (load_scorer(run).state_dict() for run in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert json.load(open("whole/result.json"))["accuracy"] == json.load(open("killed/result.json"))["accuracy"]
+
+
+def test_a_stopped_training_resumes_as_if_it_had_not_been(there):
+    """Of a policy: in an iteration, which is completed, also in one whose end is an evaluation; of a scorer."""
+    stops_and_resumes(ppo.main, [*QUICK, "--kl-target", "1", "--lr", "1e-3"], [], (1, 6, 16), torch.optim.Adam)
+    shutil.rmtree("whole")
+    options = ["--train-reward", "--data", "reviews", "--epochs", "0.04", "--eval-every", "4", "--log-every", "3", "--dtype", "float32"]
+    stops_and_resumes(ppo.main, options, ["--train-reward"], (2, 8), name="SIGHUP")
 
 
 @pytest.mark.slow
