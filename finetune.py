@@ -100,15 +100,15 @@ class Config(RunOptions):
 
 # ----------------------------------------------------------------------------------------- memory and shards
 
-def memory_text(model, config, dtype):
+def memory_text(model, config, device, dtype):
     """A line on the memory that training needs, with a warning if the machine has less."""
     n, c = count_parameters(model), model.config
     tokens = config.batch_size * config.block_size // config.accumulate // WORLD
     needed = 18 * n / (WORLD if config.shard else 1) + tokens * c.vocab_size * dtype.itemsize
     words = f"{n:,} parameters: training needs about {needed / 1e9:.1f} GB of memory, and activations"
     there = None
-    if torch.cuda.is_available():
-        there = torch.cuda.mem_get_info()[1]
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
     elif hasattr(os, "sysconf"):                                            # one memory for all processes
         needed, there = needed * WORLD, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if there and needed > there:
@@ -231,7 +231,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, b
     valid = prepend_eos(tokenizer, corpus.ids["valid"][:config.eval_tokens])
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     if RANK == 0:
-        print(memory_text(model, config, dtype), file=sys.stderr)
+        print(memory_text(model, config, device, dtype), file=sys.stderr)
         before = before or checkpoint and read_json(folder / "before.json", {})
         if not before:
             base = load_run(config.base, device, torch.float32)[0] if config.shard or checkpoint else model
@@ -274,6 +274,8 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
     """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out
     documents. A finished cell keeps its result and is not run again; one that was interrupted resumes."""
     folder, rows, before = Path(config.run), [], None
+    if (folder / "last.pt").exists() or "rows" not in read_json(folder / "result.json", {"rows": []}):
+        raise UserError(f"{folder} already holds a run; choose another folder with --run")
 
     def row(epochs, share, measured):
         retained, sample = measured["retained"], measured["samples"][0]

@@ -292,8 +292,9 @@ def pretrain(config, corpora, device, dtype, checkpoint=None):
     data.live(f"{config.model} on {config.data}: {count_parameters(model):,} parameters, "
               f"{len(corpus.ids['train']):,} training tokens, {device.type} {dtype_name(dtype)}"
               f"{f' x {WORLD}' if WORLD > 1 else ''}, {config.run}", "\n")
-    run = train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint,
-                texts["valid"][:9].tolist(), config.warmup_steps, fingerprint=corpus.fingerprint())
+    prompt = texts["valid"][:min(9, config.block_size)].tolist()            # for the sample lines
+    run = train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint, prompt,
+                config.warmup_steps, fingerprint=corpus.fingerprint())
     if RANK:
         return None
 
@@ -448,19 +449,18 @@ class Run:
     the first one writes. Row k of log.csv shows the state after k steps: its lr and grad_norm are those of
     step k - 1. Ctrl-C, or a polite kill, sets `stopping`, which the loop reads between two steps; a second
     one does not wait."""
-    KEPT = ("step", "steps", "eval_every", "seconds", "step_seconds", "warming_up", "best", "best_step",
+    KEPT = ("step", "steps", "evaluations", "seconds", "step_seconds", "warming_up", "best", "best_step",
             "rows", "logged", "losses", "metrics")
 
     def __init__(self, config, steps, batches=None, checkpoint=None, evaluations=20):
         self.config, self.folder, self.batches = config, Path(config.run), batches
-        self.steps = steps                                          # inf: not planned yet
-        self.eval_every = steps if steps == math.inf else -(-steps // evaluations)
+        self.steps, self.evaluations = steps, evaluations           # steps inf: not planned yet
         self.step, self.seconds = 0, 0.0
         self.step_seconds, self.warming_up = 0.0, 0.0               # of all training steps; of the first ones
         self.best, self.best_step = math.inf, -1                    # the lowest validation loss so far
         self.rows, self.logged = [], -1                             # of log.csv; the step of the last one
         self.losses, self.metrics = [], {}                          # since the last row; of the last step
-        self.signalled = self.stopping = False
+        self.signalled = self.agreed = False                        # by this process; by one of several
         if checkpoint:
             vars(self).update(checkpoint["run"])
             if checkpoint.get("extended"):
@@ -468,7 +468,6 @@ class Run:
             if not (self.folder / "best.pt").exists():
                 self.best = math.inf                                # the next evaluation is the best so far
             write_csv(self.folder / "log.csv", self.rows)
-        self.eval_every = config.eval_every or self.eval_every
         self.started = time.perf_counter() - self.seconds
 
     def extend(self, steps):
@@ -489,8 +488,7 @@ class Run:
         left, evaluating = 0.98 * 60 * self.config.minutes - self.seconds, self.rows[0]["seconds"]
         evaluations = max(2, min(20, int(0.1 * left / evaluating)))
         steps = left / (step + evaluating / every) if every else (left - evaluations * evaluating) / step
-        self.steps = everyone(self.step + max(1, int(steps)))[0]
-        self.eval_every = everyone(every or -(-self.steps // evaluations))[0]
+        self.steps, self.evaluations = everyone((self.step + max(1, int(steps)), evaluations))[0]
         data.live(f"{self.config.minutes:g} minutes are {self.steps} steps, "
                   f"{self.steps / self.batches.steps_per_epoch:.1f} epochs", "\n")
 
@@ -505,7 +503,7 @@ class Run:
     def request_stop(self, *_):
         if self.signalled:
             raise KeyboardInterrupt
-        self.signalled, self.stopping = True, WORLD == 1            # several processes agree in add and log
+        self.signalled = True
         data.live("stopping when this step is complete and saved; Ctrl-C again does not wait", "\n")
 
     def __exit__(self, kind, error, _):
@@ -515,8 +513,12 @@ class Run:
             raise UserError(f"at step {self.step} another process of this job was gone, or this one failed "
                             f"({str(error).partition(chr(10))[0]}). {self.resume_hint()}") from error
 
+    @property
+    def stopping(self):
+        return self.signalled if WORLD == 1 else self.agreed
+
     def due(self, every):
-        """Whether what is done every so many steps and at the end is due, and was not done before a resume."""
+        """Whether what is done every so many steps and at the end is due: not done before, no stop."""
         now = self.step % every == 0 or self.step == self.steps
         return now and self.step != self.logged and not self.stopping
 
@@ -528,9 +530,15 @@ class Run:
         if self.step == WARMING_UP:
             self.warming_up = self.step_seconds
         losses, signals = zip(*everyone((loss, self.signalled)))
-        self.stopping = any(signals)
+        self.agreed = any(signals)
         if loss is not None:
             self.losses.append(sum(losses) / WORLD)
+
+    @property
+    def eval_every(self):
+        """Steps between evaluations: inf, none but the first, until there is a plan."""
+        planned = -(-self.steps // self.evaluations) if self.steps < math.inf else math.inf
+        return self.config.eval_every or planned
 
     @property
     def tokens_per_second(self):
@@ -539,7 +547,7 @@ class Run:
     def log(self, **scores):
         """A row of log.csv, {column: value}: appended to the file, and kept for the checkpoint. scores: of an
         evaluation. -> the row."""
-        self.seconds, self.stopping = time.perf_counter() - self.started, any(everyone(self.signalled))
+        self.seconds, self.agreed = time.perf_counter() - self.started, any(everyone(self.signalled))
         row = {"step": self.step, "seconds": self.seconds}
         if self.batches:
             row |= {"epoch": self.step / self.batches.steps_per_epoch,
@@ -845,7 +853,7 @@ def resume_or_refuse(config, given, files=("last.pt", "result.json")):
         raise UserError(f"{folder} is not a run of {script}, or one of another version, and is not resumed")
     check_same(saved, here, given - ANEW, folder)
     checkpoint["extended"] = bool(given & LENGTHS)
-    anew = given & ANEW | (LENGTHS & here.keys() if checkpoint["extended"] else set())
+    anew = {"run"} | given & ANEW | (LENGTHS & here.keys() if checkpoint["extended"] else set())
     return checkpoint, type(config)(**saved | {name: here[name] for name in anew})
 
 
@@ -888,11 +896,11 @@ def main(argv=None):
                         "and draws --n-hidden with --n-embd")
     if config.search and config.model not in SEARCH_SPACE:
         raise UserError(f"--search cannot draw for {config.model}; give it a line in SEARCH_SPACE")
-    if config.compile and config.model != "transformer":
-        raise UserError("--compile is for --model transformer; a recurrent layer has a loop of its own")
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
     config.run = config.run or f"runs/{default}"
     checkpoint, config = resume_or_refuse(config, given)
+    if config.compile and config.model != "transformer":
+        raise UserError("--compile is for --model transformer; a recurrent layer has a loop of its own")
     if not checkpoint:
         resolve_defaults(config)
     keep_memory()

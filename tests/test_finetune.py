@@ -280,6 +280,8 @@ def test_an_ablation_goes_on_where_it_was_killed_and_repeats_nothing(base, monke
             finetune.main([*command, "--run", "killed"])
     with pytest.raises(UserError, match="was started with seed 1, not 2"):
         finetune.main([*command, "--run", "killed", "--seed", "2"])
+    with pytest.raises(UserError, match="already holds a run"):
+        finetune.main([*command, "--run", base])
     finetune.main(["--resume", "--run", "killed/epochs-0.02-share-60"])     # the cell alone may be resumed too
     capsys.readouterr()
     with monkeypatch.context() as m:
@@ -378,10 +380,10 @@ def test_a_run_of_train_py_is_not_resumed_here_nor_the_other_way_round(base):
 
 def test_memory_is_estimated_and_too_little_is_said(qwen, monkeypatch):
     _, model = qwen
-    said = finetune.memory_text(model, settings("x"), torch.bfloat16)
+    said = finetune.memory_text(model, settings("x"), torch.device("cpu"), torch.bfloat16)
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters: training needs about 0.0 GB" in said and "fail" not in said
     monkeypatch.setattr(finetune.os, "sysconf", lambda name: 1)
-    assert "it will fail or crawl" in finetune.memory_text(model, settings("x"), torch.bfloat16)
+    assert "it will fail or crawl" in finetune.memory_text(model, settings("x"), torch.device("cpu"), torch.bfloat16)
 
 
 def test_rows_that_cannot_be_cut_into_micro_batches_are_refused(base):

@@ -838,6 +838,24 @@ def test_more_steps_extend_a_finished_run(capsys, how, steps):
         train.main(["--resume", "--run", "r", "--steps", "9"])
 
 
+def test_a_run_stopped_before_its_plan_takes_steps_and_evaluates(monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(4))
+        with pytest.raises(SystemExit):
+            train.main(tiny("lstm", "--minutes", "1", "--run", "r"))
+    train.main(["--resume", "--run", "r", "--steps", "40"])
+    assert [int(r["step"]) for r in rows("r") if r["val_ppl"]] == [0, *range(4, 41, 2)]
+    train.main(["--resume", "--run", "r", "--steps", "80"])
+    assert [int(r["step"]) for r in rows("r") if r["val_ppl"]] == [0, *range(4, 41, 2), *range(44, 81, 4)]
+
+
+def test_a_folder_that_was_renamed_is_resumed_where_it_is():
+    train.main(tiny("transformer", "--steps", "4", "--block-size", "4", "--run", "old"))
+    Path("old").rename("new")
+    train.main(["--resume", "--run", "new", "--steps", "6"])
+    assert not Path("old").exists() and json.loads(Path("new/result.json").read_text())["options"]["run"] == "new"
+
+
 def test_training_in_a_thread_works():
     done = []
     thread = threading.Thread(target=lambda: done.append(train.main(tiny("rnn", "--steps", "2", "--run", "r"))))
