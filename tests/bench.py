@@ -408,7 +408,7 @@ class LibraryPPO:
         rewards[:, -1] += score
         advantages, returns = ppo.gae(rewards, old["value"], inside, args.gamma, args.gae_lambda)
         advantages = ppo.whiten(advantages, inside)
-        for _ in range(args.epochs):
+        for _ in range(args.update_epochs):
             for rows in torch.randperm(len(tokens)).split(args.minibatch):
                 logits, hidden = self.logits(self.policy, tokens[rows], mask[rows], positions[rows])
                 log_prob = logits.log_softmax(-1).gather(-1, actions[rows][..., None])[..., 0]
