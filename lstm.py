@@ -26,13 +26,13 @@ Only this recursion is sequential. The weight gradients are one product each ove
 x_t^T, dU = sum_t da_t h_{t-1}^T, db = sum_t da_t. Initial and final states have gradients too.
 
 Where each is:
-    i_t, f_t, g_t, o_t, c_t, h_t        LSTM.plain; forward_loop
-    dh_t, do_t, dc_t, di_t .. da_t      backward_loop, a line each
-    dx, dW, dU, db                      LSTMFunction.backward, after the loop
+    i_t, f_t, g_t, o_t, c_t, h_t        LSTM.plain; cell_forward
+    dh_t, do_t, dc_t, di_t .. da_t      cell_backward, a line each
+    the loops over t; dx, dW, dU, db    LSTMFunction
     forget biases of many time scales   LSTMLM.__init__
 
-Where there is a C compiler, a CPU runs the last section's form of forward_loop and backward_loop, whose cell
-is in C; tests hold the two forms equal. Elsewhere the equations are run as they are.
+Where there is a C compiler, a CPU runs the two cells as csrc/lstm.c has them; tests hold the two forms equal.
+Elsewhere the equations are run as they are.
 
     python train.py --model lstm
 """
@@ -53,53 +53,47 @@ from rnn import RNN, RNNConfig, RNNLM
 
 # -------------------------------------------------------------------------------------------------- the layer
 
-def forward_loop(a, h, c, w_hh):
-    """The equations of a layer, step by step (to change them, see LSTM.forward). a [T, B, 4H]: W x + b for
-    all steps; h, c [T + 1, B, H]: the initial state in h[0], c[0], the others are written; w_hh [4H, H]. ->
-    gates i, f, g, o [T, B, 4H]."""
-    gates = torch.empty_like(a)
-    for t in range(len(a)):
-        a_i, a_f, a_g, a_o = (a[t] + h[t] @ w_hh.t()).chunk(4, 1)           # [B, H] each
-        i, f, g, o = torch.sigmoid(a_i), torch.sigmoid(a_f), torch.tanh(a_g), torch.sigmoid(a_o)
-        c[t + 1] = f * c[t] + i * g
-        h[t + 1] = o * torch.tanh(c[t + 1])
-        gates[t] = torch.cat((i, f, g, o), 1)
-    return gates
+def cell_forward(gates, from_h, c_before, c, h):
+    """The equations of one step (to change them, see LSTM.forward). gates [B, 4H] holds W x + b and receives
+    i, f, g, o; from_h [B, 4H] is U h_{t-1}; c_before, c, h [B, H]: the last two are written."""
+    a_i, a_f, a_g, a_o = (gates + from_h).chunk(4, 1)                       # [B, H] each
+    i, f, g, o = torch.sigmoid(a_i), torch.sigmoid(a_f), torch.tanh(a_g), torch.sigmoid(a_o)
+    gates.copy_(torch.cat((i, f, g, o), 1))
+    c.copy_(f * c_before + i * g)
+    h.copy_(o * torch.tanh(c))
 
 
-def backward_loop(grad_h, dc_next, gates, c, w_hh):
-    """The equations of back-propagation through time, from the last step to the first. grad_h [T, B, H];
-    dc_next [B, H]: the gradient of the last cell, then dc_{t+1} f_{t+1}; c[t] is c_{t-1}. -> da [T, B, 4H],
-    and the gradients of the initial state, dh and dc [B, H]."""
-    da, dh = torch.empty_like(gates), torch.zeros_like(grad_h[0])
-    for t in reversed(range(len(gates))):
-        i, f, g, o = gates[t].chunk(4, 1)                                   # [B, H] each
-        tanh_c = torch.tanh(c[t + 1])
-        dh = grad_h[t] + dh
-        do = dh * tanh_c
-        dc = dc_next + dh * o * (1 - tanh_c ** 2)
-        di, df, dg = dc * g, dc * c[t], dc * i
-        da[t] = torch.cat((di * i * (1 - i), df * f * (1 - f), dg * (1 - g ** 2), do * o * (1 - o)), 1)
-        dc_next = dc * f
-        dh = da[t] @ w_hh
-    return da, dh, dc_next
+def cell_backward(gates, grad_h, from_next, c_before, c, da, dc):
+    """The equations of back-propagation through one step. from_next [B, H] is U^T da_{t+1}; da [B, 4H] is
+    written; dc [B, H] holds dc_{t+1} f_{t+1} before and dc_t f_t after."""
+    i, f, g, o = gates.chunk(4, 1)                                          # [B, H] each
+    tanh_c = torch.tanh(c)
+    dh = grad_h + from_next
+    do = dh * tanh_c
+    dc_t = dc + dh * o * (1 - tanh_c ** 2)
+    di, df, dg = dc_t * g, dc_t * c_before, dc_t * i
+    da.copy_(torch.cat((di * i * (1 - i), df * f * (1 - f), dg * (1 - g ** 2), do * o * (1 - o)), 1))
+    dc.copy_(dc_t * f)
 
 
 class LSTMFunction(torch.autograd.Function):
     """All T steps of one layer. x [T, B, I], h0, c0 [B, H] -> h_1..h_T [T, B, H] and c_T [B, H].
 
-    `loops` are forward_loop and backward_loop, or a faster form of them (the last section of this file).
-    Matmuls run in x's dtype; the cell is kept in c0's: float32 under bf16 matmuls, because c is a long sum.
+    `cells` are cell_forward and cell_backward, or the same in C (the last section of this file). Matmuls run
+    in x's dtype; the cell is kept in c0's: float32 under bf16 matmuls, because c is a long sum.
     """
 
     @staticmethod
-    def forward(ctx, x, h0, c0, w_ih, w_hh, bias, loops):
+    def forward(ctx, x, h0, c0, w_ih, w_hh, bias, cells):
         T, B, _ = x.shape
         h, c = x.new_empty(T + 1, B, h0.shape[1]), c0.new_empty(T + 1, B, h0.shape[1])
         h[0], c[0] = h0, c0
-        gates = loops[0](F.linear(x, w_ih, bias), h, c, w_hh)               # every input product at once
+        gates = F.linear(x, w_ih, bias)                                     # every input product at once
+        linear = packed_linear(w_hh, B, T)
+        for gates_t, h_before, c_before, c_t, h_t in zip(gates, h[:-1], c[:-1], c[1:], h[1:]):
+            cells[0](gates_t, linear(h_before), c_before, c_t, h_t)
         ctx.save_for_backward(x, h, c, gates, w_ih, w_hh)
-        ctx.loops = loops
+        ctx.cells = cells
         return h[1:], c[T].clone()                   # a view would keep all of c
 
     @staticmethod
@@ -107,7 +101,12 @@ class LSTMFunction(torch.autograd.Function):
     def backward(ctx, grad_h, grad_c):
         x, h, c, gates, w_ih, w_hh = ctx.saved_tensors
         T, B, H = grad_h.shape
-        da, dh, dc = ctx.loops[1](grad_h, grad_c, gates, c, w_hh)
+        grad_h, dc = grad_h.contiguous(), grad_c.clone(memory_format=torch.contiguous_format)
+        da, dh = torch.empty_like(gates), torch.zeros_like(grad_h[0])
+        linear = packed_linear(w_hh.t().contiguous(), B, T)
+        for gates_t, grad_h_t, c_before, c_t, da_t in reversed(list(zip(gates, grad_h, c[:-1], c[1:], da))):
+            ctx.cells[1](gates_t, grad_h_t, dh, c_before, c_t, da_t, dc)
+            dh = linear(da_t)
         da = da.view(T * B, 4 * H)
         dx = (da @ w_ih).view_as(x)
         dw_ih = da.t() @ x.reshape(T * B, -1)
@@ -126,9 +125,9 @@ class LSTM(RNN):
         h, c = self.zero_state(x.shape[0]) if state is None else state
         x, w_ih, w_hh, bias = self.operands(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        loops = fast_loops(x.device.type, x.dtype)     # changed them? (forward_loop, backward_loop)
+        cells = fast_cells(x.device.type, x.dtype)     # changed them? (cell_forward, cell_backward)
         with torch.autocast(x.device.type, enabled=False):
-            out, c_last = LSTMFunction.apply(x, h.to(x.dtype), c.to(wide), w_ih, w_hh, bias, loops)
+            out, c_last = LSTMFunction.apply(x, h.to(x.dtype), c.to(wide), w_ih, w_hh, bias, cells)
         return out.transpose(0, 1), (out[-1].to(h.dtype), c_last.to(c.dtype))
 
     def plain(self, x, state=None):
@@ -173,161 +172,54 @@ class LSTMLM(RNNLM):
                 i.copy_(-f)
 
 
-# ----------------------------------------------- the same loops, with the cell in C (skip in a first reading)
-#
-# A step is a matrix product and then a dozen operations on small vectors, where starting an operation costs
-# more than its arithmetic. LSTM_CELL_C does all of them in one pass over memory.
+# ---------------------------------------------- the cells in C, and how C is called (skip in a first reading)
 
-C_NUMBERS = r"""
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-static inline float bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-#ifdef BF16                                     /* bfloat16 is the upper half of a float32 */
-typedef uint16_t scalar_t;
-static inline float load(scalar_t v) { return bits((uint32_t)v << 16); }
-static inline scalar_t store(float f) {
-    uint32_t u; memcpy(&u, &f, 4);
-    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
-#else
-typedef float scalar_t;
-static inline float load(scalar_t v) { return v; }
-static inline scalar_t store(float f) { return f; }
-#endif
-
-/* e^x = 2^n e^r with n the integer nearest to x / ln 2, so |r| <= ln 2 / 2, where eight terms of the series
-   are exact to float32. ln 2 is taken off in two parts (Cody & Waite); adding and taking off 1.5 * 2^23
-   rounds. NaN stays NaN. (If x is limited on both sides at once, gcc makes branches, and no vectors.) */
-static inline float exponential(float x) {
-    x = x > 87 ? 87 : x;
-    float n = x * 1.44269504f + 12582912; n -= 12582912;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f
-              + r * (1 / 120.f + r * (1 / 720.f + r / 5040))))));
-    return x < -87 ? 0 : p * bits((uint32_t)((int32_t)n + 127) << 23);
-}
-"""
-
-LSTM_CELL_C = C_NUMBERS + r"""
-static inline float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
-static inline float tanh_(float x) { return 1 - 2 / (1 + exponential(2 * x)); }
-
-/* One step of B rows. gates [B, 4H] holds W x_t + b and receives the gates; from_h [B, 4H] is U h_{t-1}; the
-   others are [B, H]. The cell is float32 whatever scalar_t is, because c is a long sum. */
-void cell_forward(long B, long H, scalar_t *gates, const scalar_t *from_h, const float *c_before, float *c,
-                  scalar_t *h) {
-    #pragma omp parallel for if (B * H > 2048)
-    for (long b = 0; b < B; b++) {
-        scalar_t *G = gates + 4 * b * H;
-        const scalar_t *U = from_h + 4 * b * H;
-        #pragma omp simd
-        for (long j = 0; j < H; j++) {
-            long k = b * H + j;
-            float i = sigmoid(load(G[j]) + load(U[j])), f = sigmoid(load(G[H + j]) + load(U[H + j]));
-            float g = tanh_(load(G[2 * H + j]) + load(U[2 * H + j]));
-            float o = sigmoid(load(G[3 * H + j]) + load(U[3 * H + j]));
-            G[j] = store(i), G[H + j] = store(f), G[2 * H + j] = store(g), G[3 * H + j] = store(o);
-            c[k] = f * c_before[k] + i * g;
-            h[k] = store(o * tanh_(c[k]));
-        }
-    }
-}
-
-/* dh_t = grad_h + from_next. dc holds dc_{t+1} f_{t+1} before and dc_t f_t after; da [B, 4H] is written. */
-void cell_backward(long B, long H, const scalar_t *gates, const scalar_t *grad_h, const scalar_t *from_next,
-                   const float *c_before, const float *c, float *dc, scalar_t *da) {
-    #pragma omp parallel for if (B * H > 2048)
-    for (long b = 0; b < B; b++) {
-        const scalar_t *G = gates + 4 * b * H;
-        scalar_t *D = da + 4 * b * H;
-        #pragma omp simd
-        for (long j = 0; j < H; j++) {
-            long k = b * H + j;
-            float i = load(G[j]), f = load(G[H + j]), g = load(G[2 * H + j]), o = load(G[3 * H + j]);
-            float t = tanh_(c[k]), dh = load(grad_h[k]) + load(from_next[k]);
-            float d = dc[k] + dh * o * (1 - t * t);
-            D[j] = store(d * g * i * (1 - i)), D[H + j] = store(d * c_before[k] * f * (1 - f));
-            D[2 * H + j] = store(d * i * (1 - g * g)), D[3 * H + j] = store(dh * t * o * (1 - o));
-            dc[k] = d * f;
-        }
-    }
-}
-"""
-
-
-def addresses(v):
-    """Where the steps of a contiguous [T, ...] tensor begin in memory."""
-    return range(v.data_ptr(), v.data_ptr() + v.nbytes, v.nbytes // len(v))
-
-
-def packed_linear(weight, rows):
+def packed_linear(weight, rows, times):
     """The function x [rows, K] -> x W^T, W [N, K]. The library reorders W for its kernels in every product;
-    here that is done once for all steps, where torch has (private) operations for it. A step's product, 32 x
-    512 by 512 x 2048: 258 us to 183 in float32, 87 to 55 in bfloat16."""
-    onednn = torch.backends.mkldnn.is_available()
-    if onednn and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+    where there are several, that is done once here, if torch has (private) operations for it. A step's
+    product, 32 x 512 by 512 x 2048: 258 us to 183 in float32, 87 to 55 in bfloat16."""
+    if times == 1 or not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight)
+    if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
         return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
-    if onednn and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return lambda x: F.linear(x, weight)
 
 
-def c_forward_loop(cell, gates, h, c, w_hh):
-    """gates [T, B, 4H] holds W x + b and is overwritten."""
-    B, H = h.shape[1:]
-    linear = packed_linear(w_hh, B) if len(gates) > 1 else functools.partial(F.linear, weight=w_hh)
-    steps = zip(h.unbind(0), *map(addresses, (gates, c[:-1], c[1:], h[1:])))
-    for h_before, gates_t, c_before, c_t, h_t in steps:
-        from_h = linear(h_before)                               # named, so that it outlives the call
-        cell(B, H, gates_t, from_h.data_ptr(), c_before, c_t, h_t)
-    return gates
-
-
-def c_backward_loop(cell, grad_h, dc, gates, c, w_hh):
-    T, B, H = grad_h.shape
-    grad_h, dc = grad_h.contiguous(), dc.clone(memory_format=torch.contiguous_format)
-    da, dh = grad_h.new_empty(T, B, 4 * H), grad_h.new_zeros(B, H)
-    linear = packed_linear(w_hh.t().contiguous(), B)
-    steps = list(zip(da.unbind(0), *map(addresses, (gates, grad_h, c[:-1], c[1:], da))))
-    for da_t, gates_t, grad_h_t, c_before, c_t, da_at in reversed(steps):
-        cell(B, H, gates_t, grad_h_t, dh.data_ptr(), c_before, c_t, dc.data_ptr(), da_at)
-        dh = linear(da_t)
-    return da, dh, dc
-
-
 @functools.lru_cache(None)
-def fast_loops(device_type, dtype):
-    """The fastest form of (forward_loop, backward_loop) here: with the cell in C for float32 and bf16 on a
-    CPU where there is a compiler, else the equations as they are."""
+def fast_cells(device_type, dtype):
+    """The fastest form of (cell_forward, cell_backward) here: in C for float32 and bf16 on a CPU where there
+    is a compiler, else the equations as they are."""
     library = None
     if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        library = compile_c(LSTM_CELL_C, *["-DBF16"] * (dtype == torch.bfloat16))
+        library = compile_c("lstm", *["-DBF16"] * (dtype == torch.bfloat16))
     if library is None:
-        return forward_loop, backward_loop
-    for function, n_arrays in ((library.cell_forward, 5), (library.cell_backward, 7)):
-        function.argtypes, function.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * n_arrays, None
-    return (functools.partial(c_forward_loop, library.cell_forward),
-            functools.partial(c_backward_loop, library.cell_backward))
+        return cell_forward, cell_backward
+
+    def in_c(function, n):
+        function.argtypes, function.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * n, None
+        return lambda *v: function(*v[-1].shape, *[array.data_ptr() for array in v])        # v[-1] is [B, H]
+    return in_c(library.cell_forward, 5), in_c(library.cell_backward, 7)
 
 
 @functools.lru_cache(None)
-def compile_c(source, *flags):
-    """A library made of C source for this CPU (about 0.3 s, once in a process), or None if there is no
-    compiler. $CC chooses it. What is written in C here is written in torch operations too: a compiler is
-    never needed."""
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *flags]
+def compile_c(name, *flags):
+    """csrc/NAME.c as a library for this CPU (about 0.3 s, once in a process), or None if there is no
+    compiler. $CC chooses it. What is written in C is written in torch operations too: a compiler is never
+    needed."""
+    source = Path(__file__).resolve().parent / "csrc" / f"{name}.c"
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *flags, str(source), "-o"]
+    compiler = shlex.split(os.environ.get("CC", "cc"))
     for own in (["-march=native", "-fopenmp"], ["-march=native"], []):      # not every compiler has them
         try:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                code, library = Path(folder, "code.c"), Path(folder, "code.so")
-                code.write_text(source)
-                compiler = shlex.split(os.environ.get("CC", "cc"))
-                subprocess.run([*compiler, *flags, *own, str(code), "-o", str(library)], check=True,
-                               capture_output=True, timeout=60)
-                return ctypes.CDLL(str(library))
+                library = str(Path(folder, "code.so"))
+                command = [*compiler, *own, *flags, library]
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+                return ctypes.CDLL(library)
         except (OSError, ValueError, subprocess.SubprocessError):
             continue
     return None

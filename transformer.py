@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lstm import C_NUMBERS, compile_c
+from lstm import compile_c
 from rnn import compute_dtype, dropout, softmax_loss
 
 
@@ -75,10 +75,8 @@ class TransformerConfig:
 
 
 def rotary_cos_sin(positions, head_dim, theta):
-    """cos and sin, float32 [T, head_dim], of the angles at these positions (each angle twice: both
-    halves)."""
-    # the order of operations is Qwen2's: at position 8,000 a last bit of a frequency shows in the fourth
-    # decimal
+    """cos and sin, float32 [T, head_dim], of the angles at these positions (each twice: both halves)."""
+    # in Qwen2's order of operations: at position 8,000 a frequency's last bit shows in the fourth decimal
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = torch.outer(positions.float(), frequency)
     angle = torch.cat((angle, angle), -1)
@@ -136,10 +134,8 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for every layer; allocated once, filled from the front.
-
-    k, v: for each layer [B, n_kv_head, max_len, head_dim]; length: how many positions are filled.
-    """
+    """Keys and values of the tokens read so far: for each layer k and v [B, n_kv_head, max_len, head_dim],
+    allocated once, filled from the front; length: how many positions are filled."""
 
     def __init__(self, c, batch_size, max_len, like):
         shape = c.n_layer, batch_size, c.n_kv_head, max_len, c.n_embd // c.n_head
@@ -396,112 +392,15 @@ class Scorer(nn.Module):
 #
 # Autograd runs a layer as some 60 operations, each a pass over memory, and keeps what each of them read.
 # LayerFunction is the same layer with its derivatives written out: matrix products, and between two of them
-# one pass of LAYER_C over the rows.
-
-LAYER_C = C_NUMBERS + r"""
-#ifdef WIDE                                     /* what the layers pass on is float32, whatever scalar_t is */
-typedef float x_t;
-#define load_x(v) (v)
-#define store_x(v) (v)
-#else
-typedef scalar_t x_t;
-#define load_x load
-#define store_x store
-#endif
-
-/* N rows of D: n = w * x * r, where r = 1 / sqrt(mean(x^2) + eps) */
-void norm(long N, long D, float eps, const x_t *x, const x_t *w, scalar_t *n, float *r) {
-    #pragma omp parallel for if (N * D > 8192)
-    for (long i = 0; i < N; i++) {
-        const x_t *x_i = x + i * D;
-        float squares = 0;
-        #pragma omp simd reduction(+:squares)
-        for (long j = 0; j < D; j++) squares += load_x(x_i[j]) * load_x(x_i[j]);
-        float r_i = r[i] = 1 / sqrtf(squares / D + eps);
-        #pragma omp simd
-        for (long j = 0; j < D; j++) n[i * D + j] = store(load_x(x_i[j]) * r_i * load_x(w[j]));
-    }
-}
-
-/* dx = dy + r (w dn - x r mean(w dn x r)). dw [64, D]: the sums of dn x r over each 64th of the rows, so that
-   the result does not depend on which thread is first (OpenMP's reduction has no fixed order). */
-void norm_backward(long N, long D, const x_t *x, const x_t *w, const float *r, const scalar_t *dn,
-                   const x_t *dy, x_t *dx, float *dw) {
-    #pragma omp parallel for if (N * D > 8192)
-    for (long b = 0; b < 64; b++) for (long i = b * N / 64; i < (b + 1) * N / 64; i++) {
-        const x_t *x_i = x + i * D;
-        const scalar_t *dn_i = dn + i * D;
-        float mean = 0;
-        #pragma omp simd reduction(+:mean)
-        for (long j = 0; j < D; j++) {
-            float part = load(dn_i[j]) * load_x(x_i[j]) * r[i];
-            dw[b * D + j] += part, mean += part * load_x(w[j]);
-        }
-        mean /= D;
-        #pragma omp simd
-        for (long j = 0; j < D; j++) {
-            float d = load_x(w[j]) * load(dn_i[j]) - load_x(x_i[j]) * r[i] * mean;
-            dx[i * D + j] = store_x(load_x(dy[i * D + j]) + r[i] * d);
-        }
-    }
-}
-
-/* sign 1: row (b, t) of qkv holds all heads of q, of k and of v; they go to q, k, v [B, heads, T, d], q and k
-   turned by the angle of t. sign -1: the way back, turned back. */
-void rotate(long B, long T, long n_q, long n_kv, long d, long sign, const float *cos, const float *sin,
-            scalar_t *qkv, scalar_t *q, scalar_t *k, scalar_t *v) {
-    #pragma omp parallel for if (B * T * n_q * d > 8192)
-    for (long i = 0; i < B * T; i++) for (long h = 0; h < n_q + 2 * n_kv; h++) {
-        long b = i / T, t = i % T, from_k = h - n_q, from_v = from_k - n_kv;
-        scalar_t *a = qkv + (i * (n_q + 2 * n_kv) + h) * d;
-        scalar_t *z = from_v >= 0 ? v + ((b * n_kv + from_v) * T + t) * d
-                    : from_k >= 0 ? k + ((b * n_kv + from_k) * T + t) * d : q + ((b * n_q + h) * T + t) * d;
-        if (sign < 0) { scalar_t *other = a; a = z, z = other; }
-        if (from_v >= 0) memcpy(z, a, d * sizeof *a);
-        else
-            #pragma omp simd
-            for (long j = 0; j < d / 2; j++) {
-                float x = load(a[j]), y = load(a[j + d / 2]), c = cos[t * d + j], s = sign * sin[t * d + j];
-                z[j] = store(x * c - y * s), z[j + d / 2] = store(y * c + x * s);
-            }
-    }
-}
-
-/* gate and up, side by side in a row of 2F -> m = gate s up, where s = sigma(gate). And back:
-   d_gate = dm up s (1 + gate (1 - s)), d_up = dm gate s */
-void swiglu(long N, long F, const scalar_t *gate_up, scalar_t *m) {
-    #pragma omp parallel for if (N * F > 8192)
-    for (long i = 0; i < N; i++) {
-        const scalar_t *gate = gate_up + 2 * i * F, *up = gate + F;
-        #pragma omp simd
-        for (long j = 0; j < F; j++) {
-            float g = load(gate[j]);
-            m[i * F + j] = store(g / (1 + exponential(-g)) * load(up[j]));
-        }
-    }
-}
-void swiglu_backward(long N, long F, const scalar_t *gate_up, const scalar_t *dm, scalar_t *d) {
-    #pragma omp parallel for if (N * F > 8192)
-    for (long i = 0; i < N; i++) {
-        const scalar_t *gate = gate_up + 2 * i * F, *up = gate + F;
-        scalar_t *d_gate = d + 2 * i * F, *d_up = d_gate + F;
-        #pragma omp simd
-        for (long j = 0; j < F; j++) {
-            float g = load(gate[j]), s = 1 / (1 + exponential(-g)), dm_j = load(dm[i * F + j]);
-            d_gate[j] = store(dm_j * load(up[j]) * s * (1 + g * (1 - s))), d_up[j] = store(dm_j * g * s);
-        }
-    }
-}
-"""
-
+# one pass of csrc/layer.c over the rows.
 
 def layer_kernels(x_dtype, dtype):
-    """LAYER_C for layers that pass on x_dtype and multiply in dtype, or None where there is no compiler."""
+    """csrc/layer.c for layers that pass on x_dtype and multiply in dtype; None without a compiler."""
     wide, bf16 = x_dtype == torch.float32, dtype == torch.bfloat16
-    return compile_c(LAYER_C, *["-DWIDE"] * wide, *["-DBF16"] * bf16)
+    return compile_c("layer", *["-DWIDE"] * wide, *["-DBF16"] * bf16)
 
 
-def run(function, *args):
+def call(function, *args):
     """Call a C function: tensors (contiguous) are passed as their address, numbers as long or float."""
     def convert(v):
         if isinstance(v, torch.Tensor):
@@ -521,7 +420,7 @@ class LayerFunction(torch.autograd.Function):
 
     Forward is the left column, read downwards; backward is the right one, read upwards. d* is the gradient of
     the loss with respect to *; a row is a position, in attention a query. norm, rotate, swiglu and their
-    derivatives are in LAYER_C; norm' gives the gradient of the norm's weight, too.
+    derivatives are in csrc/layer.c; norm' gives the gradient of the norm's weight, too.
 
         n = norm(x)                     dx = dz + norm'(dn)
         qkv = n W_qkv^T + b             dn = dqkv W_qkv, dW_qkv = dqkv^T n, db = sum over rows of dqkv
@@ -548,10 +447,10 @@ class LayerFunction(torch.autograd.Function):
         b = torch.cat((bq, bk, bv)).to(dtype)
 
         n, r = x.new_empty(N, D, dtype=dtype), x.new_empty(N, dtype=torch.float32)
-        run(kernels.norm, N, D, eps, x, w_1, n, r)
+        call(kernels.norm, N, D, eps, x, w_1, n, r)
         q, k, v = (n.new_empty(B * n_kv, heads * T, d) for heads in (group, 1, 1))
         qkv = torch.addmm(b, n, stacked(dtype, wq, wk, wv).t())
-        run(kernels.rotate, B, T, n_q, n_kv, d, 1, cos, sin, qkv, q, k, v)
+        call(kernels.rotate, B, T, n_q, n_kv, d, 1, cos, sin, qkv, q, k, v)
         mask = causal_mask(T, T, q).repeat(group, 1)
         p = torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=d ** -0.5), -1)    # [B n_kv, group * T, T]
         a = (p @ v).view(B, n_q, T, d).transpose(1, 2).reshape(N, -1)
@@ -559,9 +458,9 @@ class LayerFunction(torch.autograd.Function):
         out = a @ w_o.to(dtype).t()
         z = x + (out * keep[0] if keep else out).view_as(x)
         n2, r2, m = torch.empty_like(n), torch.empty_like(r), n.new_empty(N, len(w_up))
-        run(kernels.norm, N, D, eps, z, w_2, n2, r2)
+        call(kernels.norm, N, D, eps, z, w_2, n2, r2)
         gu = n2 @ stacked(dtype, w_gate, w_up).t()
-        run(kernels.swiglu, *m.shape, gu, m)
+        call(kernels.swiglu, *m.shape, gu, m)
         out = m @ w_down.to(dtype).t()
         ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2,
                               w_gate, w_up, w_down, *keep)
@@ -579,10 +478,10 @@ class LayerFunction(torch.autograd.Function):
         d_out = dy.view(N, D).to(n.dtype)
         d_out = d_out * keep[1] if keep else d_out
         dw_down, dm, dgu = d_out.t() @ m, d_out @ w_down.to(n.dtype), torch.empty_like(gu)
-        run(kernels.swiglu_backward, *m.shape, gu, dm, dgu)
+        call(kernels.swiglu_backward, *m.shape, gu, dm, dgu)
         dw_gu, dn2 = dgu.t() @ n2, dgu @ stacked(n.dtype, w_gate, w_up)
         dz, dw_2 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
-        run(kernels.norm_backward, N, D, z, w_2, r2, dn2, dy, dz, dw_2)
+        call(kernels.norm_backward, N, D, z, w_2, r2, dn2, dy, dz, dw_2)
 
         d_out = dz.view(N, D).to(n.dtype)
         d_out = d_out * keep[0] if keep else d_out
@@ -592,10 +491,10 @@ class LayerFunction(torch.autograd.Function):
         dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
         dk, dv = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale), p.mT @ da
         dqkv = n.new_empty(N, (ctx.n_q + 2 * ctx.n_kv) * d)
-        run(kernels.rotate, B, T, ctx.n_q, ctx.n_kv, d, -1, cos, sin, dqkv, dq, dk, dv)
+        call(kernels.rotate, B, T, ctx.n_q, ctx.n_kv, d, -1, cos, sin, dqkv, dq, dk, dv)
         dw_qkv, db, dn = dqkv.t() @ n, dqkv.sum(0), dqkv @ stacked(n.dtype, wq, wk, wv)
         dx, dw_1 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
-        run(kernels.norm_backward, N, D, x, w_1, r, dn, dz, dx, dw_1)
+        call(kernels.norm_backward, N, D, x, w_1, r, dn, dz, dx, dw_1)
 
         rows = [heads * d for heads in (ctx.n_q, ctx.n_kv, ctx.n_kv)]
         (dwq, dwk, dwv), (dbq, dbk, dbv) = dw_qkv.split(rows), db.split(rows)
@@ -605,7 +504,7 @@ class LayerFunction(torch.autograd.Function):
 
 class FastDecoderLayer(DecoderLayer):
     """DecoderLayer by LayerFunction on a CPU, without a cache, up to 1024 tokens (it keeps P, B n_head T^2
-    numbers, for the backward pass), in the dtypes that LAYER_C knows."""
+    numbers, for the backward pass), in the dtypes that csrc/layer.c knows."""
 
     def forward(self, x, cos, sin, cache):
         known = x.dtype in (torch.float32, torch.bfloat16) and x.dtype == self.input_layernorm.weight.dtype
@@ -643,65 +542,12 @@ def use_layer_kernels(model):
 # --------------------------------------------------- decoding in bfloat16 on a CPU (skip in a first reading)
 #
 # Generation reads every weight for every token and is as fast as memory. Where few rows meet a large matrix,
-# F.linear reads 15 GB/s on two cores, a product with the matrix as the left operand 22, DECODE_C 28 (one
-# row).
-
-DECODE_C = C_NUMBERS + r"""
-#define LANES 64            /* sums side by side: independent of each other, so that they become vectors */
-#define AHEAD 2048          /* bytes that are asked for before they are needed */
-
-/* Two bfloat16 are read as one 32-bit number, and its halves are put, or left, above sixteen zeros: x comes
-   apart into its even and odd elements, n of each. */
-#define LOW(u) bits((u) << 16)
-#define HIGH(u) bits((u) & 0xffff0000u)
-
-/* Two rows of a matrix times x. A core reads faster in two places at once. */
-static inline void dots(long n, const uint32_t *v, const uint32_t *w, const float *e, const float *o,
-                        float *vx, float *wx) {
-    float s[LANES] = {0}, t[LANES] = {0}, a = 0, b = 0;
-    long k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        for (int ahead = AHEAD; ahead < AHEAD + 4 * LANES; ahead += 64) {
-            __builtin_prefetch((const char *)(v + k) + ahead);
-            __builtin_prefetch((const char *)(w + k) + ahead);
-        }
-        #pragma omp simd
-        for (int j = 0; j < LANES; j++) {
-            s[j] += LOW(v[k + j]) * e[k + j] + HIGH(v[k + j]) * o[k + j];
-            t[j] += LOW(w[k + j]) * e[k + j] + HIGH(w[k + j]) * o[k + j];
-        }
-    }
-    for (; k < n; k++) {
-        a += LOW(v[k]) * e[k] + HIGH(v[k]) * o[k];
-        b += LOW(w[k]) * e[k] + HIGH(w[k]) * o[k];
-    }
-    #pragma omp simd reduction(+:a,b)
-    for (int j = 0; j < LANES; j++) a += s[j], b += t[j];
-    *vx = a, *wx = b;
-}
-
-/* y = W x + bias; W [rows, 2n], bias may be missing */
-void linear(long rows, long n, const uint32_t *x, const uint32_t *W, const uint16_t *bias, uint16_t *y) {
-    float e[n], o[n];
-    for (long k = 0; k < n; k++) e[k] = LOW(x[k]), o[k] = HIGH(x[k]);
-    const float *even = e, *odd = o;
-    long half = (rows + 1) / 2;
-    #pragma omp parallel for
-    for (long r = 0; r < half; r++) {
-        long q = r + half < rows ? r + half : r;
-        float a, b;
-        dots(n, W + r * n, W + q * n, even, odd, &a, &b);
-        y[r] = store(bias ? a + load(bias[r]) : a);
-        if (q != r) y[q] = store(bias ? b + load(bias[q]) : b);
-    }
-}
-"""
-
+# F.linear reads 15 GB/s on two cores, with the matrix as the left operand 22, csrc/decode.c (one row) 28.
 
 @functools.lru_cache(None)
 def compiled_linear():
-    """DECODE_C's linear, or None where there is no compiler."""
-    library = compile_c(DECODE_C, "-DBF16")
+    """csrc/decode.c's linear, or None where there is no compiler."""
+    library = compile_c("decode", "-DBF16")
     if library is None:
         return None
     library.linear.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 4
@@ -718,8 +564,8 @@ class DecodeLinear(nn.Linear):
         if rows == 1 and self.in_features % 2 == 0 and (linear := compiled_linear()):
             x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
             bias = None if self.bias is None else self.bias.data_ptr()
-            linear(self.out_features, self.in_features // 2, x.data_ptr(), self.weight.data_ptr(), bias,
-                   y.data_ptr())
+            pointers = x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr()
+            linear(self.out_features, self.in_features // 2, *pointers)
             return y
         x_t = x.reshape(rows, -1).t()
         y = self.weight @ (x_t[:, 0] if rows == 1 else x_t)     # a vector is multiplied faster than a column

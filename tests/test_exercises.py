@@ -40,7 +40,8 @@ def graded(tmp_path_factory):
         tree.mkdir()
         for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
             shutil.copy(file, tree)
-        shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for subfolder in ("tests", "csrc"):
+            shutil.copytree(ROOT / subfolder, tree / subfolder, ignore=shutil.ignore_patterns("__pycache__"))
         if name:
             subprocess.run(["git", "apply", str(EXERCISES / f"{name}.diff")], cwd=tree, check=True, capture_output=True)
         jobs += [str(tree), f"tests/exercises/test_{name}.py" if name else "tests/exercises"]

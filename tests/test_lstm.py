@@ -9,15 +9,15 @@ from lstm import LSTM, LSTMConfig, LSTMLM
 from tests.recurrent import (check_against_library, check_gradcheck, check_plain_equals_fast, check_stack,
                              check_state_is_carried, check_bf16_close)
 
-FAST_LOOPS = lstm.fast_loops                                # the real one, whatever all_loops puts in its place
+FAST_CELLS = lstm.fast_cells                                # the real one, whatever all_cells puts in its place
 SHAPES = [(1, 1, 1, 1), (1, 7, 3, 5), (4, 1, 6, 2), (3, 9, 8, 8), (5, 20, 17, 33)]      # B, T, I, H
 
 
 @pytest.fixture(autouse=True, params=["cell in C", "equations"])
-def all_loops(request, monkeypatch):
+def all_cells(request, monkeypatch):
     """Every test here runs twice: as it is where there is a compiler, and with the equations as they are written down."""
     if request.param == "equations":
-        monkeypatch.setattr(lstm, "fast_loops", lambda *_: (lstm.forward_loop, lstm.backward_loop))
+        monkeypatch.setattr(lstm, "fast_cells", lambda *_: (lstm.cell_forward, lstm.cell_backward))
 
 
 @pytest.mark.parametrize("shape", SHAPES + [(40, 3, 9, 70)])                # the last is large enough for two threads
@@ -73,14 +73,14 @@ def test_a_graph_can_be_walked_twice():
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cell_compiles_where_there_is_a_compiler(dtype):
-    assert FAST_LOOPS("cpu", dtype)[0].func is lstm.c_forward_loop
+    assert FAST_CELLS("cpu", dtype)[0] is not lstm.cell_forward
 
 
 def test_without_a_compiler_and_elsewhere_the_equations_do_the_same(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
     monkeypatch.setattr(lstm, "compile_c", lstm.compile_c.__wrapped__)
     for key in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.float32)):
-        assert FAST_LOOPS.__wrapped__(*key) == (lstm.forward_loop, lstm.backward_loop)
+        assert FAST_CELLS.__wrapped__(*key) == (lstm.cell_forward, lstm.cell_backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,7 +92,7 @@ def test_a_packed_matrix_gives_the_same_product(monkeypatch, dtype, rows, n_in, 
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     torch.manual_seed(rows)
     weight = torch.randn(n_out, n_in).to(dtype)
-    linear = lstm.packed_linear(weight, rows)
+    linear = lstm.packed_linear(weight, rows, 2)
     for _ in range(2):
         x = torch.randn(rows, n_in).to(dtype)
         torch.testing.assert_close(linear(x).double(), x.double() @ weight.double().t(), atol=1e-4 if dtype == torch.float32 else 0.02,
