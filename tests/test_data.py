@@ -1,4 +1,5 @@
 """The embedded languages and their floor, tokenizers, corpora, downloads and batches."""
+import dataclasses
 import hashlib
 import io
 import math
@@ -282,12 +283,101 @@ def test_real_ptb_has_the_published_counts():
     assert [corpus.tokenizer.words[i] for i in corpus.ids["train"][:20_000]] == expected[:20_000]
 
 
-def test_a_text_file_is_split_90_5_5_without_losing_a_line(tmp_path):
+def joined(name, *splits):
+    return "".join(piece for split in splits for piece in data.documents(str(name), split))
+
+
+SPLITS = ("train", "valid", "test")
+POEM = "".join(f"  A line of stanza {k},\n\tthe {k % 7}th of its kind\n" + "\n" * (1 + k % 3) for k in range(120))
+OWN = {"poem": POEM, "lines": "".join(f"line {k % 7} has words\n" for k in range(1000)), "no end": "one two\n" * 99 + "two one",
+       "spaced": "".join(f"line {k % 7} has words\n\n" for k in range(1000)), "one line": "word " * 999 + "rod",
+       "no space": "\u4e2d\u6587\U0001f600" * 500, "blank first": "\n\n \n" + POEM, "few": "a b\n\nc d\n" * 9,
+       "separated": data.SEPARATOR.join(f"Title\n\nstory {k} ends.\n" for k in range(99)) + "\n",
+       "few separated": data.SEPARATOR.join(" ".join(f"w{(k * j) % 50}" for j in range(1200)) for k in range(8))}
+
+
+@pytest.mark.parametrize("text", OWN.values(), ids=OWN)
+def test_own_text_is_read_as_it_is_and_split_90_5_5(tmp_path, text):
     path = tmp_path / "my.txt"
-    path.write_text("".join(f"line {i % 7} has words\n\n" for i in range(1000)))
-    lines = [line for s in ("train", "valid", "test") for line in data.documents(str(path), s)]
-    assert lines == [f"line {i % 7} has words\n" for i in range(1000)]
-    assert 0.89 < len(list(data.documents(str(path), "train"))) / 1000 < 0.91
+    path.write_text(text)
+    parts = [joined(path, split) for split in SPLITS]
+    assert "".join(parts) == text == joined(path, "all")
+    assert [len(part) / len(text) for part in parts] == pytest.approx([0.9, 0.05, 0.05], abs=0.02 if len(text) > 2000 else 0.1)
+    corpus = data.load(str(path), "char")
+    assert "".join(corpus.tokenizer.decode(corpus.ids[split]) for split in SPLITS) == text
+
+
+@pytest.mark.parametrize("kind, text, first", [
+    ("separators", OWN["separated"], "Title\n\nstory 0 ends.\n" + data.SEPARATOR),
+    ("paragraphs", POEM, "  A line of stanza 0,\n\tthe 0th of its kind\n\n"), ("lines", OWN["lines"], "line 0 has words\n")])
+def test_documents_of_own_text_are_what_its_separators_blank_lines_or_lines_end(tmp_path, kind, text, first):
+    (tmp_path / "my.txt").write_text(text)
+    pieces = list(data.documents(str(tmp_path / "my.txt"), "all"))
+    assert pieces[0] == first and len(pieces) in (99, 120, 1000)
+
+
+def test_words_of_own_text_have_one_end_between_paragraphs(tmp_path):
+    (tmp_path / "my.txt").write_text("the fund\nrises\n \n\n" * 100)
+    corpus = data.load(str(tmp_path / "my.txt"))
+    assert [corpus.tokenizer.words[k] for k in corpus.ids["valid"][:6]] == "the fund <eos> rises <eos> the".split()
+
+
+def test_new_lines_and_marks_of_any_kind_are_read_as_one(tmp_path):
+    for name, text in (("a", "caf\u00e9\n" * 9 + POEM), ("b", ("cafe\u0301\n" * 9 + POEM).replace("\n", "\r\n"))):
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" * (name == "b") + text.encode())
+    for tokenizer in ("char", "word"):
+        a, b = (data.load(str(tmp_path / f"{name}.txt"), tokenizer, ("all",)) for name in "ab")
+        assert a.tokenizer.state() == b.tokenizer.state() and a.ids["all"].tolist() == b.ids["all"].tolist()
+        assert "caf\u00e9" in b.tokenizer.decode(b.ids["all"]).lower()
+    (tmp_path / "c.txt").write_bytes(POEM.replace("\n", "\r").encode())
+    assert joined(tmp_path / "c.txt", "all") == POEM
+
+
+@pytest.mark.parametrize("text", [POEM * 40, OWN["separated"], "No space,but stops.And more.\n" * 4000, "x" * 150_000])
+def test_byte_pairs_of_own_text_are_those_of_the_whole_file(tmp_path, monkeypatch, text):
+    """Its pieces are encoded in blocks that no token crosses: for GPT-2 two new lines are two tokens before a letter, and
+    one at the end of a text."""
+    real("tiktoken")
+    tokenizer = data.GPT2Tokenizer()
+    path = tmp_path / "my.txt"
+    path.write_text(text)
+    ids = data.load(str(path), tokenizer, ("all",)).ids["all"].tolist()
+    if " " in text:
+        assert ids == tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+
+
+def write_folder(folder, **texts):
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def test_files_of_a_folder_called_as_splits_are_its_splits(tmp_path, capfd):
+    text = {split: f"{split} says so\n" * 50 for split in SPLITS}
+    for k, valid in enumerate(("valid", "val", "dev", "validation")):
+        folder = write_folder(tmp_path / str(k), train=text["train"], test=text["test"], other="not this\n", **{valid: text["valid"]})
+        assert [joined(folder, split) for split in SPLITS] == list(text.values())
+        assert joined(folder, "all") == "".join(text.values())
+        assert f"{folder}: 3 files, {len(''.join(text.values())):,} characters; left out: other.txt" in capfd.readouterr().err
+    folder = write_folder(tmp_path / "two", train=text["train"])
+    assert joined(folder, "train", "valid") == text["train"] and joined(folder, "valid") == "train says so\n" * 3
+    assert list(data.load(str(folder)).ids) == ["train", "valid"]                   # no test split: as Shakespeare
+    with pytest.raises(UserError, match="has test.txt but no train.txt"):
+        data.load(str(write_folder(tmp_path / "three", test="a\n", other="b\n")))
+
+
+def test_hidden_files_are_no_text(tmp_path, capfd):
+    folder = write_folder(tmp_path / ".books", a="one\n" * 50)
+    write_folder(folder / ".ipynb_checkpoints", a="hidden\n" * 50)
+    (folder / "._a.txt").write_bytes(b"\0\xff")
+    assert joined(folder, "all") == "one\n" * 50 and "1 file, 200 characters" in capfd.readouterr().err
+
+
+def test_shakespeare_has_the_same_characters_as_a_corpus_and_as_a_file():
+    path = real("shakespeare/input.txt")
+    assert joined("shakespeare", "train", "valid") == joined(path, *SPLITS)
 
 
 def test_documents_with_separators_are_joined_across_lines(data_folder):
@@ -374,33 +464,20 @@ def test_large_files_are_encoded_once_into_a_memory_map(data_folder, tmp_path, m
     assert not list((data_folder / "tokens").glob("*.part"))
 
 
-def test_encoding_a_large_file_takes_bounded_memory(tmp_path):
-    path = tmp_path / "big.txt"
+def test_encoding_stories_takes_bounded_memory(tmp_path):
+    (tmp_path / "tinystories").mkdir()
     rng = random.Random(0)
-    block = "".join(" ".join(f"w{rng.randrange(3000)}x" for _ in range(30)) + "\n" for _ in range(2000))
-    with open(path, "w") as f:
-        for _ in range(60):                                                     # 23 MB, 3.6 million words
-            f.write(block)
+    story = "".join(" ".join(f"w{rng.randrange(3000)}x" for _ in range(30)) + "\n" for _ in range(20)) + data.SEPARATOR + "\n"
+    for split, size in (("train", 6000), ("valid", 20)):
+        (tmp_path / "tinystories" / f"TinyStories-{split}.txt").write_text(story * size)        # 23 MB
     program = ("import re, data\n"
                "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-               f"before = peak()\ncorpus = data.load({str(path)!r})\nafter = peak()\n"
-               f"text = open({str(path)!r}).read()\nprint(len(corpus.ids['train']), after - before, peak() - before)")
+               "before = peak()\ncorpus = data.load('tinystories')\nafter = peak()\n"
+               "text = open(data.source_file('tinystories', 'train')).read()\nprint(len(corpus.ids['train']), after - before, peak() - before)")
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                          env={"PATH": "", "DATA_DIR": str(tmp_path)})
     tokens, grown, read_whole = map(int, out.stdout.split())
     assert tokens > 3_200_000 and grown < 18_000 < read_whole, (out.stdout, out.stderr)     # kilobytes
-
-
-def test_a_text_in_one_line_is_cut_into_pieces_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LONG_LINE", 100)
-    for text in ("word " * 999 + "end", "\u4e2d\u6587\U0001f600" * 500, "short\nlines\n" * 50 + "x" * 1000 + "\nlast"):
-        path = tmp_path / "one.txt"
-        path.write_text(text)
-        pieces = list(data.read_lines(path))
-        assert "".join(line for _, line in pieces) == text + "\n" and max(len(line) for _, line in pieces) <= 201
-        assert [o for o, _ in pieces] == [len("".join(line for _, line in pieces[:k]).encode()) for k in range(len(pieces))]
-        parts = {s: "".join(data.documents(str(path), s)) for s in ("train", "valid", "test")}
-        assert all(parts.values()) and "".join(parts.values()) == text + "\n"
 
 
 def test_a_folder_is_its_text_files_one_behind_the_other(tmp_path):
@@ -413,16 +490,6 @@ def test_a_folder_is_its_text_files_one_behind_the_other(tmp_path):
     parts = [list(data.documents(str(tmp_path / "book"), split)) for split in ("train", "valid", "test")]
     assert sum(parts, []) == text and [abs(len(part) - n) <= 3 for part, n in zip(parts, (360, 20, 20))] == [True] * 3
     assert data.load(str(tmp_path / "book")).ids["valid"].size > 50
-
-
-@pytest.mark.parametrize("end", ["\n", data.SEPARATOR])
-def test_a_few_long_lines_or_documents_are_split_inside(tmp_path, end):
-    path = tmp_path / "chapters.txt"
-    chapters = [" ".join(f"w{(k * j) % 50}" for j in range(1200)) for k in range(8)]
-    path.write_text(end.join(chapters) + end)
-    parts = ["".join(data.documents(str(path), split)) for split in ("train", "valid", "test")]
-    assert "".join(parts).rstrip("\n") == path.read_text().rstrip("\n")
-    assert [round(len(part) / len("".join(parts)), 2) for part in parts] == [0.9, 0.05, 0.05]
 
 
 # --------------------------------------------------------------------------------------------------- characters
@@ -458,7 +525,7 @@ def test_shakespeare_is_split_as_nanogpt_does():
 
 
 def test_a_corpus_that_nobody_sends_says_where_its_file_belongs(data_folder, monkeypatch):
-    monkeypatch.setitem(data.CORPORA, "mine", data.Source(data.lines_of, "mine.txt"))
+    monkeypatch.setitem(data.CORPORA, "mine", data.Source(data.lines, "mine.txt"))
     with pytest.raises(UserError, match="mine is not downloaded: place its file at .*mine/mine.txt"):
         data.load("mine")
     (data_folder / "mine").mkdir()
@@ -560,6 +627,25 @@ def test_download_checks_the_sum_that_the_publisher_sends(tmp_path, quick):
         with pytest.raises(UserError, match="sha256"):
             data.download(server.url, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><html>Log in</html>", b"\n<html lang=en>Log in"])
+def test_a_login_page_is_not_kept_as_a_corpus(data_folder, monkeypatch, quick, page):
+    for name in ("ptb", "tinystories", "shakespeare"):
+        with Server(page) as server:
+            source = dataclasses.replace(data.CORPORA[name], url=server.url.removesuffix("file.bin"))
+            monkeypatch.setitem(data.CORPORA, name, source)
+            with pytest.raises(UserError, match="web page came instead.*Place it by hand"):
+                data.load(name)
+        assert not list((data_folder / name).glob("*"))
+
+
+def test_the_corpora_that_never_change_have_the_published_digests():
+    for name, source in data.CORPORA.items():
+        for split, digest in source.sha256.items():
+            file = f"{name}/{source.file.format(split)}"
+            if name != "wikitext2" or split == "valid":
+                assert hashlib.sha256(real(file).read_bytes()).hexdigest() == digest
 
 
 def test_download_resumes_what_an_earlier_run_left(tmp_path, quick):
