@@ -792,12 +792,12 @@ def pieces(files):
 
 def cut_text(found, share, inside):
     """Cut pieces at a share of their characters: between two, or `inside` one, at the next white space."""
-    ends = list(itertools.accumulate(map(len, found)))
-    at = round(share * ends[-1])
-    k = bisect.bisect(ends, at)
+    starts = list(itertools.accumulate(map(len, found), initial=0))
+    at = round(share * starts[-1])
+    k = bisect.bisect(starts, at) - 1
     if not inside or k == len(found):
         return found[:k], found[k:]
-    at -= ends[k] - len(found[k])
+    at -= starts[k]
     space = re.compile(r"\s").search(found[k], at, at + 1000)
     at = space.start() if space else at
     return [*found[:k], found[k][:at]], [found[k][at:], *found[k + 1:]]

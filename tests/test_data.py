@@ -316,6 +316,15 @@ def test_documents_of_own_text_are_what_its_separators_blank_lines_or_lines_end(
     assert pieces[0] == first and len(pieces) in (99, 120, 1000)
 
 
+@pytest.mark.parametrize("text", ["x", "\n", "\ufeff", "a b\n", data.SEPARATOR, " \n\n \n"])
+def test_a_text_of_a_few_characters_is_too_short_and_no_crash(tmp_path, text):
+    path = tmp_path / "tiny.txt"
+    path.write_text(text)
+    assert joined(path, *SPLITS) == joined(path, "all") == text.replace("\ufeff", "")
+    with pytest.raises(UserError, match="too few for one batch"):
+        data.batches_of(SimpleNamespace(recurrent=True), data.load(str(path)).ids["train"], 8, 20, seed=0)
+
+
 def test_words_of_own_text_have_one_end_between_paragraphs(tmp_path):
     (tmp_path / "my.txt").write_text("the fund\nrises\n \n\n" * 100)
     corpus = data.load(str(tmp_path / "my.txt"))
