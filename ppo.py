@@ -223,7 +223,7 @@ def train_reward(config, device, dtype, checkpoint=None):
 
     # 4 model
     if checkpoint:
-        tokenizer = WordPiece(checkpoint["tokenizer"]["vocab"], checkpoint["tokenizer"]["options"])
+        tokenizer = WordPiece(checkpoint["tokenizer"]["vocab"], checkpoint["tokenizer"]["lower"])
         scorer = Scorer(ScorerConfig(**checkpoint["config"]), tokenizer).to(device)
     elif config.encoder:
         scorer = load_scorer(config.encoder, device, new_head=True)

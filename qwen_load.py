@@ -36,6 +36,7 @@ import unicodedata
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -483,22 +484,11 @@ def save_model(model, tokenizer, folder):
 
 # ----------------------------------------------------------------------------------- DistilBERT and WordPiece
 
-class PerCharacter(dict):
-    """A table for str.translate that applies rule(character) -> str, once to every character that it
-    meets."""
-
-    def __init__(self, rule):
-        self.rule = rule
-
-    def __missing__(self, code):
-        self[code] = self.rule(chr(code))
-        return self[code]
-
-
 IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
               (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
 
 
+@lru_cache(None)
 def clean(ch):
     """Any white space as a space; without control and private characters; a Chinese character is a word of
     its own."""
@@ -509,60 +499,54 @@ def clean(ch):
     return f" {ch} " if any(low <= ord(ch) <= high for low, high in IDEOGRAPHS) else ch
 
 
+@lru_cache(None)
 def apart(ch):
     """Punctuation, and all ASCII signs that Unicode calls symbols, as words of their own."""
     sign = ch.isascii() and ch.isprintable() and not ch.isalnum() and ch != " "
     return f" {ch} " if sign or unicodedata.category(ch)[0] == "P" else ch
 
 
-CLEAN, APART = PerCharacter(clean), PerCharacter(apart)
-CLEAN_ONLY = PerCharacter(lambda ch: clean(ch).strip() or clean(ch)[:1])    # Chinese is not taken apart
-LOWER = PerCharacter(str.lower)                                             # a last sigma is as any other
-
-
-def basic_words(text, lower=True, strip_accents=True, split_ideographs=True):
-    """BERT's basic tokenisation: a text as words and punctuation marks."""
-    text = text.translate(CLEAN if split_ideographs else CLEAN_ONLY)
-    if text.isascii():
-        return (text.lower() if lower else text).translate(APART).split()
-    if strip_accents:
-        text = "".join(ch for ch in unicodedata.normalize("NFD", text) if unicodedata.category(ch) != "Mn")
-    return (text.translate(LOWER) if lower else text).translate(APART).split()
+def basic_words(text, lower=True):
+    """BERT's basic tokenisation: a text as words and punctuation marks. lower: without capitals and
+    accents."""
+    text = "".join(map(clean, text))
+    if lower:                                                   # character by character: a last sigma, too
+        text = unicodedata.normalize("NFD", text)
+        text = "".join(ch.lower() for ch in text if ch.isascii() or unicodedata.category(ch) != "Mn")
+    return "".join(map(apart, text)).split()
 
 
 class WordPiece:
-    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them; options: of
-    basic_words."""
+    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them."""
 
-    def __init__(self, vocab, options=None):
-        self.vocab, self.options = list(vocab), options or {}
-        self.ids, self.memo = {piece: i for i, piece in enumerate(self.vocab)}, {}
+    def __init__(self, vocab, lower=True):
+        self.vocab, self.lower = list(vocab), lower
+        self.ids = {piece: i for i, piece in enumerate(self.vocab)}
         try:
             special = [self.ids[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")]
             self.pad, self.unk, self.cls, self.sep = special
         except KeyError as e:
             raise UserError(f"this is no WordPiece vocabulary: it has no {e}") from e
 
+    @lru_cache(500_000)
     def pieces(self, word):
         """The ids of one word: the longest piece that it begins with, then the longest of the rest, and so
         on."""
-        if word not in self.memo:
-            ids, start = [], 0
-            while start < len(word) <= 100:
-                end = next((e for e in range(len(word), start, -1)
-                            if ("##" if start else "") + word[start:e] in self.ids), None)
-                if end is None:
-                    break
-                ids.append(self.ids[("##" if start else "") + word[start:end]])
-                start = end
-            self.memo[word] = ids if start == len(word) else [self.unk]
-        return self.memo[word]
+        ids, start = [], 0
+        while start < len(word) <= 100:
+            end = next((e for e in range(len(word), start, -1)
+                        if ("##" if start else "") + word[start:e] in self.ids), None)
+            if end is None:
+                break
+            ids.append(self.ids[("##" if start else "") + word[start:end]])
+            start = end
+        return ids if start == len(word) else [self.unk]
 
     def encode(self, text):
-        return [i for word in basic_words(text, **self.options) for i in self.pieces(word)]
+        return [i for word in basic_words(text, self.lower) for i in self.pieces(word)]
 
     def state(self):
-        return {"kind": "wordpiece", "vocab": self.vocab, "options": self.options}
+        return {"kind": "wordpiece", "vocab": self.vocab, "lower": self.lower}
 
 
 def build_wordpiece(texts, size=8000):
@@ -636,11 +620,11 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
                         f"{config.vocab_size:,}: they do not belong together")
     said = read_json(folder / "tokenizer_config.json", {})
     lower = said.get("do_lower_case", True)
-    strip_accents = lower if said.get("strip_accents") is None else said["strip_accents"]
-    options = {"lower": lower, "strip_accents": strip_accents,
-               "split_ideographs": said.get("tokenize_chinese_chars", True)}
+    if said.get("strip_accents") not in (None, lower) or not said.get("tokenize_chinese_chars", True):
+        raise UserError(f"{folder}/tokenizer_config.json: strip_accents other than do_lower_case, and "
+                        "tokenize_chinese_chars false, are not implemented")
     with torch.device("meta"):
-        scorer = Scorer(config, WordPiece(vocab, options))
+        scorer = Scorer(config, WordPiece(vocab, lower))
     state = read_parameters(scorer, folder, "distilbert.", device, dtype, HEADS if new_head else ())
     if new_head:
         state |= {name: torch.randn(p.shape, device=device) * 0.02 * (p.dim() == 2)
@@ -661,10 +645,8 @@ def save_scorer(scorer, folder):
               "id2label": {str(i): "POSITIVE" if i == c.positive else "NEGATIVE" for i in (0, 1)},
               "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
     config.pop("positive")
-    options = {"lower": True, "strip_accents": True, "split_ideographs": True} | scorer.tokenizer.options
-    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": options["lower"],
-                        "strip_accents": options["strip_accents"],
-                        "tokenize_chinese_chars": options["split_ideographs"]}
+    lower = scorer.tokenizer.lower
+    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower, "strip_accents": lower}
     for name, text in (("config.json", json.dumps(config, indent=2)),
                        ("vocab.txt", "\n".join(scorer.tokenizer.vocab)),
                        ("tokenizer_config.json", json.dumps(tokenizer_config))):

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import shutil
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ import data
 import eval
 import finetune
 import ppo
-import qwen_load
 import sample
 import train
 from data import UserError
@@ -27,87 +25,9 @@ from ppo import gae, load_scorer, policy_loss, prompt_batch, repetition, rollout
 from qwen_load import WordPiece, save_scorer
 from rnn import RNNConfig, RNNLM
 from tests.conftest import real
-from tests.test_qwen_load import library_model, write_tokenizer
+from tests.test_qwen_load import VOCAB, agree, library_model, library_tokenizer, random_unicode, settled, write_tokenizer
 from tests.test_train import stops_and_resumes, survives_kills
 from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-VOCAB = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *"!,.'-", "film", "##ing", "##ings", "good",
-         "go", "##o", "bad", "not", "very", "##ly", "the", "actor", "act", "plays", "play", "##s", "\u4e2d", "e", "cafe"]
-
-
-# ------------------------------------------------------------------------------------------------------- WordPiece
-
-def library_tokenizer(vocab_file):
-    return transformers.BertTokenizer(vocab=str(vocab_file), do_lower_case=True)
-
-
-def agree(ours, theirs, texts):
-    for text in texts:
-        expected = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
-        assert ours.encode(text) == expected, ascii(text)
-
-
-def settled(code):
-    """Whether a character has been in Unicode, under its category of today, since version 3.2: the library's tables are older than Python's."""
-    ch = chr(code)
-    return unicodedata.category(ch) == unicodedata.ucd_3_2_0.category(ch) not in ("Cn", "Cs")
-
-
-def random_unicode(n, seed):
-    """Texts of characters from all over Unicode."""
-    rng = random.Random(seed)
-    ranges = [(9, 127), (0x80, 0x24f), (0x300, 0x36f), (0x370, 0x6ff), (0x900, 0x1fff), (0x2000, 0x2fff), (0x3040, 0x9fff), (0xac00, 0xd7a3), (0xf900, 0xffff),
-              (0x1d000, 0x1d7ff), (0x20000, 0x2fa1f)]
-    out = []
-    for _ in range(n):
-        chars = []
-        while len(chars) < rng.randint(1, 40):
-            code = rng.randint(*rng.choice(ranges))
-            chars += [chr(code)] if settled(code) else []
-            if rng.random() < 0.4:
-                chars.append(rng.choice([" ", "\t", "\n", "film", "caf\u00e9", "Good", "\u0130", "\u00df", "\u00a0", "...", "\x00", "\ufffd"]))
-        out.append("".join(chars))
-    return out
-
-
-def test_every_settled_character_is_treated_as_the_library_does(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
-    library = library_tokenizer(tmp_path / "vocab.txt").backend_tokenizer
-    codes = [code for code in range(0x110000) if settled(code)]
-    assert len(codes) > 90_000
-    for at in range(0, len(codes), 500):
-        text = " q".join(f"a{chr(code)}B" for code in codes[at:at + 500])
-        expected = [word for word, _ in library.pre_tokenizer.pre_tokenize_str(library.normalizer.normalize_str(text))]
-        assert qwen_load.basic_words(text) == expected
-
-
-def test_wordpiece_equals_the_librarys_on_a_made_up_vocabulary(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
-    fixed = ["", " ", "The actor's FILMINGS are not good!", "caf\u00e9 Cafe\u0301", "a" * 100, "a" * 101, "\u4e2dfilm\u4e2d", "go\u00adod", "good\u2014bad", "1.5,x"]
-    agree(WordPiece(VOCAB), library_tokenizer(tmp_path / "vocab.txt"), fixed + random_unicode(2000, 0))
-
-
-def test_wordpiece_equals_the_librarys_on_the_real_vocabulary():
-    path = real("distilbert/vocab.txt")
-    ours, theirs = WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n")), library_tokenizer(path)
-    agree(ours, theirs, random_unicode(3000, 1))
-    real("imdb/aclImdb_v1.tar.gz")
-    texts = [text for text, _ in data.labelled("imdb", "train")[:5000]]
-    expected = theirs(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    assert [ours.encode(text) for text in texts] == expected and len(texts) == 5000
-
-
-def test_a_vocabulary_of_ones_own_knows_frequent_words_letters_and_endings():
-    texts = ["the film is good , the actor acts", "the film is bad , the actor overacts", "filmed nicely , acted badly"] * 5 + ["rare"]
-    piece = qwen_load.build_wordpiece(texts, 800)
-    assert len(piece.vocab) == len(set(piece.vocab)) <= 800 and piece.vocab[0] == "[PAD]"
-    assert [piece.vocab[i] for i in piece.encode("the film")] == ["the", "film"]
-    assert piece.unk not in piece.encode("relisted")                        # letters that it has seen spell any word
-    assert piece.encode("\u4e2d") == [piece.unk]
-    small = qwen_load.build_wordpiece([f"{a}{b}ing" for a in "abcdefgh" for b in "klmnop"] * 2, 60)
-    assert "##ing" in small.vocab
-
 
 # ---------------------------------------------------------------------------------------------------------- scorer
 
@@ -371,17 +291,24 @@ def test_shared_repetition_adds_up_to_one_minus_distinct_2():
     assert total == pytest.approx(1 - eval.distinct(texts, 2)) and 0.3 < total < 1
 
 
-@pytest.mark.parametrize("options", [dict(do_lower_case=False), dict(do_lower_case=True, strip_accents=False), dict(do_lower_case=False, strip_accents=True),
-                                     dict(tokenize_chinese_chars=False)], ids=str)
-def test_the_options_of_a_wordpiece_tokenizer_are_honoured_and_written(tmp_path, options):
+@pytest.mark.parametrize("lower", [False, True])
+def test_the_options_of_a_wordpiece_tokenizer_are_honoured_and_written(tmp_path, lower):
     library_scorer(tmp_path / "theirs")
-    (tmp_path / "theirs/tokenizer_config.json").write_text(json.dumps(options))
+    (tmp_path / "theirs/tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     scorer = load_scorer(tmp_path / "theirs")
-    library = transformers.BertTokenizer(vocab=str(tmp_path / "theirs/vocab.txt"), **options)
+    library = transformers.BertTokenizer(vocab=str(tmp_path / "theirs/vocab.txt"), do_lower_case=lower)
     texts = ["The FILM, caf\u00e9 \u4e2d\u4e2d film", "caf\u00e9 cafe Plays not", "\u4e2d a\u4e2db"] + [text for text in random_unicode(200, 3) if all(settled(ord(ch)) for ch in text)]
     agree(scorer.tokenizer, library, texts)
     save_scorer(scorer, tmp_path / "ours")
     agree(load_scorer(tmp_path / "ours").tokenizer, library, texts)
+
+
+@pytest.mark.parametrize("options", [dict(strip_accents=False), dict(do_lower_case=False, strip_accents=True), dict(tokenize_chinese_chars=False)], ids=str)
+def test_options_of_wordpiece_that_are_not_implemented_are_refused(tmp_path, options):
+    library_scorer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    with pytest.raises(UserError, match="tokenizer_config.json: .* not implemented"):
+        load_scorer(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- responses

@@ -19,7 +19,7 @@ import qwen_load
 import sample
 from data import UserError
 from sample import tokenizer_from
-from qwen_load import DTYPES, load_weights, read_safetensors, save_weights, write_safetensors
+from qwen_load import DTYPES, WordPiece, load_weights, read_safetensors, save_weights, write_safetensors
 from sample import generate
 from tests.conftest import ROOT, real
 
@@ -416,6 +416,16 @@ def test_the_tokenizer_equals_the_librarys_on_stories_and_gives_them_back(tokeni
     ids = ours.encode(text)
     assert ids == library(text, add_special_tokens=False)["input_ids"]
     assert ours.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_byte_pairs_of_own_text_are_those_of_the_whole_file(tokenizers, tmp_path):
+    """In blocks that no token crosses: here a full stop and the new lines behind it are one token."""
+    ours, library = tokenizers
+    verse = "".join(f"  A line of verse {k}.\n\tIts end, \u4e2d\u6587\uff0c {k % 7}!\n" + " \n\n"[k % 3:] for k in range(4000))
+    for text in (verse, "No blank lines, one end.\n" * 5000, "one line with words. " * 6000):
+        (tmp_path / "my.txt").write_text(text)
+        ids = data.load(str(tmp_path / "my.txt"), ours, ("all",)).ids["all"].tolist()
+        assert ids == library(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def test_ids_without_a_token_decode_to_nothing(tokenizers):
@@ -826,3 +836,81 @@ def test_a_real_pretrained_model_is_transformers_to_the_last_bit():
         torch.testing.assert_close(model.logits(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-5)
     theirs = library.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
     assert generate(model, [ids], 40, temperature=0)[0] == theirs
+
+
+
+# ------------------------------------------------------------------------------------------------------- WordPiece
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+VOCAB = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *"!,.'-", "film", "##ing", "##ings", "good",
+         "go", "##o", "bad", "not", "very", "##ly", "the", "actor", "act", "plays", "play", "##s", "\u4e2d", "e", "cafe"]
+
+def library_tokenizer(vocab_file):
+    return transformers.BertTokenizer(vocab=str(vocab_file), do_lower_case=True)
+
+
+def agree(ours, theirs, texts):
+    for text in texts:
+        expected = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
+        assert ours.encode(text) == expected, ascii(text)
+
+
+def settled(code):
+    """Whether a character has been in Unicode, under its category of today, since version 3.2: the library's tables are older than Python's."""
+    ch = chr(code)
+    return unicodedata.category(ch) == unicodedata.ucd_3_2_0.category(ch) not in ("Cn", "Cs")
+
+
+def random_unicode(n, seed):
+    """Texts of characters from all over Unicode."""
+    rng = random.Random(seed)
+    ranges = [(9, 127), (0x80, 0x24f), (0x300, 0x36f), (0x370, 0x6ff), (0x900, 0x1fff), (0x2000, 0x2fff), (0x3040, 0x9fff), (0xac00, 0xd7a3), (0xf900, 0xffff),
+              (0x1d000, 0x1d7ff), (0x20000, 0x2fa1f)]
+    out = []
+    for _ in range(n):
+        chars = []
+        while len(chars) < rng.randint(1, 40):
+            code = rng.randint(*rng.choice(ranges))
+            chars += [chr(code)] if settled(code) else []
+            if rng.random() < 0.4:
+                chars.append(rng.choice([" ", "\t", "\n", "film", "caf\u00e9", "Good", "\u0130", "\u00df", "\u00a0", "...", "\x00", "\ufffd"]))
+        out.append("".join(chars))
+    return out
+
+
+def test_every_settled_character_is_treated_as_the_library_does(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    library = library_tokenizer(tmp_path / "vocab.txt").backend_tokenizer
+    codes = [code for code in range(0x110000) if settled(code)]
+    assert len(codes) > 90_000
+    for at in range(0, len(codes), 500):
+        text = " q".join(f"a{chr(code)}B" for code in codes[at:at + 500])
+        expected = [word for word, _ in library.pre_tokenizer.pre_tokenize_str(library.normalizer.normalize_str(text))]
+        assert qwen_load.basic_words(text) == expected
+
+
+def test_wordpiece_equals_the_librarys_on_a_made_up_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    fixed = ["", " ", "The actor's FILMINGS are not good!", "caf\u00e9 Cafe\u0301", "a" * 100, "a" * 101, "\u4e2dfilm\u4e2d", "go\u00adod", "good\u2014bad", "1.5,x"]
+    agree(WordPiece(VOCAB), library_tokenizer(tmp_path / "vocab.txt"), fixed + random_unicode(2000, 0))
+
+
+def test_wordpiece_equals_the_librarys_on_the_real_vocabulary():
+    path = real("distilbert/vocab.txt")
+    ours, theirs = WordPiece(path.read_text(encoding="utf-8").removesuffix("\n").split("\n")), library_tokenizer(path)
+    agree(ours, theirs, random_unicode(3000, 1))
+    real("imdb/aclImdb_v1.tar.gz")
+    texts = [text for text, _ in data.labelled("imdb", "train")[:5000]]
+    expected = theirs(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [ours.encode(text) for text in texts] == expected and len(texts) == 5000
+
+
+def test_a_vocabulary_of_ones_own_knows_frequent_words_letters_and_endings():
+    texts = ["the film is good , the actor acts", "the film is bad , the actor overacts", "filmed nicely , acted badly"] * 5 + ["rare"]
+    piece = qwen_load.build_wordpiece(texts, 800)
+    assert len(piece.vocab) == len(set(piece.vocab)) <= 800 and piece.vocab[0] == "[PAD]"
+    assert [piece.vocab[i] for i in piece.encode("the film")] == ["the", "film"]
+    assert piece.unk not in piece.encode("relisted")                        # letters that it has seen spell any word
+    assert piece.encode("\u4e2d") == [piece.unk]
+    small = qwen_load.build_wordpiece([f"{a}{b}ing" for a in "abcdefgh" for b in "klmnop"] * 2, 60)
+    assert "##ing" in small.vocab
