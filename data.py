@@ -644,7 +644,7 @@ WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_languag
 TINYSTORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/"
-WIKIPEDIA = "https://en.wikipedia.org/w/api.php"
+WIKIPEDIA_URL = "https://en.wikipedia.org/w/api.php"
 
 
 @dataclass(frozen=True)
@@ -854,12 +854,12 @@ def article(title):
              "formatversion": 2, "titles": title}
     try:
         headers = {"User-Agent": "language-modelling-course"}
-        answer = requests.get(WIKIPEDIA, query, headers=headers, timeout=30)
+        answer = requests.get(WIKIPEDIA_URL, query, headers=headers, timeout=30)
         answer.raise_for_status()
         text = answer.json()["query"]["pages"][0].get("extract", "")
     except (requests.RequestException, ValueError, LookupError) as e:
-        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA} ({type(e).__name__}). "
-                        f"Save its text as {path} and run again") from e
+        raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL} "
+                        f"({type(e).__name__}). Save its text as {path} and run again") from e
     if not text.strip():
         raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
                         "address")
