@@ -126,45 +126,33 @@ def find_runs():
 
 # ----------------------------------------------------------------------------------------- numbers: sentences
 
-NEVER_LAST = set("mr mrs ms dr prof st gen col gov sen rep fig figs eq eqs vol ed eds pp cf ca approx vs e.g "
-                 "i.e".split())
-ABBREVIATIONS = NEVER_LAST | set("jr sr etc inc corp co ltd est al u.s u.k u.n a.m p.m jan feb mar apr jun "
-                                 "jul aug sep sept oct nov dec".split())
-OPENERS = set("The A An In On At It Its This That These Those He She They We I But And However For From By "
-              "As With When While After Since If There".split())
-BOUNDARY = re.compile(r"""([.!?]+)((?:["'\u2019\u201d)\]]|\[[^\]\s]{1,12}\])*)(\s+)(?=(\S+))""")
+# a full stop behind these ends no sentence; behind the second kind, and behind initials (not the unit in
+# "5 m."), only before a word that often begins one
+NEVER_LAST = (r"mr|mrs|ms|dr|prof|st|gen|col|gov|sen|rep|figs?|eqs?|vol|eds?|pp|cf|ca|approx|vs|e\.g|i\.e|"
+              r"no(?=\. \d)")
+SOMETIMES_LAST = (r"jr|sr|etc|inc|corp|co|ltd|est|al|u\.[skn]|[ap]\.m|jan|feb|mar|apr|jun|jul|aug|sept?|oct|"
+                  r"nov|dec|(?<!\d\s)(?!I\.)[^\W\d_](?:\.[^\W\d_])*")
+OPENERS = ("The|An?|In|On|At|Its?|This|That|These|Those|Her?|They|She|We|I|But|And|However|For|From|By|As|"
+           "With|When|While|After|Since|If|There")
+QUOTES = "(\\[\"'\u201c\u2018"                                # these open; those below close
+ABBREVIATION = re.compile(rf"(?<![^\s{QUOTES}])(?:(?:{NEVER_LAST})|(?:{SOMETIMES_LAST})"
+                          rf"(?!\.\S*\s+[{QUOTES}]*(?-i:{OPENERS})\b))\.(?!\.)", re.I)
+ENDS = re.compile(r"((?:(?<=\s)[.!?]+|[.!?]+(?=\S*\s+[Q]*[^Qa-z\s]))"          # " . " in tokenized text
+                  r"(?:[\"'\u2019\u201d)\]]|\[[^\]\s]{1,12}\])*)\s+".replace("Q", QUOTES))
 
 
 def sentences(text):
     """Raw or tokenized English text -> its sentences. A full stop ends one unless it belongs to an
     abbreviation, an initial or a number. A line break always does; headings (= like this =) and empty lines
     are left out."""
-    found = []
     # a Chinese stop ends a sentence wherever it stands
     text = re.sub(r"([\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*)", r"\1\n", text)
+    found = []
     for line in text.replace(data.SEPARATOR, "\n").splitlines():
-        line = line.strip()
-        if not line or re.fullmatch(r"=.*=", line):
-            continue
-        start = 0
-        for m in BOUNDARY.finditer(line):
-            words = line[start:m.start()].split()
-            before = words[-1].lstrip("([\"'\u201c\u2018") if words else ""
-            follows = m[4].lstrip("([\"'\u201c\u2018")
-            standing_alone = line[m.start() - 1:m.start()].isspace()                # tokenized text: " . "
-            ends = standing_alone or not follows[:1].islower()
-            if m[1] == "." and not standing_alone and before != "I":
-                unit = before.islower() and len(words) > 1 and words[-2][-1:].isdigit()         # 5 m. Then
-                initial = re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", before) and not unit
-                number = before.lower() == "no" and follows[:1].isdigit()
-                ends = ends and not number and before.lower() not in NEVER_LAST and (
-                    follows in OPENERS or not (initial or before.lower() in ABBREVIATIONS))
-            if ends:
-                found.append(line[start:m.end(2)].strip())
-                start = m.end()
-        if line[start:].strip():
-            found.append(line[start:].strip())
-    return found
+        if not re.fullmatch(r"\s*=.*=\s*", line):
+            line = ABBREVIATION.sub(lambda m: m[0].replace(".", "\0"), line)
+            found += ENDS.sub("\\1\n", line).replace("\0", ".").splitlines()
+    return [sentence.strip() for sentence in found if sentence.strip()]
 
 
 def read_domain(name):
