@@ -812,8 +812,9 @@ def own_splits(name, changed):
     everything = list(itertools.chain(*splits.values()))
     left_out = set(text_files(source_file(name, "all"))).difference(*files.values())
     n = sum(map(len, files.values()))
-    live(f"{name}: {n} file{'s' * (n > 1)}, {sum(map(len, everything)):,} characters"
-         + "".join(f"; left out: {file.name}" for file in sorted(left_out)), "\n")
+    if RANK == 0:
+        print(f"{name}: {n} file{'s' * (n > 1)}, {sum(map(len, everything)):,} characters"
+              + "".join(f"; left out: {file.name}" for file in sorted(left_out)), flush=True)
     inside = len(everything) < 40
     if "all" in splits:
         splits["train"], rest = cut_text(everything, 0.9, inside)

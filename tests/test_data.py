@@ -369,7 +369,7 @@ def test_files_of_a_folder_called_as_splits_are_its_splits(tmp_path, capfd):
         folder = write_folder(tmp_path / str(k), train=text["train"], test=text["test"], other="not this\n", **{valid: text["valid"]})
         assert [joined(folder, split) for split in SPLITS] == list(text.values())
         assert joined(folder, "all") == "".join(text.values())
-        assert f"{folder}: 3 files, {len(''.join(text.values())):,} characters; left out: other.txt" in capfd.readouterr().err
+        assert f"{folder}: 3 files, {len(''.join(text.values())):,} characters; left out: other.txt" in capfd.readouterr().out
     folder = write_folder(tmp_path / "two", train=text["train"])
     assert joined(folder, "train", "valid") == text["train"] and joined(folder, "valid") == "train says so\n" * 3
     assert list(data.load(str(folder)).ids) == ["train", "valid"]                   # no test split: as Shakespeare
@@ -381,7 +381,7 @@ def test_hidden_files_are_no_text(tmp_path, capfd):
     folder = write_folder(tmp_path / ".books", a="one\n" * 50)
     write_folder(folder / ".ipynb_checkpoints", a="hidden\n" * 50)
     (folder / "._a.txt").write_bytes(b"\0\xff")
-    assert joined(folder, "all") == "one\n" * 50 and "1 file, 200 characters" in capfd.readouterr().err
+    assert joined(folder, "all") == "one\n" * 50 and "1 file, 200 characters" in capfd.readouterr().out
 
 
 def test_shakespeare_has_the_same_characters_as_a_corpus_and_as_a_file():
