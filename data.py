@@ -851,6 +851,7 @@ def article(title):
     path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
              "formatversion": 2, "titles": title}
     try:
