@@ -1176,7 +1176,10 @@ def fetch(url, part, headers, sha256):
     ask = headers | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=ask, stream=True, timeout=30) as r:
         tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in (*r.history, r)]
-        sha256 = sha256 or next((tag for tag in tags if len(tag) == 64), None)
+        if "X-Repo-Commit" in r.headers:                        # the hub: a small file's tag is git's blob id
+            tags.append(r.headers.get("ETag", "").removeprefix("W/").strip('"'))
+        known = (tag for tag in [sha256, *tags] if tag and re.fullmatch("[0-9a-fA-F]{64}|[0-9a-f]{40}", tag))
+        sha256 = next(known, "")
         if r.headers.get("Content-Range") != f"bytes */{have}":         # else all of it is there
             if r.status_code == 416:                            # the file has changed
                 part.unlink()
@@ -1192,7 +1195,7 @@ def fetch(url, part, headers, sha256):
                 live("")
     if have < size:
         raise requests.RequestException(f"{have} of {size} bytes arrived")
-    digest, reason = hashlib.sha256(), ""
+    digest, reason = hashlib.sha256() if len(sha256) != 40 else hashlib.sha1(b"blob %d\0" % have), ""
     with open(part, "rb") as f:
         if f.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html")):
             reason = "a web page came instead of the file; a login page?"
@@ -1200,7 +1203,7 @@ def fetch(url, part, headers, sha256):
         while block := f.read(1 << 20):
             digest.update(block)
     if not reason and sha256 and digest.hexdigest() != sha256.lower():
-        reason = "its sha256 is not the publisher's"
+        reason = f"its {'sha256' if len(sha256) == 64 else 'git blob id'} is not the publisher's"
     if reason:
         part.unlink()
         raise requests.RequestException(reason)
