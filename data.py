@@ -752,7 +752,8 @@ CORPORA = {
 
 SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
             "test": "test"}                                     # by the name of a file
-PARAGRAPH = re.compile(r"(?s).+?(?:\n(?:[^\S\n]*\n)+|\Z)")      # with the blank lines behind it
+# a text in documents, each with its end: separators, where there are any; else blank lines; else lines
+DOCUMENTS_BY = (r"(?s).*?<\|endoftext\|>|.+\Z", r"(?s).+?(?:\n(?:[^\S\n]*\n)+|\Z)", r"[^\n]*\n|[^\n]+")
 # where no token of GPT-2 or Qwen2 crosses, and no word: where a line begins behind one that is not blank, and
 # before the space between two letters
 BETWEEN_TOKENS = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
@@ -777,12 +778,11 @@ def own_files(name):
 
 
 def pieces(files):
-    """A text as documents, each with what ends it: what is between separators, if there are any; else
-    paragraphs, if there are blank lines; else lines."""
+    """The text of these files as documents."""
     *texts, last = ("".join(read_lines(file)) for file in files)
     text = "".join(text + "\n" * (not text.endswith("\n")) for text in texts) + last
-    for found in (re.split(r"(?<=<\|endoftext\|>)", text), PARAGRAPH.findall(text),
-                  re.split(r"(?<=\n)", text)):
+    for pattern in DOCUMENTS_BY:
+        found = re.findall(pattern, text)
         if len(found) > 1 and not found[-1].strip():            # what is behind the last end
             found[-2:] = ["".join(found[-2:])]
         if len(found) > 1:
@@ -952,7 +952,8 @@ def encode_split(name, split, tokenizer):
     stats = [] if generated else [file.stat() for file in text_files(source)]
     if sum(stat.st_size for stat in stats) <= IN_MEMORY_BYTES:
         return np.concatenate([np.zeros(0, dtype), *encoded()])
-    identity = str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
+    # 2: of how text is read, so that files of an earlier way are not taken
+    identity = 2, str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
     folder = data_dir() / "tokens"
     if data_dir().exists() and not os.access(data_dir(), os.W_OK):      # a shared, read-only data folder
@@ -1121,6 +1122,8 @@ def read_lines(path):
         raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
                         f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
                         "at the result") from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
 class NotFound(UserError):

@@ -132,13 +132,18 @@ NEVER_LAST = (r"mr|mrs|ms|dr|prof|st|gen|col|gov|sen|rep|figs?|eqs?|vol|eds?|pp|
               r"no(?=\. \d)")
 SOMETIMES_LAST = (r"jr|sr|etc|inc|corp|co|ltd|est|al|u\.[skn]|[ap]\.m|jan|feb|mar|apr|jun|jul|aug|sept?|oct|"
                   r"nov|dec|(?<!\d\s)(?!I\.)[^\W\d_](?:\.[^\W\d_])*")
-OPENERS = ("The|An?|In|On|At|Its?|This|That|These|Those|Her?|They|She|We|I|But|And|However|For|From|By|As|"
+OPENERS = ("The|An?|In|On|At|Its?|This|That|These|Those|He|They|She|We|I|But|And|However|For|From|By|As|"
            "With|When|While|After|Since|If|There")
-QUOTES = "(\\[\"'\u201c\u2018"                                # these open; those below close
+QUOTES = "(\\[\"'\u201c\u2018"                                # what may open a sentence
 ABBREVIATION = re.compile(rf"(?<![^\s{QUOTES}])(?:(?:{NEVER_LAST})|(?:{SOMETIMES_LAST})"
                           rf"(?!\.\S*\s+[{QUOTES}]*(?-i:{OPENERS})\b))\.(?!\.)", re.I)
-ENDS = re.compile(r"((?:(?<=\s)[.!?]+|[.!?]+(?=\S*\s+[Q]*[^Qa-z\s]))"          # " . " in tokenized text
-                  r"(?:[\"'\u2019\u201d)\]]|\[[^\]\s]{1,12}\])*)\s+".replace("Q", QUOTES))
+ENDS = re.compile(rf"([.!?]+(?:[\"'\u2019\u201d)\]]|\[[^\]\s]{{1,12}}\])*)\s+(?=[{QUOTES}]*(\S?))")
+
+
+def mark_end(m):
+    """What is matched by ENDS, as a line's end unless a small letter follows; " . " always is one."""
+    alone = m.string[m.start() - 1:m.start()].isspace()
+    return m[0] if m[2].islower() and not alone else m[1] + "\n"
 
 
 def sentences(text):
@@ -151,7 +156,7 @@ def sentences(text):
     for line in text.replace(data.SEPARATOR, "\n").splitlines():
         if not re.fullmatch(r"\s*=.*=\s*", line):
             line = ABBREVIATION.sub(lambda m: m[0].replace(".", "\0"), line)
-            found += ENDS.sub("\\1\n", line).replace("\0", ".").splitlines()
+            found += ENDS.sub(mark_end, line).replace("\0", ".").splitlines()
     return [sentence.strip() for sentence in found if sentence.strip()]
 
 

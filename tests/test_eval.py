@@ -173,6 +173,8 @@ def test_a_run_on_another_grammar_has_no_memory_section():
     ("So did I. They went.", ["So did I.", "They went."]),
     ("Wait... what? 3.5 is a number. 42 is another.", ["Wait... what?", "3.5 is a number.", "42 is another."]),
     ("\u5929\u5730\u7384\u9ec3\u3002\u5b87\u5b99\uff1f\u300c\u6d2a\uff01\u300d\u8352", ["\u5929\u5730\u7384\u9ec3\u3002", "\u5b87\u5b99\uff1f", "\u300c\u6d2a\uff01\u300d", "\u8352"]),
+    ("She met Dr. No. Her ship sank, i.e. \u00e9l\u00e8ves swam. \u0422\u0430\u043a. \u0438 \u0442\u0430\u043a.",
+     ["She met Dr. No.", "Her ship sank, i.e. \u00e9l\u00e8ves swam.", "\u0422\u0430\u043a. \u0438 \u0442\u0430\u043a."]),
     ("", []), ("   \n\n", []), ("no end", ["no end"]), ("...", ["..."])])
 def test_sentences(text, expected):
     assert evaluation.sentences(text) == expected
