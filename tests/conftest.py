@@ -1,5 +1,6 @@
 """Shared by all tests: two threads, the project root as working folder, real data where it is, no network."""
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)          # tests send it; under nohup it would be ignored
 
 
 def real(path):
