@@ -77,8 +77,7 @@ if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what was wrong and what to type next, in one
-    line."""
+    """Something the user can put right. The message says in one line what was wrong and what to type."""
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -104,12 +103,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(Config, argv=None, epilog=None):
     """The command line as a Config, a dataclass whose fields are made by `option`; -> (config, names that
-    were typed).
-
-    A field's name is its option (`batch_size`: --batch-size), its annotation the type: bool is a switch,
-    list[...] takes one or more values. Config's docstring heads --help, in which the options of a base class
-    come last. UserError, in one line, for what is not allowed.
-    """
+    were typed). A field's name is its option (`batch_size`: --batch-size), its annotation the type: bool is a
+    switch, list[...] takes one or more values. Config's docstring heads --help, in which the options of a
+    base class come last."""
     parser = Parser(description=inspect.cleandoc(Config.__doc__), epilog=epilog,
                     argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,8 +174,7 @@ def detokenize(words):
 
 def word_pieces(chunk, known=()):
     """One chunk of raw text between spaces -> PTB-style words: lower case, numbers as N, "don't" as "do n't".
-    `known`: the vocabulary, where there is one; a word that it has is left alone, so tokenized text stays as
-    it is."""
+    A word that is `known`, in the vocabulary, is left alone, so tokenized text stays as it is."""
     if chunk in known:
         return [chunk]
     low = chunk.replace("\u2019", "'").lower()
@@ -576,8 +571,7 @@ class Language:
             rules[word] = tuple(weight * z / sum(zipf) * f for f in factors), follow
 
     def document(self, rng):
-        """One document: its words, `<eos>` last, and its mood (0 positive, 1 negative; 0 in a language
-        without moods)."""
+        """One document: its words, `<eos>` last, and its mood (0, or 1: negative)."""
         mood = rng.randrange(len(self.moods))
         stack, words = ["DOCUMENT"], []
         while stack:
@@ -630,8 +624,7 @@ def embedded_text(domain, split, n_words):
 
 
 def embedded_floor(name, split, n_documents=None):
-    """The perplexity of an embedded language's own grammar on the first documents of a split, `<eos>`
-    included."""
+    """The grammar's own perplexity on the first documents of a split, `<eos>` included."""
     nll = language(name).nll([w for doc, _ in embedded_documents(name, split)[:n_documents] for w in doc])
     return math.exp(math.fsum(nll) / len(nll))
 
@@ -688,8 +681,7 @@ def tinystories(name, split):
 
 
 def shakespeare(name, split):
-    """A text without documents, in nanoGPT's split: 90 % of its characters for training, the rest for
-    validation."""
+    """A text without documents, in nanoGPT's split: its first 90 %, the rest for validation."""
     text = source_file(name, split).read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
     yield text[:cut] if split == "train" else text[cut:]
@@ -697,8 +689,7 @@ def shakespeare(name, split):
 
 @lru_cache(1)                                                   # unpacking takes 20 seconds
 def imdb_reviews(path, changed):
-    """{split: [(text, label)]} of the archive at path, as it was changed last: every 20th training review is
-    `valid`."""
+    """{split: [(text, label)]} of the archive at path; every 20th training review is `valid`."""
     found = {"train": [], "valid": [], "test": []}
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
@@ -752,8 +743,8 @@ CORPORA = {
 
 SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
             "test": "test"}                                     # by the name of a file
-# a text in documents, each with its end: separators, where there are any; else blank lines; else lines
-DOCUMENTS_BY = (r"(?s).*?<\|endoftext\|>|.+\Z", r"(?s).+?(?:\n(?:[^\S\n]*\n)+|\Z)", r"[^\n]*\n|[^\n]+")
+# what ends a document: separators, where there are any; else blank lines; else lines
+DOCUMENT_ENDS = re.escape(SEPARATOR), r"\n(?:[^\S\n]*\n)+", r"\n"
 # where no token of GPT-2 or Qwen2 crosses, and no word: where a line begins behind one that is not blank, and
 # before the space between two letters
 BETWEEN_TOKENS = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
@@ -778,16 +769,14 @@ def own_files(name):
 
 
 def pieces(files):
-    """The text of these files as documents."""
+    """The text of these files as documents, each with its end."""
     *texts, last = ("".join(read_lines(file)) for file in files)
     text = "".join(text + "\n" * (not text.endswith("\n")) for text in texts) + last
-    for pattern in DOCUMENTS_BY:
-        found = re.findall(pattern, text)
-        if len(found) > 1 and not found[-1].strip():            # what is behind the last end
-            found[-2:] = ["".join(found[-2:])]
-        if len(found) > 1:
+    size = len(text.rstrip())                                   # the rest belongs to the last document
+    for pattern in DOCUMENT_ENDS:
+        if ends := [m.end() for m in re.finditer(pattern, text) if m.end() < size]:
             break
-    return found
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)])]
 
 
 def cut_text(found, share, inside):
@@ -877,7 +866,7 @@ def source_file(name, split):
         path = data_dir() / name / file
         if not source.url and not path.exists():
             raise UserError(f"{name} is not downloaded: place its file at {path}")
-        return path if path.exists() else download(source.url + file, path, source.sha256.get(split))
+        return download(source.url + file, path, source.sha256.get(split))
     if name.startswith("wikipedia:"):
         return article(name.removeprefix("wikipedia:"))
     path = Path(name)
@@ -913,17 +902,15 @@ def build_char_tokenizer(name):
 def build_word_tokenizer(name, max_words=20_000):
     """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
     max_words most frequent that occur twice, the others <unk>."""
-    tokenized = name in CORPORA and CORPORA[name].tokenized
-    if name in CORPORA and CORPORA[name].vocabulary:
-        return WordTokenizer(CORPORA[name].vocabulary())
-    counts = Counter()
+    source, counts = CORPORA.get(name), Counter()
+    tokenized = source and source.tokenized
+    if source and source.vocabulary:
+        return WordTokenizer(source.vocabulary())
     for k, text in enumerate(documents(name, "train")):
         if k % 1000 == 0:
             live(f"collecting the words of {name}: {k:,} texts")
         chunks = unicodedata.normalize("NFC", text).replace(SEPARATOR, " ").split()
         counts.update(chunks if tokenized else (w for c in chunks for w in word_pieces(c)))
-        if len(counts) > 5_000_000:                             # bounded memory: rare words go first
-            counts = Counter({w: c for w, c in counts.items() if c > 1})
     if not tokenized:
         counts = Counter({w: c for w, c in counts.most_common(max_words) if c > 1})
         counts["<unk>"] += 1
@@ -981,8 +968,7 @@ class Corpus:
 
 
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
-    """Open a corpus. tokenizer: `word` or `char` (its own words or characters), `gpt2`, or one that is loaded
-    already."""
+    """Open a corpus. tokenizer: `word` or `char` (of its own), `gpt2`, or one that is open already."""
     source = CORPORA.get(name)
     has_test = source.has_test if source else bool({"all", "test"} & own_files(name).keys())
     if tokenizer == "gpt2":
@@ -1027,8 +1013,8 @@ def run_main(main):
 
 
 def live(text, end="\r"):
-    """The live line on stderr: rewritten in place on a terminal, at most ten times a second; elsewhere, only
-    what ends with a new line is printed. In a torchrun job, the first process has it."""
+    """The live line on stderr of the first process: rewritten in place on a terminal, at most ten times a
+    second; elsewhere, only what ends with a new line is printed."""
     terminal = sys.stderr.isatty()
     if RANK or not terminal and end != "\n":
         return
@@ -1056,7 +1042,7 @@ def quoted(path):
 
 def write_atomically(path, write, own=""):
     """Call write(file) on a new file beside path, then rename it: path is the old file or the complete new
-    one. own: a part of the temporary name, where several processes may write this file at once."""
+    one. own: in the temporary name, where several processes may write this file at once."""
     temporary = path.with_name(f"{path.name}{own}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1112,8 +1098,7 @@ def read_lines(path):
             for raw in f:
                 line = raw.decode("utf-8" if offset else "utf-8-sig")
                 if "\0" in line:
-                    raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text "
-                                    "file")
+                    raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text")
                 yield line.replace("\r\n", "\n").replace("\r", "\n")
                 offset += len(raw)
     except UnicodeDecodeError as e:
@@ -1122,8 +1107,6 @@ def read_lines(path):
         raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
                         f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
                         "at the result") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
 class NotFound(UserError):
@@ -1133,17 +1116,17 @@ class NotFound(UserError):
 def download(url, path, sha256=None):
     """Fetch url into path, one process at a time: three tries, each of which resumes <path>.part. A file of
     the hub comes from $HF_ENDPOINT, another hub, with $HF_TOKEN, a key for what is not public. sha256: of the
-    publisher's file; without it, what the hub says. NotFound for a 404; else UserError, which names the file
-    to place by hand."""
+    publisher's file; without it, what the hub says. NotFound for a 404, else UserError."""
     path, headers = Path(path), {"Accept-Encoding": "identity"}
+    if path.exists():
+        return path
     part, lock = (path.with_name(path.name + end) for end in (".part", ".lock"))
-    by_hand = f"Place it by hand at {path} and run again"
     if url.startswith(HUB):
         url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url.removeprefix(HUB)
         if os.environ.get("HF_TOKEN"):
             headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "w") as held:
             if fcntl:
                 fcntl.flock(held, fcntl.LOCK_EX)
@@ -1158,18 +1141,14 @@ def download(url, path, sha256=None):
                 except (requests.RequestException, ConnectionError) as e:
                     code = getattr(getattr(e, "response", None), "status_code", 0)
                     reason = f"HTTP {code}" if code else str(e).partition("\n")[0][:200]
-                if code == 404:
-                    raise NotFound(f"there is no {url} (HTTP 404). {by_hand}")
-                if code in (401, 403) and "/resolve/" in url:   # the hub
-                    reason += ": misspelled, or not public: then set HF_TOKEN"
                 if 400 <= code < 500 and code not in (408, 416, 429):
                     break
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}. Free some space, or set DATA_DIR to a folder "
-                        "that you may write to, and run again: a download resumes where it stopped") from e
     finally:
         lock.unlink(missing_ok=True)
-    raise UserError(f"could not download {url} ({reason}). {by_hand}")
+    if code in (401, 403) and "/resolve/" in url:               # the hub
+        reason += ": misspelled, or not public: then set HF_TOKEN"
+    kind = NotFound if code == 404 else UserError
+    raise kind(f"could not download {url} ({reason}). Place it by hand at {path} and run again")
 
 
 def fetch(url, part, headers, sha256):
@@ -1178,16 +1157,16 @@ def fetch(url, part, headers, sha256):
     size = have = part.stat().st_size if part.exists() else 0
     ask = headers | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=ask, stream=True, timeout=30) as r:
-        tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in (*r.history, r)]
+        tags = [answer.headers.get("X-Linked-ETag", "") for answer in (*r.history, r)]
         if "X-Repo-Commit" in r.headers:                        # the hub: a small file's tag is git's blob id
-            tags.append(r.headers.get("ETag", "").removeprefix("W/").strip('"'))
-        known = (tag for tag in [sha256, *tags] if tag and re.fullmatch("[0-9a-fA-F]{64}|[0-9a-f]{40}", tag))
-        sha256 = next(known, "")
-        if r.headers.get("Content-Range") != f"bytes */{have}":         # else all of it is there
+            tags.append(r.headers.get("ETag", "").removeprefix("W/"))
+        found = re.search(r"\b([0-9a-f]{64}|[0-9a-f]{40})\b", f"{sha256} {' '.join(tags)}".lower())
+        expected, answered = found[0] if found else "", r.headers.get("Content-Range", "")
+        if answered != f"bytes */{have}":                       # else all of it is there
             if r.status_code == 416:                            # the file has changed
                 part.unlink()
             r.raise_for_status()
-            resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            resumed = r.status_code == 206 and answered.startswith(f"bytes {have}-")
             have = have if resumed else 0
             size = have + int(r.headers.get("Content-Length", 0))       # 0: the server does not say
             with open(part, "ab" if resumed else "wb") as f:
@@ -1198,15 +1177,13 @@ def fetch(url, part, headers, sha256):
                 live("")
     if have < size:
         raise requests.RequestException(f"{have} of {size} bytes arrived")
-    digest, reason = hashlib.sha256() if len(sha256) != 40 else hashlib.sha1(b"blob %d\0" % have), ""
+    digest = hashlib.sha1(b"blob %d\0" % have) if len(expected) == 40 else hashlib.sha256()
     with open(part, "rb") as f:
-        if f.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html")):
-            reason = "a web page came instead of the file; a login page?"
+        page = f.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html"))
         f.seek(0)
         while block := f.read(1 << 20):
             digest.update(block)
-    if not reason and sha256 and digest.hexdigest() != sha256.lower():
-        reason = f"its {'sha256' if len(sha256) == 64 else 'git blob id'} is not the publisher's"
-    if reason:
+    if page or expected and digest.hexdigest() != expected:
         part.unlink()
-        raise requests.RequestException(reason)
+        raise requests.RequestException("a web page came instead of the file; a login page?" if page else
+                                        f"its {digest.name} is not the publisher's")

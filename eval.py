@@ -11,13 +11,14 @@ half makes tables and figures from that dictionary and from nothing else.
 
 Definitions, with l_i = -log p(token i | all tokens before it in its text), in nats:
 
-    perplexity of a text            exp(mean of l_i)                                            score
-    mean of sentence perplexities   every sentence is scored independently, after the end       score
-                                    token; the plain mean of their perplexities, which a few
-                                    strange sentences decide
-    corpus perplexity               exp(mean of l_i over all tokens of all sentences)           score
-    bits per character              (sum of l_i + bits that spell the unknown words * ln 2)     score, Speller
-                                    / (ln 2 * characters)
+    perplexity of a text            exp(mean of l_i)
+    mean of sentence perplexities   every sentence is scored independently, after the end token; the plain
+                                    mean of their perplexities, which a few strange sentences decide
+    corpus perplexity               exp(mean of l_i over all tokens of all sentences)
+    bits per character              (sum of l_i + bits that spell the unknown words * ln 2) / (ln 2 *
+                                    characters)
+
+They stand in `perplexities`; the spelling is Speller's.
 
 A model that knows few words meets <unk> often and predicts it easily, so perplexity flatters it. Bits per
 character does not: each unknown word is also charged its spelling, under a letter-bigram model fitted on the
@@ -38,6 +39,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +49,9 @@ import torch
 
 import data
 from data import UserError, option, read_json, save_json, write_atomically, write_text
-from sample import (autocast, context_length, encode_prompt, generate, load_run, pick_device, pick_dtype,
-                    read_checkpoint)
-from train import SHOWN, perplexity_of, token_losses
+from sample import (autocast, context_length, count_parameters, encode_prompt, generate, load_run,
+                    pick_device, pick_dtype, read_checkpoint)
+from train import perplexity_of, token_losses
 
 
 @dataclass
@@ -78,7 +80,7 @@ DISTANCES = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 10 ** 6))        # words 
 # ---------------------------------------------------------------------------------------------- numbers: runs
 
 @dataclass
-class Run:
+class Trained:
     """A trained model with what its training left behind."""
     name: str
     model: object
@@ -94,8 +96,7 @@ class Run:
 
 
 def read_log(path):
-    """The rows of log.csv as {column: float}. What follows the last new line was cut off while it was
-    written."""
+    """The rows of log.csv as {column: float}, up to the last new line: a kill may cut a row off."""
     if not path.exists():
         return []
     lines = path.read_text(errors="replace").split("\n")[:-1]
@@ -104,19 +105,18 @@ def read_log(path):
 
 def run_options(folder):
     """-> (result.json or {}, the options of the script that trained the run, planned steps)."""
-    path = Path(folder) / "result.json"
-    if path.exists():
-        result = read_json(path)
+    result, last = read_json(Path(folder) / "result.json", {}), Path(folder) / "last.pt"
+    if result or not last.exists():
         return result, result.get("options", {}), result.get("steps", 0)
-    path = path.with_name("last.pt")                                        # not finished
-    checkpoint = read_checkpoint(path) if path.exists() else {}
+    checkpoint = read_checkpoint(last)                                      # not finished
     return {}, checkpoint.get("options", {}), checkpoint.get("run", {}).get("steps", 0)
 
 
 def open_run(folder, device):
     """UserError if there is no complete run in folder."""
     model, tokenizer, _ = load_run(folder, device, torch.float32)
-    return Run(Path(folder).name, model, tokenizer, read_log(Path(folder) / "log.csv"), *run_options(folder))
+    log = read_log(Path(folder) / "log.csv")
+    return Trained(Path(folder).name, model, tokenizer, log, *run_options(folder))
 
 
 def find_runs():
@@ -147,9 +147,8 @@ def mark_end(m):
 
 
 def sentences(text):
-    """Raw or tokenized English text -> its sentences. A full stop ends one unless it belongs to an
-    abbreviation, an initial or a number. A line break always does; headings (= like this =) and empty lines
-    are left out."""
+    """Raw or tokenized English text -> its sentences, without headings (= like this =). A full stop ends one
+    unless it belongs to an abbreviation, an initial or a number; a line break always does."""
     # a Chinese stop ends a sentence wherever it stands
     text = re.sub(r"([\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*)", r"\1\n", text)
     found = []
@@ -161,20 +160,14 @@ def sentences(text):
 
 
 def read_domain(name):
-    """The sentences, as raw text, of the test split of an embedded language (there a document is read as one
-    sentence, because only a document can be scored independently: it begins by saying who it is about), of
-    the validation split of a downloaded corpus, or of a complete file or article. UserError if it cannot be
-    had or holds no sentence."""
+    """The sentences, as raw text, of the test split of an embedded language (its documents: only these can be
+    scored independently, because they begin by saying who they are about), of the validation split of another
+    corpus, or of a complete file or article. UserError if there is none."""
     embedded = name in data.DOMAINS
     split = "test" if embedded else "valid" if name in data.CORPORA else "all"
-    parts, size = [], 0
-    for text in data.documents(name, split):
-        parts.append(text)
-        size += len(text)
-        if size > TEXT_CHARACTERS:
-            break
-    found = [part.strip() for part in parts] if embedded else sentences("".join(parts))
-    found = [s for s in found if any(ch.isalnum() for ch in s)]
+    parts = [part.strip() for part in data.documents(name, split)] if embedded else \
+        sentences("".join(data.documents(name, split))[:TEXT_CHARACTERS])
+    found = [s for s in parts if any(ch.isalnum() for ch in s)]
     if not found:
         raise UserError(f"{name} holds no sentence to read")
     return found
@@ -184,9 +177,8 @@ def read_domain(name):
 
 @torch.no_grad()
 def per_document_nll(model, texts, eos, dtype=None, group=32):
-    """[-log p of every token, float64 array] for each of texts (lists of ids), each scored independently
-    after the end token. Texts of like length are read side by side, padded on the right, where a causal model
-    cannot see it."""
+    """[-log p of every token, float64 array] of texts (lists of ids), each scored independently after the end
+    token. Those of like length are read side by side, padded where a causal model cannot see it."""
     device = next(model.parameters()).device
     limit = 4096 if model.recurrent else model.config.block_size
     out, order = [None] * len(texts), sorted(range(len(texts)), key=lambda k: -len(texts[k]))
@@ -210,8 +202,7 @@ def per_document_nll(model, texts, eos, dtype=None, group=32):
 
 
 class Speller:
-    """Bits to spell a word: a letter-bigram model of a vocabulary, add-one smoothed; see the top of this
-    file."""
+    """Bits to spell a word, by the letter bigrams of a vocabulary: see the top of this file."""
 
     def __init__(self, words):
         self.pairs, self.firsts = Counter(), Counter()
@@ -235,8 +226,7 @@ def in_words(tokenizer, sentence):
 
 
 def read_sentence(tokenizer, sentence):
-    """-> (ids, unknown words, characters) of a sentence; UserError for a word that a vocabulary without
-    <unk> lacks."""
+    """-> (ids, unknown words, characters); UserError for an unknown word where there is no <unk>."""
     if tokenizer.kind != "word":
         ids = tokenizer.encode(sentence)
         unknown = ["<unk>"] * ids.count(tokenizer.unk) if tokenizer.kind == "char" else []
@@ -248,10 +238,9 @@ def read_sentence(tokenizer, sentence):
     return [tokenizer.ids.get(w, tokenizer.unk) for w in words], unknown, sum(len(w) + 1 for w in words)
 
 
-def score(model, tokenizer, sentence_list, dtype, ends=False):
-    """The perplexities of sentences under a model: the definitions at the top of this file. ends: the end
-    token after each is predicted too, as documents have it. UserError if they cannot be read with the
-    tokenizer's vocabulary."""
+def perplexities(model, tokenizer, sentence_list, dtype, ends=False):
+    """Of sentences under a model: the definitions at the top of this file. ends: the end token after each is
+    predicted too, as documents have it. UserError if the vocabulary cannot spell them."""
     read = [read_sentence(tokenizer, s) for s in sentence_list]
     kept = [k for k, (ids, _, _) in enumerate(read) if ids]
     if not kept:
@@ -362,42 +351,19 @@ def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
 
 # ---------------------------------------------------------------------------------------- numbers: the report
 
-def by_configuration(runs):
-    """[{seed: run}]: finished runs that differ in their seed alone are together."""
-    groups = defaultdict(dict)
-    for run in runs:
-        same = {k: v for k, v in run.options.items() if k not in {"seed", *SHOWN}}
-        key, seed = json.dumps([run.corpus, same], sort_keys=True), run.options.get("seed", "?")
-        if not run.result or seed in groups[key]:                  # not finished, or a copy: a row of its own
-            key += run.name
-        groups[key][seed] = run
-    return list(groups.values())
-
-
-def mean_std(values):
-    """`mean ± deviation` of several seeds' values; one value stays a number."""
-    if len(values) < 2:
-        return values[0] if values else None
-    return f"{format_number(statistics.fmean(values))} ± {format_number(statistics.stdev(values))}"
-
-
 def summary(runs):
-    """One row per configuration."""
+    """A row for each run; while it is not finished, its best evaluation so far."""
     rows = []
-    for members in by_configuration(runs):
-        first, results = next(iter(members.values())), [run.result for run in members.values()]
-        logged = [r["val_ppl"] for r in first.log if "val_ppl" in r]
-        if not first.result and not logged:
-            continue
-        val_ppl, test_ppl, speed, seconds = (mean_std([r[k] for r in results if k in r])
-                                             for k in ("val_ppl", "test_ppl", "tokens_per_second", "seconds"))
-        rows.append({"run": first.name if first.result else f"{first.name} (unfinished)",
-                     "model": first.options.get("model") or f"{first.options.get('base', '?')}, fine-tuned",
-                     "trained on": first.corpus,
-                     "parameters": sum(p.numel() for p in first.model.parameters()),
-                     "best validation": val_ppl if first.result else min(logged), "test": test_ppl,
-                     "floor": first.result.get("floor_ppl"), "tokens/s": speed, "seconds": seconds,
-                     "seeds": " ".join(map(str, members))})
+    for run in runs:
+        result, base = run.result, run.options.get("base")
+        logged = [row["val_ppl"] for row in run.log if "val_ppl" in row]
+        rows.append({"run": f"{run.name} (unfinished)" if run.options and not result else run.name,
+                     "model": run.options.get("model") or (f"{base}, fine-tuned" if base else "pretrained"),
+                     "trained on": run.corpus, "seed": run.options.get("seed"),
+                     "parameters": count_parameters(run.model),
+                     "best validation": result.get("val_ppl") or min(logged, default=None),
+                     "test": result.get("test_ppl"), "floor": result.get("floor_ppl"),
+                     "tokens/s": result.get("tokens_per_second"), "seconds": result.get("seconds")})
     return rows
 
 
@@ -416,17 +382,14 @@ def at_stages(run):
 
 
 def frequencies(runs, domains, scores):
-    """{"corpus and domain": what compare_frequencies finds, and each run's correlation}, and {corpus: why its
-    text cannot be read}; for runs with a word vocabulary."""
-    out, unread, counts = {}, {}, {}
-    for run in runs:
-        key = run.corpus, tuple(getattr(run.tokenizer, "words", ()))
-        if run.corpus == "?" or not key[1] or run.corpus in unread:
-            continue
+    """{"corpus and domain": what compare_frequencies finds, and each run's correlation}; of runs on words."""
+    out, counts = {}, {}
+    for run in [run for run in runs if run.tokenizer.kind == "word" and run.corpus != "?"]:
+        key = run.corpus, tuple(run.tokenizer.words)
         try:
             counts[key] = counts.get(key) or train_counts(run.corpus, run.tokenizer)
         except UserError as e:
-            unread[run.corpus] = str(e)
+            print(f"no word frequencies of {run.name}: {e}", file=sys.stderr)
             continue
         for domain, sentence_list in domains.items():
             here = Counter(w if w in run.tokenizer.ids else "<unk>" for s in sentence_list
@@ -437,12 +400,11 @@ def frequencies(runs, domains, scores):
                                        | {"texts": texts, "correlation": {}})
                 scored = scores[run.name, domain]
                 found["correlation"][run.name] = frequency_and_loss(counts[key], here, run.tokenizer, scored)
-    return out, unread
+    return out
 
 
 def search_trials(path):
-    """The trials of one search, from its table of finished trainings; best first: those that reached the last
-    rung, then those of the rung before."""
+    """The trials of a search, from its table of trainings; those that reached the last rung first."""
     trials = {}
     for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
         score = row.pop("val_ppl")
@@ -453,66 +415,56 @@ def search_trials(path):
     return sorted(rows, key=lambda r: [float(r[k] or "inf") for k in rungs])
 
 
-def reward_at(run, kl):
-    """The reward on the validation prompts when the policy's KL first came to this value, between two
-    evaluations linearly."""
-    points = [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r]
+def reward_at(points, kl):
+    """The reward where KL first comes to this value, on the lines between points [(KL, reward)]."""
     for (k0, r0), (k1, r1) in zip(points, points[1:]):
         if k0 < kl <= k1:
             return r0 + (r1 - r0) * (kl - k0) / (k1 - k0)
 
 
 def rewards(runs):
-    """A row for each configuration of PPO, before and after, with the reward when all had moved equally far;
-    and [(KL, reward)] at the evaluations of its first run: what a nat of KL buys."""
-    common = min(max((r["eval_kl"] for r in run.log if "eval_kl" in r), default=0.0) for run in runs)
-    rows, frontier = [], {}
-    for members in by_configuration(runs):
-        first = next(iter(members.values()))
-        finished = [run.result for run in members.values() if run.result]
-        row = {"run": first.name if finished else f"{first.name} (unfinished)"}
-        for name in ("kl_coef", "kl_target", "lr", "repetition_coef", "sft_coef", "sft_every", "steps"):
-            row[name.replace("_", "-")] = f"{first.options[name]:g}"
-        row["reward before"] = mean_std([r["before"]["reward"] for r in finished])
-        row["rise, deviations"] = mean_std([r["rise"] for r in finished])
-        titles = {"reward": "reward", "kl": "KL", "distinct_2": "distinct-2",
-                  "repetition": "repeated bigrams", "ref_ppl": "perplexity under the reference"}
-        for name, title in titles.items():
-            row[title] = mean_std([r["after"][name] for r in finished])
-        kept = [r["after"]["distinct_2"] / r["before"]["distinct_2"] for r in finished]
-        reached = [reward for run in members.values() if (reward := reward_at(run, common)) is not None]
-        row["distinct-2 of the reference's"] = mean_std(kept)
-        row[f"reward when KL came to {common:.1f}"] = mean_std(reached)
-        rows.append(row | {"seeds": " ".join(map(str, members))})
-        frontier[first.name] = [(r["eval_kl"], r["eval_reward"]) for r in first.log if "eval_kl" in r]
-    return rows, frontier
+    """A row for each run of PPO, before and after, with the reward when all had moved equally far; and
+    [(KL, reward)] at its evaluations: what a nat of KL buys."""
+    points = {run.name: [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r] for run in runs}
+    common = min(max((kl for kl, _ in each), default=0.0) for each in points.values())
+    rows = []
+    for run in runs:
+        before, after = (run.result.get(when, {}) for when in ("before", "after"))
+        row = {"run": run.name if run.result else f"{run.name} (unfinished)", "seed": run.options["seed"]}
+        for name in ("kl_coef", "kl_target", "lr", "repetition_coef", "sft_every", "steps"):
+            row[name.replace("_", "-")] = f"{run.options[name]:g}"
+        row |= {"reward before": before.get("reward"), "rise, deviations": run.result.get("rise")}
+        row |= {title: after.get(name) for name, title in (
+            ("reward", "reward"), ("kl", "KL"), ("distinct_2", "distinct-2"),
+            ("repetition", "repeated bigrams"), ("ref_ppl", "perplexity under the reference"))}
+        row["distinct-2 of the reference's"] = after and after["distinct_2"] / before["distinct_2"] or None
+        rows.append(row | {f"reward when KL came to {common:.1f}": reward_at(points[run.name], common)})
+    return rows, points
 
 
-def measure_runs(runs, domains, left_out, prompt, n_sentences, dtype, searches):
-    """All numbers of a report, as report.json has them. Policies of ppo.py have a part of their own and are
-    in no other."""
+def measure_runs(runs, domains, prompt, n_sentences, dtype, searches):
+    """All numbers of a report, as report.json has them; the text of a UserError where there is no number.
+    Policies of ppo.py have a part of their own and are in no other."""
     policies = [run for run in runs if "kl_coef" in run.options]
     runs = [run for run in runs if run not in policies]
-    report = {"left_out": left_out, "prompt": prompt, "summary": summary(runs),
-              "logs": {run.name: run.log for run in runs},
+    report = {"prompt": prompt, "summary": summary(runs), "logs": {run.name: run.log for run in runs},
               "stages": {run.name: at_stages(run) for run in runs},
               "vocabularies": len({run.tokenizer.vocab_size for run in runs}), "domains": {}, "memory": {},
               "samples": {}}
     scores = {}
     for name, sentence_list in domains.items():
-        embedded, gaps = name in data.DOMAINS, {}
+        embedded, found = name in data.DOMAINS, {}
         for run in runs:
             try:
-                scores[run.name, name] = score(run.model, run.tokenizer, sentence_list[:n_sentences],
-                                               dtype, ends=embedded)
+                scores[run.name, name] = perplexities(run.model, run.tokenizer, sentence_list[:n_sentences],
+                                                      dtype, ends=embedded)
+                found[run.name] = {k: v for k, v in scores[run.name, name].items()
+                                   if k not in ("ids", "losses")}
             except UserError as e:
-                gaps[run.name] = str(e)
-        report["domains"][name] = {
-            "sentences": sentence_list[:n_sentences], "gaps": gaps,
-            "floor": data.embedded_floor(name, "test", n_sentences) if embedded else None,
-            "runs": {run.name: {k: v for k, v in scores[run.name, name].items() if k not in ("ids", "losses")}
-                     for run in runs if run.name not in gaps}}
-    report["frequencies"], report["unread"] = frequencies(runs, domains, scores)
+                found[run.name] = str(e)
+        floor = data.embedded_floor(name, "test", n_sentences) if embedded else None
+        report["domains"][name] = {"sentences": sentence_list[:n_sentences], "floor": floor, "runs": found}
+    report["frequencies"] = frequencies(runs, domains, scores)
     for run in runs:
         if run.corpus in data.DOMAINS and getattr(run.tokenizer, "words", None) == data.embedded_vocabulary():
             report["memory"].setdefault(run.corpus, {})[run.name] = name_memory(run, dtype)
@@ -530,13 +482,9 @@ def measure_runs(runs, domains, left_out, prompt, n_sentences, dtype, searches):
 def format_number(value, digits=2):
     if value is None:
         return "–"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    if abs(value) < 1000:
-        return f"{value:,.{digits}f}"
-    return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
+    if not isinstance(value, float):
+        return value if isinstance(value, str) else f"{value:,}"
+    return f"{value:,.{digits if abs(value) < 1000 else 0}f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 
 def markdown_table(rows):
@@ -558,60 +506,52 @@ def write_report(folder, lines):
 
 def curves_section(report, out):
     plot_curves(report["logs"], out / "loss_curves.png")
-    unreadable = [f"{run} has no readable log.\n" for run, rows in report["logs"].items() if not rows]
-    return ["## Loss curves (Figure 1)\n", *unreadable, "![Loss while training](loss_curves.png)\n"]
+    return ["## Loss curves (Figure 1)\n", "![Loss while training](loss_curves.png)\n"]
 
 
 def stages_section(report, out):
     stages = [(run, "in domain" if column == "val_ppl" else column.removeprefix("ppl_"), values)
               for run, columns in report["stages"].items() for column, values in columns.items()]
     labels = [f"{share:.0%}" for share in STAGES]
+    rows = [{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]
+    if not rows:
+        return []
     plot_bars({f"{run}, {text}": values for run, text, values in stages[:12]}, labels, "perplexity",
               out / "stages.png", log_scale=True)
-    rows = [{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]
-    lines = ["## Perplexity at stages of the training (Figure 2)\n", markdown_table(rows),
-             "![Perplexity at stages](stages.png)\n"]
-    if all(row["text"] == "in domain" for row in rows):
-        lines.append("Only in domain: `--also climate`, say, logs another text's perplexity too.\n")
-    return lines
+    return ["## Perplexity at stages of the training (Figure 2)\n",
+            "`--also climate`, say, logs another text's perplexity too.\n", markdown_table(rows),
+            "![Perplexity at stages](stages.png)\n"]
 
 
 def domains_section(report, out):
     """Each domain under each run, and sentence by sentence."""
-    lines, bits = ["## Other domains (Table 1)\n"], {run: [] for run in report["stages"]}
+    lines, bits = ["## Other domains (Table 1)\n"], {}
     if report["vocabularies"] > 1:
         lines.append("These runs have different vocabularies, and a token is not the same thing to them: "
                      "compare bits per character, and these only where the characters are the same too.\n")
+    columns = {"mean": "mean of sentence perplexities", "corpus": "corpus perplexity", "tokens": "tokens",
+               "unknown": "unknown words, share", "characters": "characters",
+               "bits_per_character": "bits per character"}
     for name, domain in report["domains"].items():
-        lines.append(f"### {name}\n")
-        if domain["floor"]:
-            lines.append("The grammar's own perplexity on these documents, the floor for models with its "
-                         f"vocabulary: {domain['floor']:.2f}.\n")
         rows, each = [], [{"sentence": sentence} for sentence in domain["sentences"][:20]]
-        for run, scores in domain["runs"].items():
-            rows.append({"run": run, "mean of sentence perplexities": scores["mean"],
-                         "corpus perplexity": scores["corpus"], "tokens": scores["tokens"],
-                         "unknown words": f"{scores['unknown']:.1%}", "characters": scores["characters"],
-                         "bits per character": scores["bits_per_character"]})
-            each = [row | {run: ppl} for row, ppl in zip(each, scores["sentences"])]
-        if rows:
-            n = len(domain["sentences"])
-            lines += [markdown_table(rows), f"Perplexity of the first {len(each)} of {n} sentences (all are "
-                      "in report.json):\n", markdown_table(each)]
-        lines += [f"{run}: – ({reason}).\n" for run, reason in domain["gaps"].items()]
-        for run in bits:
-            bits[run].append(domain["runs"].get(run, {}).get("bits_per_character"))
-    if not any(domain["runs"] for domain in report["domains"].values()):
-        return lines
-    labels = [Path(name).name for name in report["domains"]]
-    plot_bars(bits, labels, "bits per character", out / "domains.png")
-    return [*lines, "![Bits per character in each domain](domains.png)\n"]
+        for run, found in domain["runs"].items():
+            reason = found if isinstance(found, str) else ""
+            found = {"mean": f"– ({reason})"} if reason else found
+            rows.append({"run": run} | {title: found.get(key) for key, title in columns.items()})
+            bits.setdefault(run, []).append(found.get("bits_per_character"))
+            each = [row | {run: ppl} for row, ppl in zip(each, found.get("sentences", [None] * len(each)))]
+        floor = f"The grammar's own perplexity on these documents is {domain['floor'] or 0:.2f}.\n"
+        lines += [f"### {name}\n", floor * bool(domain["floor"]), markdown_table(rows),
+                  f"The first {len(each)} of {len(domain['sentences'])} sentences:\n", markdown_table(each)]
+    if bits:
+        labels = [Path(name).name for name in report["domains"]]
+        plot_bars(bits, labels, "bits per character", out / "domains.png")
+        lines.append("![Bits per character in each domain](domains.png)\n")
+    return lines
 
 
 def frequencies_section(report, out):
     lines = ["## Word frequencies (Figure 3)\n"]
-    for corpus, reason in report["unread"].items():
-        lines.append(f"The text of {corpus} cannot be read: {reason}.\n")
     for k, (name, found) in enumerate(report["frequencies"].items()):
         plot_frequencies(found, out / f"frequencies_{k + 1}.png")
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
@@ -649,7 +589,7 @@ def samples_section(report, out):
 def draw_report(report, out):
     """report.md and its figures in the folder out, from what measure_runs returned or report.json holds."""
     lines = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines "
-             "all at its top.\n", *(f"Left out: {reason}.\n" for reason in report["left_out"])]
+             "all at its top.\n"]
     if report["summary"]:
         lines += ["## Summary\n", markdown_table(report["summary"])]
         for section in (curves_section, stages_section, domains_section, frequencies_section, memory_section,
@@ -670,7 +610,7 @@ def draw_report(report, out):
 # ------------------------------------------------------------------------------- figures, from the dictionary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")   # Okabe & Ito (2008)
-LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
+MARKERS = "osD^vPX"
 
 
 def pyplot():
@@ -683,7 +623,9 @@ def pyplot():
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 150, "savefig.bbox": "tight", "font.size": 9, "axes.grid": True,
                          "grid.alpha": 0.3, "axes.axisbelow": True, "legend.fontsize": 7,
-                         "axes.spines.top": False, "axes.spines.right": False})
+                         "axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 3,
+                         "axes.prop_cycle": matplotlib.cycler(color=COLOURS, marker=list(MARKERS), linestyle=(
+                             "-", "--", "-.", ":", "-", "--", "-."))})
     return plt
 
 
@@ -697,22 +639,17 @@ def figure(path, panels=1, width=4.2, height=3.2):
         plt.close(drawn)
 
 
-def style(k, name=None):
-    """How the k-th line looks; marked where it has a name."""
-    look = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
-    return look | {"marker": MARKERS[k % len(MARKERS)], "markersize": 3, "label": name} if name else look
-
-
 def plot_curves(logs, path):
     """Figure 1: {run: rows of log.csv}; validation and training loss against tokens and against time."""
     for panels in figure(path, panels=2):
         for axes, column, scale, label in zip(panels, ("tokens", "seconds"), (1e-6, 1 / 60),
                                               ("million tokens seen", "minutes of training")):
-            for k, (name, rows) in enumerate(logs.items()):
-                thin = style(k) | {"alpha": 0.45, "linewidth": 0.8}
-                for loss, look in (("train_loss", thin), ("val_loss", style(k, name))):
-                    points = [(r[column] * scale, r[loss]) for r in rows if r.get("tokens") and loss in r]
-                    axes.plot([x for x, _ in points], [y for _, y in points], **look)
+            for name, rows in logs.items():
+                points = {loss: [(r[column] * scale, r[loss]) for r in rows if r.get("tokens") and loss in r]
+                          for loss in ("val_loss", "train_loss")}
+                [line] = axes.plot(*zip(*points["val_loss"] or [(math.nan, math.nan)]), label=name)
+                axes.plot(*zip(*points["train_loss"] or [(math.nan, math.nan)]), color=line.get_color(),
+                          linestyle=line.get_linestyle(), marker="", alpha=0.45, linewidth=0.8)
             axes.set(xlabel=label, ylabel="loss (nats per token)")
         panels[0].set_title("marked: validation; thin: training")
         panels[0].legend()
@@ -724,8 +661,8 @@ def plot_bars(groups, labels, ylabel, path, log_scale=False):
         width = 0.8 / len(groups)
         for k, (name, values) in enumerate(groups.items()):
             at = np.arange(len(labels)) + (k - (len(groups) - 1) / 2) * width
-            axes.bar(at, [v or 0 for v in values], width, label=name, color=COLOURS[k % len(COLOURS)],
-                     hatch=("", "//", "..", "xx")[k % 4], edgecolor="white")
+            axes.bar(at, [v or 0 for v in values], width, label=name, hatch=("", "//", "..", "xx")[k % 4],
+                     edgecolor="white")
         if log_scale:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -737,8 +674,8 @@ def plot_bars(groups, labels, ylabel, path, log_scale=False):
 
 def plot_memory(memory, labels, path):
     for [axes] in figure(path, width=5):
-        for k, (name, cells) in enumerate(memory.items()):
-            axes.plot(range(len(labels)), [cell[0] if cell else math.nan for cell in cells], **style(k, name))
+        for name, cells in memory.items():
+            axes.plot(range(len(labels)), [cell[0] if cell else math.nan for cell in cells], label=name)
         axes.axhline(math.log(20), color="grey", linewidth=0.8, linestyle=":", label="a guess: ln 20")
         axes.set_xticks(range(len(labels)), labels)
         axes.set(xlabel="words since the name was last said", ylabel="loss at the repeated name (nats)",
@@ -749,8 +686,8 @@ def plot_memory(memory, labels, path):
 def plot_frequencies(found, path):
     trained, read = found["texts"]
     for (ranks, apart) in figure(path, panels=2, height=3.8):
-        for k, (label, shares) in enumerate(zip(found["texts"], found["shares"])):
-            ranks.loglog(*zip(*shares), **style(k), label=label)
+        for label, shares in zip(found["texts"], found["shares"]):
+            ranks.loglog(*zip(*shares), marker="", label=label)
         ranks.set(xlabel="rank of the word", ylabel="share of all words")
         ranks.legend()
         rows = sorted(found["words"], key=lambda r: r["z"])
@@ -768,8 +705,8 @@ def plot_search(rows, path):
         for axes, column in zip(panels, varied):
             for k, rung in enumerate(rungs):
                 points = [(float(r[column]), float(r[rung])) for r in rows if r[rung] not in ("", "inf")]
-                axes.scatter([x for x, _ in points], [y for _, y in points], s=18, color=COLOURS[k],
-                             marker=MARKERS[k], label=f"rung {k + 1}")
+                axes.scatter([x for x, _ in points], [y for _, y in points], s=18, marker=MARKERS[k],
+                             label=f"rung {k + 1}")
             axes.set_xlabel(column)
             if column in ("lr", "weight_decay"):
                 axes.set_xscale("log")
@@ -780,8 +717,8 @@ def plot_search(rows, path):
 def plot_frontier(frontier, path):
     """Reward against KL: what a nat of KL buys."""
     for [axes] in figure(path, width=5):
-        for k, (name, points) in enumerate(frontier.items()):
-            axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.8, **style(k, name))
+        for name, points in frontier.items():
+            axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.8, label=name)
         axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -822,7 +759,7 @@ def default_domains(runs):
     return names + ["wikitext2"] * (on_disk and bool(trained - {*data.DOMAINS, "wikitext2"}))
 
 
-def opened(names, chosen, left_out, opener, *args):
+def opened(names, chosen, opener, *args):
     """{name: opener(name, *args)}. What cannot be opened is left out, unless it was asked for by name."""
     out = {}
     for name in names:
@@ -831,7 +768,7 @@ def opened(names, chosen, left_out, opener, *args):
         except UserError as e:
             if chosen:
                 raise
-            left_out.append(str(e))
+            print(f"left out: {e}", file=sys.stderr)
     return out
 
 
@@ -844,20 +781,20 @@ def main(argv=None):
         raise UserError("--run and --text go together; for a report of some runs write --runs")
     if config.run:
         return token_table(open_run(config.run, device), config.text, dtype)
-    out, left_out = Path(config.out), []
+    out = Path(config.out)
     if config.redraw:
         return draw_report(read_json(out / "report.json"), out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
-    runs = list(opened(config.runs or find_runs(), config.runs, left_out, open_run, device).values())
+    runs = list(opened(config.runs or find_runs(), config.runs, open_run, device).values())
     if not runs:
         raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")
     if len({run.name for run in runs}) < len(config.runs or runs):
         raise UserError("two of these runs have the same name, and the tables could not tell them apart; "
                         "rename one folder")
-    domains = opened(config.domains or default_domains(runs), config.domains, left_out, read_domain)
+    domains = opened(config.domains or default_domains(runs), config.domains, read_domain)
     searches = sorted(Path("runs").glob("*/trials.csv")) if not config.runs else []
-    report = measure_runs(runs, domains, left_out, config.prompt, config.sentences, dtype, searches)
+    report = measure_runs(runs, domains, config.prompt, config.sentences, dtype, searches)
     save_json(out / "report.json", report)
     draw_report(report, out)
     for row in report["summary"] + report["rewards"]:

@@ -33,6 +33,7 @@ Where each is:
 """
 import copy
 import itertools
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +44,8 @@ import torch
 
 import data
 from data import RANK, WORLD, UserError, option, prepend_eos, read_json, save_json
-from eval import format_number, markdown_table, plot_curves, read_log, run_options, score, write_report
+from eval import (format_number, markdown_table, perplexities, plot_curves, read_log, run_options,
+                  write_report)
 from qwen_load import save_model
 from sample import (build_model, context_length, count_parameters, dtype_name, encode_prompt, generate,
                     kind_of, load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
@@ -60,8 +62,8 @@ DEFAULTS = {True: dict(lr=1e-4, batch_size=8, block_size=256),
             False: dict(lr=1e-3, batch_size=16, block_size=128)}
 
 
-def by_base(name):
-    return f"(default: {DEFAULTS[True][name]:g} for Qwen2, {DEFAULTS[False][name]:g} for a run of ours)"
+def by_base(name, defaults=DEFAULTS):
+    return f"(default: {defaults[True][name]:g} for Qwen2, {defaults[False][name]:g} for a run of ours)"
 
 
 @dataclass
@@ -102,24 +104,21 @@ class Config(RunOptions):
 
 def memory_text(model, config, device, dtype):
     """A line on the memory that training needs, with a warning if the machine has less."""
-    n, c = count_parameters(model), model.config
+    n, there = count_parameters(model), math.inf
     tokens = config.batch_size * config.block_size // config.accumulate // WORLD
-    needed = 18 * n / (WORLD if config.shard else 1) + tokens * c.vocab_size * dtype.itemsize
-    words = f"{n:,} parameters: training needs about {needed / 1e9:.1f} GB of memory, and activations"
-    there = None
+    needed = 18 * n / (WORLD if config.shard else 1) + tokens * model.config.vocab_size * dtype.itemsize
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
     elif hasattr(os, "sysconf"):                                            # one memory for all processes
-        needed, there = needed * WORLD, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if there and needed > there:
-        words += (f"; this machine has {there / 1e9:.1f} GB: it will fail or crawl. Take --accumulate, "
-                  "--checkpointing, a smaller --block-size or base")
-    return words
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD
+    text = f"{n:,} parameters: training needs about {needed / 1e9:.1f} GB of memory, and activations"
+    return text if needed <= there else text + (
+        f"; there are {there / 1e9:.1f} GB: it will fail or crawl. Take --accumulate, --checkpointing, a "
+        "smaller --block-size or base")
 
 
 def shard_model(model, weights, device, dtype):
-    """fully_shard a model on the meta device, by layers and the rest, and give it the first process's
-    weights."""
+    """fully_shard a model on the meta device, layer by layer, and give it the first process's weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (WORLD,))
@@ -159,7 +158,7 @@ def retained_ids(name, tokenizer, most=20_000):
 def measure(model, tokenizer, config, dtype):
     """All figures of a model: held-out documents, the text from outside, continuations."""
     texts = held_out(config.data, config.held_out)
-    scores = score(model, tokenizer, texts, dtype, ends=tokenizer.kind == "word")
+    scores = perplexities(model, tokenizer, texts, dtype, ends=tokenizer.kind == "word")
     out = {"documents": scores["sentences"], "retained": None, "samples": []}
     out |= {name: scores[name] for name in ("mean", "corpus", "tokens", "unknown")}
     if config.retain:
@@ -172,20 +171,18 @@ def measure(model, tokenizer, config, dtype):
 
 
 def grammar_floor(name, n, tokenizer):
-    """The corpus perplexity of an embedded language's own grammar on its first n test documents; None for
-    other corpora, and for models that do not read it in the grammar's words."""
+    """The grammar's own corpus perplexity on n test documents, for models that read its words; else None."""
     return data.embedded_floor(name, "test", n) if name in data.DOMAINS and is_embedded(tokenizer) else None
 
 
 def report(config, result):
     """report.md: Tables 3, 4 and 5, Figure 4, and what was kept."""
     before, after, run = result["before"], result["after"], Path(config.run)
-    rows = [("mean of the documents' perplexities", before["mean"], after["mean"]),
-            ("corpus perplexity", before["corpus"], after["corpus"])]
+    rows = [{"": label, "before": before[name], "after": after[name]} for name, label in
+            (("mean", "mean of the documents' perplexities"), ("corpus", "corpus perplexity"))]
     if before["retained"]:
-        rows.append((f"{config.retain} (not trained on)", before["retained"]["ppl"],
-                     after["retained"]["ppl"]))
-    rows = [dict(zip(("", "before", "after"), row)) for row in rows]
+        rows.append({"": f"{config.retain} (not trained on)", "before": before["retained"]["ppl"],
+                     "after": after["retained"]["ppl"]})
     lines = [f"# {config.base} fine-tuned on {config.data}\n",
              f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
              f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, "
@@ -211,7 +208,7 @@ def report(config, result):
 # ------------------------------------------------------------------------------------------------ a whole run
 
 def first_share(ids, fraction, eos):
-    """The first `fraction` of a text, to the end of a document: what 60 % have, 90 % have too."""
+    """The first `fraction` of a text, to the end of a document."""
     n = int(len(ids) * fraction)
     start = max(0, n - (1 << 16))                               # where a last document's end is looked for
     ends = np.flatnonzero(np.asarray(ids[start:n]) == eos)
@@ -220,8 +217,7 @@ def first_share(ids, fraction, eos):
 
 def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, before=None):
     """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base
-    or, of a run that resumes, what was saved; it is trained in place. before: the base's figures, if they are
-    known."""
+    or, of a run that resumes, what was saved; trained in place. before: the base's figures, if known."""
     folder = Path(config.run)
 
     # 3 data: windows of the first share of the text; what is measured before
@@ -289,10 +285,10 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
         one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
         result = read_json(cell / "result.json", {})
         checkpoint = read_checkpoint(cell / "last.pt") if not result and (cell / "last.pt").exists() else None
-        if begun := result or checkpoint:
+        if result or checkpoint:
             here = asdict(one)
-            cells = {"ablate_epochs", "ablate_fractions"}
-            check_same(begun["options"], here, here.keys() - SHOWN - cells, cell)
+            same = here.keys() - SHOWN - {"ablate_epochs", "ablate_fractions"}
+            check_same((result or checkpoint)["options"], here, same, cell)
         if not result:
             model = saved_model(checkpoint, device) if checkpoint else copy.deepcopy(base)
             result = finetune(one, model, tokenizer, corpus, device, dtype, checkpoint, before)
@@ -350,8 +346,7 @@ def saved_model(checkpoint, device):
 
 
 def open_base(config, device, checkpoint):
-    """The model to train and its tokenizer: the base, or that of a checkpoint; without memory with
-    --shard."""
+    """The model to train (with --shard, without memory) and its tokenizer: the base, or a checkpoint's."""
     if checkpoint and not config.shard:
         model, tokenizer = saved_model(checkpoint, device), tokenizer_from(checkpoint["tokenizer"])
     elif checkpoint:

@@ -207,9 +207,8 @@ def fast_cells(device_type, dtype):
 
 @functools.lru_cache(None)
 def compile_c(name, *flags):
-    """csrc/NAME.c as a library for this CPU (about 0.3 s, once in a process), or None if there is no
-    compiler. $CC chooses it. What is written in C is written in torch operations too: a compiler is never
-    needed."""
+    """csrc/NAME.c as a library for this CPU (about 0.3 s, once in a process), or None if there is no compiler
+    ($CC chooses it). What is written in C is written in torch operations too: a compiler is never needed."""
     source = Path(__file__).resolve().parent / "csrc" / f"{name}.c"
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *flags, str(source), "-o"]
     compiler = shlex.split(os.environ.get("CC", "cc"))

@@ -28,20 +28,21 @@ normalised. The KL is logged twice: as the mean of log pi - log ref over the sam
 and in full, sum over all tokens of pi log(pi / ref) at every prefix that was sampled.
 
 Where each is:
+    an iteration                        iterate, stages 7.1 to 7.6
     a_t                                 rollout (sample.generate_stream)
     log pi_old, log ref, V, full KL     evaluate_actions
-    r_t                                 train_policy, stage 7.4
+    r_t                                 iterate, stage 7.4
     delta_t, A_t, R_t                   gae; whiten
     policy loss, value loss             policy_loss, value_loss; their step: update_policy
     log pi and its gradient             TokenLogProb
+    the reward model's training         train_reward
 
 Where the code follows one of the published details (Huang et al. 2023, "The N Implementation Details of RLHF
 with PPO"), or departs from it, a comment that begins with "detail" says so.
 
 The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate;
 --repetition-coef, which takes 1 - distinct-2 of the batch from the reward, split among the responses by
-what each repeats; --sft-coef and --sft-every, supervised training on real text within every update, or after
-some iterations.
+what each repeats; --sft-every, supervised training on real text after some iterations.
 """
 import copy
 import math
@@ -51,7 +52,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,11 @@ from torch.autograd.function import once_differentiable
 import data
 from data import UserError, option, read_json, save_json
 from eval import COLOURS, distinct, figure, markdown_table, read_log, write_report
-from finetune import is_embedded
-from qwen_load import WordPiece, build_wordpiece, load_scorer, save_model, save_scorer
+from finetune import by_base, is_embedded
+from qwen_load import build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
 from sample import (autocast, context_length, count_parameters, dtype_name, encode_prompt, generate_stream,
-                    keep_memory, load_run, pick_device, pick_dtype, read_checkpoint)
+                    keep_memory, load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
 from train import (NotFinite, Run, RunOptions, clip_grad_norm, configure_optimizer, get_lr, load_optimizer,
                    perplexity_of, resume_or_refuse, set_lr, step_seed)
 from transformer import Scorer, ScorerConfig
@@ -78,18 +79,7 @@ REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 # responses), a run of ours
 DEFAULTS = {True: dict(steps=20, lr=5e-5, batch_size=256, minibatch=64, update_epochs=2, kl_coef=0.05),
             False: dict(steps=100, lr=1e-4, batch_size=64, minibatch=16, update_epochs=4, kl_coef=0.2)}
-# a scorer: from scratch, by corpus; from a pretrained encoder (searched on MiniLM-L6)
-SCORER = {"reviews": dict(lr=1e-3, epochs=1.0), "imdb": dict(lr=1e-3, epochs=3.0),
-          "encoder": dict(lr=1e-4, epochs=2.0)}
-EXAMPLES = """examples:
-  python ppo.py --train-reward --data reviews
-  python ppo.py --train-reward --data imdb --encoder distilbert-base-uncased
-  python ppo.py --base runs/transformer-reviews --scorer runs/scorer-reviews
-  python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo"""
-
-
-def by_base(name):
-    return f"(default: {DEFAULTS[True][name]:g} for Qwen2, {DEFAULTS[False][name]:g} for a run of ours)"
+by_base = partial(by_base, defaults=DEFAULTS)
 
 
 @dataclass
@@ -127,218 +117,14 @@ class Config(RunOptions):
     repetition_coef: float = option(0.0, "take X times the share of bigrams that it or another response "
                                          "repeats from a response's reward", at_least=0,
                                     group="against degenerate texts")
-    sft_coef: float = option(0.0, "add X times the loss on --data's text to every update", at_least=0)
     sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0)
 
 
-def by_corpus(name):
-    values = [f"{defaults[name]:g} for {corpus}" for corpus, defaults in SCORER.items()]
-    return f"(default: {', '.join(values[:-1])}, {SCORER['encoder'][name]:g} with --encoder)"
-
-
-@dataclass
-class RewardConfig(RunOptions):
-    """Train a sentiment scorer for ppo.py to reward with: a small one from scratch, or a pretrained
-    encoder."""
-    script = "python ppo.py --train-reward"
-    train_reward: bool = option(False, "this")
-    data: str = option("reviews", "the labelled texts", choices=REVIEWS)
-    encoder: str = option(None, "a DistilBERT to begin with, under a new head: a folder, or its name on the "
-                                "hub, as distilbert-base-uncased (0.3 GB; default: none, from scratch)")
-    epochs: float = option(None, f"passes over the texts {by_corpus('epochs')}")
-    lr: float = option(None, f"highest learning rate {by_corpus('lr')}")
-    batch_size: int = option(32, "texts of a batch")
-    log_every: int = option(50, "steps between rows of log.csv")
-
-
-# ------------------------------------------------------------------------------------------ training a scorer
-
-class TextBatches:
-    """Batches of labelled texts, of like length to save padding; in every epoch, each text is read once: as
-    much of it as fits, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO
-    has scored is short. `batch(step)` depends on nothing but (seed, step). texts: lists of ids; labels: 0 or
-    1."""
-
-    def __init__(self, scorer, texts, labels, batch_size, seed):
-        self.scorer, self.texts, self.labels = scorer, texts, labels
-        self.batch_size, self.seed = batch_size, seed
-        fits = scorer.config.max_position_embeddings - 2
-        # pieces of a text, roughly
-        self.block_size = round(sum(min(len(t), fits) + min(len(t), 32) for t in texts) / len(texts) / 2)
-        self.steps_per_epoch, self.tokens = len(texts) // batch_size, batch_size * self.block_size
-        self.plan = lru_cache(1)(self.plan)                     # of one epoch at a time
-        if self.steps_per_epoch < 1:
-            raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
-
-    def plan(self, epoch):
-        """The batches of an epoch as lists of (text, start, end)."""
-        rng, crops = random.Random(f"{self.seed} {epoch}"), []
-        for k in rng.sample(range(len(self.texts)), self.steps_per_epoch * self.batch_size):
-            n = len(self.texts[k])
-            size = n if (k + epoch) % 2 else min(n, rng.randint(4, 60))
-            start = rng.randint(0, n - size)
-            crops.append((k, start, start + size))
-        batches = []
-        for at in range(0, len(crops), 32 * self.batch_size):
-            near = sorted(crops[at:at + 32 * self.batch_size], key=lambda c: c[2] - c[1])
-            batches += [near[b:b + self.batch_size] for b in range(0, len(near), self.batch_size)]
-        rng.shuffle(batches)
-        return batches
-
-    def batch(self, step):
-        """-> tokens [B, T], labels [B]."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        crops = self.plan(epoch)[k]
-        return (self.scorer.batch([self.texts[t][start:end] for t, start, end in crops]),
-                torch.tensor([self.labels[t] for t, _, _ in crops]))
-
-
-def evaluate_scorer(scorer, texts, labels, device, dtype):
-    """The mean cross-entropy and the accuracy on labelled texts (lists of ids)."""
-    data.live(f"scoring {len(texts):,} texts")
-    with autocast(device, dtype):
-        logits = scorer.logits(texts)
-    labels = torch.tensor(labels)
-    nll = F.cross_entropy(logits, labels).item()
-    accuracy = (logits.argmax(-1) == labels).float().mean().item()
-    return {"nll": nll, "ppl": perplexity_of(nll), "accuracy": accuracy}
-
-
-def new_scorer(tokenizer, device):
-    """A scorer with BERT's initial weights, but for the embeddings: wider ones learn little in a short
-    training."""
-    scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
-    for name, p in scorer.named_parameters():
-        if p.dim() == 2:
-            nn.init.normal_(p, 0.0, 0.02 if "embeddings" in name else p.shape[1] ** -0.5)
-    return scorer
-
-
-def train_reward(config, device, dtype, checkpoint=None):
-    """Train a scorer on labelled reviews, into config.run: a folder in the hub's layout."""
-    # 3 data
-    splits = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
-    torch.manual_seed(config.seed)
-    data.live("reading the texts")
-
-    # 4 model
-    if checkpoint:
-        tokenizer = WordPiece(checkpoint["tokenizer"]["vocab"], checkpoint["tokenizer"]["lower"])
-        scorer = Scorer(ScorerConfig(**checkpoint["config"]), tokenizer).to(device)
-    elif config.encoder:
-        scorer = load_scorer(config.encoder, device, new_head=True)
-    else:
-        scorer = new_scorer(build_wordpiece(text for text, _ in splits["train"]), device)
-    tokenizer = scorer.tokenizer
-    ids = {split: [tokenizer.encode(text) for text, _ in pairs] for split, pairs in splits.items()}
-    labels = {split: [label for _, label in pairs] for split, pairs in splits.items()}
-    batches = TextBatches(scorer, ids["train"], labels["train"], config.batch_size, config.seed)
-    fingerprint = f"{zlib.crc32(repr(ids['train']).encode()):08x}"
-    kept = {"fingerprint": fingerprint}
-    if checkpoint and checkpoint.get("fingerprint") != fingerprint:
-        raise UserError(f"{config.data} is not the text that the run in {config.run} was started with")
-
-    # 5 optimizer
-    optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
-    steps = max(1, round(config.epochs * batches.steps_per_epoch))
-    warmup_steps = min(100, max(1, steps // 10))
-
-    # 6 resume
-    if checkpoint:
-        scorer.load_state_dict(checkpoint["model"])
-        load_optimizer(optimizer, checkpoint["optimizer"])
-
-    # 7 loop
-    data.live(f"a scorer of {count_parameters(scorer):,} parameters on {len(ids['train']):,} texts of "
-              f"{config.data}, {steps} steps, {device.type} {dtype_name(dtype)}, {config.run}", "\n")
-    scorer.train()
-    with Run(config, steps, batches, checkpoint, evaluations=10) as run:
-        while True:
-            # evaluate, log, save
-            if run.due(run.eval_every):
-                scores = evaluate_scorer(scorer, ids["valid"], labels["valid"], device, dtype)
-                run.check_finite(validation_loss=scores["nll"])
-                row = run.log(val_loss=scores["nll"], val_ppl=scores["ppl"])
-                if run.step:
-                    better = run.save(scorer, tokenizer, optimizer, loss=scores["nll"], **kept)
-                    data.live(f"{run}  loss {row['train_loss']:.3f}  validation loss {scores['nll']:.3f}"
-                              f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}", "\n")
-            elif run.due(config.log_every):
-                run.log()
-            if run.stopping:                        # without an evaluation: nothing differs after a resume
-                if run.step:
-                    run.save(scorer, tokenizer, optimizer, **kept)
-                run.leave()
-            if run.step == run.steps:
-                break
-
-            # one step
-            started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, run.step))                     # of dropout
-            lr = get_lr(run.step, run.steps, config.lr, warmup_steps)
-            set_lr(optimizer, lr)
-            tokens, label = (part.to(device) for part in batches.batch(run.step))   # [B, T], [B]
-            with autocast(device, dtype):
-                loss = F.cross_entropy(scorer(tokens).float(), label)
-            loss.backward()
-            grad_norm = clip_grad_norm(scorer.parameters(), config.grad_clip)
-            loss = loss.item()
-            run.check_finite(loss=loss, gradient_norm=grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.add(time.perf_counter() - started, loss, lr=lr, grad_norm=grad_norm)
-            data.live(f"{run}  loss {loss:.3f}")
-
-    # 8 results
-    scorer.load_state_dict(read_checkpoint(run.folder / "best.pt")["model"])
-    short = [text[:32] for text in ids["test"]]
-    complete, beginning = (evaluate_scorer(scorer, texts, labels["test"], device, dtype)["accuracy"]
-                           for texts in (ids["test"], short))
-    save_scorer(scorer, run.folder)
-    result = run.result(scorer, device, dtype) | {
-        "vocabulary": len(tokenizer.vocab), "held_out": len(short), "accuracy": complete,
-        "accuracy_first_32": beginning}
-    save_json(run.folder / "result.json", result)
-    for path in run.folder.glob("*.pt"):                            # the folder is the scorer now
-        path.unlink()
-    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
-          f"texts {complete:.1%}, on their first 32 pieces {beginning:.1%}, {run.seconds:.0f} s")
-    print(f"written to {config.run}")
-
-
-# ------------------------------------------------------------------------------------------------ PPO's parts
-
-class TokenLogProb(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is
-    onehot(action) - softmax, so softmax is all that is kept, in place of the logits. (A loss that needs all
-    of the distribution, as an entropy bonus, takes all_log_probs of the same hidden states, within autocast.)
-    hidden [N, D], weight [V, D], bias [V] or None, actions [N]; suppressed: ids that have probability 0.
-    Products and softmax are in hidden's dtype."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, actions, suppressed):
-        w = weight.to(hidden.dtype)
-        logits = F.linear(hidden, w, None if bias is None else bias.to(w.dtype))
-        p = torch.softmax(logits.index_fill_(1, suppressed, -math.inf), -1, out=logits)
-        ctx.save_for_backward(hidden, w, p, actions)
-        p_action = p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32))
-        return p_action.clamp(min=1e-38).log()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, w, p, actions = ctx.saved_tensors
-        grad = grad.to(p.dtype)
-        d_logits = p.mul_(-grad[:, None])                                   # usable once
-        d_logits[torch.arange(len(grad), device=grad.device), actions] += grad
-        d_bias = d_logits.sum(0) if ctx.needs_input_grad[2] else None
-        return d_logits @ w, d_logits.t() @ hidden, d_bias, None, None
-
+# ------------------------------------------------------------------------------------- advantages and losses
 
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where a token is an
-    action, without gaps; after the last one nothing follows. -> advantages, returns (advantages + values), 0
-    outside."""
+    action, without gaps. -> advantages, returns (advantages + values), 0 outside."""
     advantages, last_gae, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]           # the surprise at t
@@ -369,15 +155,9 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
 
 
 def value_loss(value, old_value, returns, clip_coef):
-    """Half the squared error, of the worse of the new value and the new value kept within clip of the old
-    one. All [N]."""
+    """Half the squared error of the new value, or, if worse, of that kept within clip of the old one. [N]."""
     near = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2).mean()
-
-
-def repetition(ids):
-    """Share of the bigrams of a response (ids) that stand earlier in it: 0 if nothing is said twice."""
-    return 1 - (distinct([ids], 2) or 1.0) if len(ids) > 1 else 0.0
 
 
 def shared_repetition(texts):
@@ -388,7 +168,7 @@ def shared_repetition(texts):
     return [sum(1 - 1 / counts[pair] for pair in zip(ids, ids[1:])) / max(1, len(ids) - 1) for ids in texts]
 
 
-# ----------------------------------------------------------------------------------------- prompts, responses
+# ------------------------------------------------------------------------------------- prompts and responses
 
 def prompt_batch(prompts, batch_size, seed, step):
     """The prompts of an iteration, in random order, each once an epoch; depends on (seed, step) only."""
@@ -421,21 +201,21 @@ class Rollout:
 
 @dataclass
 class Task:
-    """What a policy is trained against: the same during all of a run."""
-    reference: nn.Module        # the policy before
-    scorer: object              # score(texts) -> float32 [N]
-    tokenizer: object
+    """What stays the same during a run."""
     config: Config
-    dtype: torch.dtype          # of the matmuls
+    reference: nn.Module        # the policy before
+    tokenizer: object
+    scorer: object              # score(texts) -> float32 [N]
+    prompts: dict               # {"train", "valid", "test": lists of lists of ids}
     device: torch.device
-    suppressed: torch.Tensor    # ids that have probability 0
+    dtype: torch.dtype          # of the matmuls
+    text: object = None         # batches of real text, where --sft-every wants them
+    fingerprint: str = ""       # of the reference, the scorer and the prompts
 
-
-def make_task(reference, scorer, tokenizer, config, dtype):
-    device = next(reference.parameters()).device
-    suppressed = torch.tensor(tokenizer.suppressed, dtype=torch.long, device=device)
-    # its gradients stay on, though nobody asks for them: autocast casts such weights once
-    return Task(reference.eval(), scorer, tokenizer, config, dtype, device, suppressed)
+    @property
+    def suppressed(self):
+        """Ids that have probability 0."""
+        return torch.tensor(self.tokenizer.suppressed, dtype=torch.long, device=self.device)
 
 
 def rollout(task, model, prompts, seed=None):
@@ -445,7 +225,7 @@ def rollout(task, model, prompts, seed=None):
     is shifted; a response ends with its end token, whose probability is part of it.
     """
     stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.tokenizer.stops, seed=seed,
-                             suppressed_tokens=task.suppressed)
+                             suppressed_tokens=task.tokenizer.suppressed)
     new, log_probs, _ = (torch.stack(v, 1) for v in zip(*stream))     # [B, S]; -1: of a prompt, or nothing
     shortest, width = min(map(len, prompts)), max(map(len, prompts)) + task.config.response_tokens
     tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=new.device)
@@ -478,47 +258,34 @@ def score_responses(task, r):
 
 
 def response_hidden(model, r, rows):
-    """The model's hidden states where it predicts the tokens of these rows' responses: [N, D] for N tokens;
-    and these tokens [N]."""
+    """The model's hidden states where it predicts these rows' responses: [N, D] for N tokens."""
     mask = r.mask[rows] > 0
     width = int(mask.any(0).nonzero().max()) + 1                            # beyond it all rows are padding
-    hidden = model(r.tokens[rows, :width])[0]
-    return hidden[mask[:, :width]], r.tokens[rows, 1:][mask]
-
-
-def all_log_probs(model, hidden, suppressed):
-    """float32 [N, V]; -1e9 for what is suppressed, because 0 * -inf would be no number in p log p."""
-    return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, suppressed, -1e9), -1)
+    return model(r.tokens[rows, :width])[0][mask[:, :width]]
 
 
 @torch.no_grad()
-def evaluate_actions(task, model, r, value_head=None):
-    """The policy beside the reference at every token of the responses, without a gradient: float32 [B, T]
-    each, 0 outside the mask. log_prob, ref_log_prob; kl: of the full distributions, policy to reference, in
-    nats; entropy; value."""
-    outputs = {}
+def evaluate_actions(task, policy, r, value_head=None):
+    """The policy beside the reference at every token of the responses, without a gradient, float32 [B, T], 0
+    outside the mask: log_prob, ref_log_prob, value; of the full distributions, in nats: kl, entropy."""
+    mask, models, parts = r.mask > 0, (policy, task.reference), []
+    suppressed, actions = task.suppressed, r.tokens[:, 1:][mask][:, None]   # [N, 1]
     with autocast(task.device, task.dtype):                 # around all, so that weights are cast once
-        for rows in torch.arange(len(r.mask)).split(task.config.minibatch):
-            token_mask, parts = r.mask[rows] > 0, []
-            hidden, actions = response_hidden(model, r, rows)
-            ref_hidden, _ = response_hidden(task.reference, r, rows)
-            few = max(1, (1 << 21) // model.lm_head.out_features)   # distributions that stay in a CPU's cache
-            for h, ref_h, action in zip(*(v.split(few) for v in (hidden, ref_hidden, actions[:, None]))):
-                log_p = all_log_probs(model, h, task.suppressed)              # [few, V]
-                log_q = all_log_probs(task.reference, ref_h, task.suppressed)
-                p = log_p.exp()
-                entropy, cross = -(p * log_p).sum(-1), -(p * log_q).sum(-1)
-                parts.append((log_p.gather(1, action)[:, 0], log_q.gather(1, action)[:, 0], cross - entropy,
-                              entropy))
-            names = "log_prob", "ref_log_prob", "kl", "entropy"
-            values = dict(zip(names, (torch.cat(v) for v in zip(*parts))))
-            if value_head:
-                with torch.autocast(task.device.type, enabled=False):
-                    values["value"] = value_head(hidden.float())[:, 0]
-            for name, value in values.items():
-                filled = torch.zeros_like(r.mask[rows]).masked_scatter(token_mask, value)
-                outputs.setdefault(name, torch.zeros_like(r.mask))[rows] = filled
-    return outputs
+        groups = torch.arange(len(mask)).split(task.config.minibatch)
+        hidden = [torch.cat([response_hidden(model, r, rows) for rows in groups]) for model in models]
+        few = max(1, (1 << 21) // policy.lm_head.out_features)      # distributions that stay in a CPU's cache
+        for action, *states in zip(*(v.split(few) for v in (actions, *hidden))):
+            # [few, V] each; -1e9 for what is suppressed, because 0 * -inf would be no number
+            log_p, log_q = (torch.log_softmax(model.logits(h).float().index_fill_(-1, suppressed, -1e9), -1)
+                            for model, h in zip(models, states))
+            p = log_p.exp()
+            parts.append({"log_prob": log_p.gather(1, action)[:, 0],
+                          "ref_log_prob": log_q.gather(1, action)[:, 0],
+                          "kl": (p * (log_p - log_q)).sum(-1), "entropy": -(p * log_p).sum(-1)})
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if value_head:                                                          # outside autocast: in float32
+        values["value"] = value_head(hidden[0].float())[:, 0]
+    return {name: torch.zeros_like(r.mask).masked_scatter(mask, value) for name, value in values.items()}
 
 
 def evaluate_policy(task, policy, prompts, seed, group=64):
@@ -533,9 +300,9 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
         for k, text in enumerate(texts):
             each.append({"prompt": decode_text(task, r.prompts[k]), "text": text, "reward": rewards[k].item(),
                          "kl": kl[k].item(), "tokens": int(tokens[k]),
-                         "ref_ppl": perplexity_of((ref_nll / tokens)[k].item()),
-                         "repetition": repetition(r.responses[k])})
+                         "ref_ppl": perplexity_of((ref_nll / tokens)[k].item())})
         responses += r.responses
+    each = [row | {"repetition": share} for row, share in zip(each, shared_repetition(responses))]
     reward, kl, repeated, tokens, ref_ppl = (np.array([row[name] for row in each]) for name in
                                              ("reward", "kl", "repetition", "tokens", "ref_ppl"))
     return {"reward": float(reward.mean()), "reward_std": float(reward.std(ddof=1)), "kl": float(kl.mean()),
@@ -544,100 +311,130 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
             "ref_ppl": perplexity_of((np.log(ref_ppl) * tokens).sum() / tokens.sum()), "each": each}
 
 
-# -------------------------------------------------------------------------------------------------------- PPO
+# ------------------------------------------------------------------------------------------------------- PPO
 
 EVALUATED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
              "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
-             "repetition": "repeated bigrams in a response, share", "length": "tokens of a response",
-             "ref_ppl": "perplexity under the reference"}
+             "repetition": "bigrams said before or in another response, share",
+             "length": "tokens of a response", "ref_ppl": "perplexity under the reference"}
 
 
-def supervised_loss(task, policy, batch):
-    """Nats per token of a batch of real text."""
-    x, y = (part.to(task.device) for part in batch)
-    with autocast(task.device, task.dtype):
-        return policy(x, targets=y)[0]
-
-
-def apply_gradients(task, policy, value_head, optimizer):
-    """Clip, check, step; -> the norm of the gradients before they were clipped."""
-    grad_norm = clip_grad_norm([*policy.parameters(), *value_head.parameters()], task.config.grad_clip)
-    if not math.isfinite(grad_norm):
-        raise NotFinite(f"the gradient norm of an update is not finite ({grad_norm}). What was saved in "
-                        f"{task.config.run} is complete; train again with a smaller --lr and another --run")
+def step_down(loss, optimizer, grad_clip):
+    """One step of the optimizer; -> the norm of the gradient before it is clipped."""
+    loss.backward()
+    grad_norm = clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
 
-def update_policy(task, policy, value_head, optimizer, r, old, text, text_step):
+def update_policy(task, policy, value_head, optimizer, r, old):
     """Several epochs of minibatches over one rollout; -> the metrics of each update. old: evaluate_actions
-    before the first, with advantages and returns; text: batches of real text from text_step on, where
-    --sft-coef is above 0."""
-    config, updates = task.config, []
+    before the first, with advantages and returns."""
+    config, updates, head = task.config, [], policy.lm_head
     for _ in range(config.update_epochs):
         for rows in torch.randperm(len(r.mask)).split(config.minibatch):
             token_mask = r.mask[rows] > 0
             part = {name: values[rows][token_mask] for name, values in old.items()}     # [N] each, N tokens
+            actions = r.tokens[rows, 1:][token_mask]
             with autocast(task.device, task.dtype):
-                hidden, actions = response_hidden(policy, r, rows)                      # [N, D], [N]
-                dtype = compute_dtype(hidden)
-            head = policy.lm_head
-            log_prob = TokenLogProb.apply(hidden.to(dtype), head.weight, head.bias, actions, task.suppressed)
+                hidden = response_hidden(policy, r, rows)                               # [N, D]
+                low = hidden.to(compute_dtype(hidden))
+            log_prob = TokenLogProb.apply(low, head.weight, head.bias, actions, task.suppressed)
             pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"],
                                                        config.clip_coef)
             if approx_kl > config.max_update_kl:  # too far from what sampled these responses: no more updates
                 return updates
             value = value_head(hidden.float())[:, 0]
             v_loss = value_loss(value, part["value"], part["returns"], config.clip_coef)
-            (pg_loss + config.value_coef * v_loss).backward()
-            metrics = {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(),
-                       "clip_fraction": clipfrac.item()}
-            if config.sft_coef:                      # real text within every update, against degenerate texts
-                sft_loss = supervised_loss(task, policy, text.batch(text_step + len(updates)))
-                (config.sft_coef * sft_loss).backward()
-                metrics["sft_loss"] = sft_loss.item()
-            metrics["grad_norm"] = apply_gradients(task, policy, value_head, optimizer)
-            updates.append(metrics)
+            grad_norm = step_down(pg_loss + config.value_coef * v_loss, optimizer, config.grad_clip)
+            updates.append({"clip_fraction": clipfrac.item(), "policy_loss": pg_loss.item(),
+                            "value_loss": v_loss.item(), "grad_norm": grad_norm})
     return updates
 
 
-def supervised_steps(task, policy, value_head, optimizer, text, text_step):
+def supervised_steps(task, policy, optimizer, step):
     """As many updates on real text as one epoch has; -> the metrics of each."""
-    updates = []
-    for k in range(task.config.batch_size // task.config.minibatch):
-        loss = supervised_loss(task, policy, text.batch(text_step + k))
-        loss.backward()
-        updates.append({"sft_loss": loss.item(),
-                        "grad_norm": apply_gradients(task, policy, value_head, optimizer)})
+    config, updates = task.config, []
+    n = config.batch_size // config.minibatch
+    for k in range(n):
+        x, y = (part.to(task.device) for part in task.text.batch(step * (config.update_epochs + 1) * n + k))
+        with autocast(task.device, task.dtype):
+            loss, _ = policy(x, targets=y)                                  # nats per token
+        grad_norm = step_down(loss, optimizer, config.grad_clip)
+        updates.append({"sft_loss": loss.item(), "grad_norm": grad_norm})
     return updates
 
 
-def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, text=None, checkpoint=None,
-                 fingerprint=""):
-    """PPO as config says, into the folder config.run; -> what its result.json holds. reference: the policy to
-    begin with; prompts: {"train", "valid", "test": lists of lists of ids}; text: batches of real text, where
-    a repair wants them."""
-    folder = Path(config.run)
-    task = make_task(reference, scorer, tokenizer, config, dtype)
+def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
+    """An iteration of PPO; -> its figures for log.csv: KL in nats a response, entropy in nats a token."""
+    config = task.config
+
+    # 7.1 rollout
+    batch = prompt_batch(task.prompts["train"], config.batch_size, config.seed, step)
+    r = rollout(task, sampler, batch)
+
+    # 7.2 reward model, at the end of each response
+    scores, _ = score_responses(task, r)                                    # [B]
+    repeated = torch.tensor(shared_repetition(r.responses))                 # [B]
+
+    # 7.3 log-probs and values of the policy that sampled, log-probs of the reference: [B, T]
+    old = evaluate_actions(task, policy, r, value_head)
+
+    # 7.4 reward per token. Detail: KL everywhere, the score at the last token only; rewards are not whitened:
+    # dividing them would change what a nat of KL costs
+    kl_estimate = old["log_prob"] - old["ref_log_prob"]                     # its mean over samples is the KL
+    rewards = -kl_coef * kl_estimate
+    last = r.mask.cumsum(1).argmax(1)                                       # [B]: the end of each response
+    rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(task.device)
+
+    # 7.5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
+    advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
+    token_mask = r.mask > 0
+    unexplained = (returns - old["value"])[token_mask].var() / returns[token_mask].var().clamp(min=1e-8)
+    if config.whiten:
+        advantages = whiten(advantages, r.mask)
+
+    # 7.6 epochs of minibatches, then supervised steps
+    updates = update_policy(task, policy, value_head, optimizer, r,
+                            old | {"advantages": advantages, "returns": returns})
+    if config.sft_every and (step + 1) % config.sft_every == 0:
+        updates += supervised_steps(task, policy, optimizer, step)
+    tokens, n = r.mask.sum(), len(r.mask)
+    metrics = {"reward": scores.mean().item(), "reward_std": scores.std().item(),
+               "kl": old["kl"].sum().item() / n, "kl_estimate": kl_estimate.sum().item() / n,
+               "kl_coef": kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
+               "explained_variance": (1 - unexplained).item(), "length": tokens.item() / n,
+               "distinct_2": distinct(r.responses, 2), "repetition": repeated.mean().item(),
+               "updates": len(updates)}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
+        metrics[name] = sum(values) / len(values)
+    return metrics
+
+
+def train_policy(task, checkpoint=None):
+    """PPO as task.config says, into the folder config.run; -> what its result.json holds."""
+    # 3 what is measured before
+    config, tokenizer, folder = task.config, task.tokenizer, Path(task.config.run)
     before = read_json(folder / "before.json", {}) if checkpoint else {}
     if not before:
-        before = evaluate_policy(task, reference, prompts["test"], config.seed)
+        before = evaluate_policy(task, task.reference, task.prompts["test"], config.seed)
         save_json(folder / "before.json", before)
 
     # 4 model
-    policy = copy.deepcopy(reference).requires_grad_(True).eval()     # no dropout: the first ratio is to be 1
+    policy = copy.deepcopy(task.reference).requires_grad_(True).eval()     # no dropout: the first ratio is 1
     # detail: V(s) is linear in the hidden state, which has read prompt and response, and begins at zero
-    value_head = nn.Linear(policy.lm_head.in_features, 1).to(device)
-    nn.init.zeros_(value_head.weight)
-    nn.init.zeros_(value_head.bias)
-    in_bf16 = dtype == torch.bfloat16 and not policy.recurrent
-    sampler = copy.deepcopy(policy).to(dtype) if in_bf16 else policy        # generation is as fast as memory
+    value_head = nn.Linear(policy.lm_head.in_features, 1).to(task.device)
+    for p in value_head.parameters():
+        nn.init.zeros_(p)
+    in_bf16 = task.dtype == torch.bfloat16 and not policy.recurrent
+    sampler = copy.deepcopy(policy).to(task.dtype) if in_bf16 else policy   # generation is as fast as memory
 
     # 5 optimizer. Detail: epsilon 1e-5 damps Adam's first updates. The value head, at zero, learns faster
     groups = [{"params": list(policy.parameters()), "lr_scale": 1},
               {"params": list(value_head.parameters()), "lr_scale": 10}]
-    optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=task.device.type in ("cpu", "cuda"))
     kl_coef = config.kl_coef
 
     # 6 resume
@@ -648,21 +445,20 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
         kl_coef = checkpoint["kl_coef"]
 
     # 7 loop
-    data.live(f"{config.base} rewarded by {config.scorer}: {len(prompts['train']):,} prompts, {config.steps} "
-              f"iterations, {device.type} {dtype_name(dtype)}, {config.run}", "\n")
+    data.live(f"{config.base} rewarded by {config.scorer}: {len(task.prompts['train']):,} prompts, "
+              f"{config.steps} iterations, {task.device.type} {dtype_name(task.dtype)}, {config.run}", "\n")
     with Run(config, config.steps, checkpoint=checkpoint) as run:
         while True:
             # evaluate, log, save
-            kept = {"value_head": value_head.state_dict(), "kl_coef": kl_coef, "fingerprint": fingerprint}
+            kept = dict(value_head=value_head.state_dict(), kl_coef=kl_coef, fingerprint=task.fingerprint)
             if run.due(run.eval_every):
-                scores = evaluate_policy(task, policy, prompts["valid"], config.seed)
+                scores = evaluate_policy(task, policy, task.prompts["valid"], config.seed)
                 run.log(**{f"eval_{name}": scores[name] for name in EVALUATED})
                 if run.step:                # the best policy has the highest reward - coefficient * KL
                     worth = scores["reward"] - config.kl_coef * scores["kl"]
                     better = run.save(policy, tokenizer, optimizer, loss=-worth, **kept)
-                    data.live(f"{run}  reward {run.metrics['reward']:.2f}  KL {run.metrics['kl']:.2f}  "
-                              f"coefficient {kl_coef:.3f}  evaluated: reward {scores['reward']:.2f}, KL "
-                              f"{scores['kl']:.2f}, distinct-2 {scores['distinct_2']:.2f}"
+                    data.live(f"{run}  coefficient {kl_coef:.3f}  reward {scores['reward']:.2f}  KL "
+                              f"{scores['kl']:.2f}  distinct-2 {scores['distinct_2']:.2f}"
                               + " *" * better, "\n")
                     if config.sample:
                         data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
@@ -675,72 +471,26 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
             if run.step == run.steps:
                 break
 
-            # 7.1 rollout
+            # one iteration
             started = time.perf_counter()
             torch.manual_seed(step_seed(config.seed, run.step))             # responses and minibatches
             lr = get_lr(run.step, run.steps, config.lr, config.warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+            set_lr(optimizer, lr)
             if sampler is not policy:
                 sampler.load_state_dict(policy.state_dict())
-            batch = prompt_batch(prompts["train"], config.batch_size, config.seed, run.step)
-            r = rollout(task, sampler, batch)
-            rolled = time.perf_counter()
-
-            # 7.2 reward model, at the end of each response
-            scores, _ = score_responses(task, r)                            # [B]
-            repeated = torch.tensor(shared_repetition(r.responses))         # [B]
-            scored = time.perf_counter()
-
-            # 7.3 log-probs and values of the policy that sampled, log-probs of the reference: [B, T]
-            old = evaluate_actions(task, policy, r, value_head)
-
-            # 7.4 reward per token. Detail: KL everywhere, the score at the last token only; rewards are not
-            # whitened: dividing them would change what a nat of KL costs
-            kl_estimate = old["log_prob"] - old["ref_log_prob"]             # its mean over samples is the KL
-            rewards = -kl_coef * kl_estimate
-            last = r.mask.cumsum(1).argmax(1)                               # [B]: the end of each response
-            rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(device)
-
-            # 7.5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
-            advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
-            token_mask = r.mask > 0
-            unexplained = (returns - old["value"])[token_mask].var()
-            unexplained = unexplained / returns[token_mask].var().clamp(min=1e-8)
-            if config.whiten:
-                advantages = whiten(advantages, r.mask)
-
-            # 7.6 epochs of minibatches, then supervised steps
-            old |= {"advantages": advantages, "returns": returns}
-            text_step = run.step * (config.update_epochs + 1) * config.batch_size // config.minibatch
-            updates = update_policy(task, policy, value_head, optimizer, r, old, text, text_step)
-            if config.sft_every and (run.step + 1) % config.sft_every == 0:
-                updates += supervised_steps(task, policy, value_head, optimizer, text, text_step)
-
-            # 7.7 KL coefficient, metrics (KL in nats a response, entropy in nats a token)
-            tokens, n = r.mask.sum(), len(r.mask)
-            metrics = {"lr": lr, "reward": scores.mean().item(), "reward_std": scores.std().item(),
-                       "kl": old["kl"].sum().item() / n, "kl_estimate": kl_estimate.sum().item() / n,
-                       "kl_coef": kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
-                       "explained_variance": (1 - unexplained).item(), "length": tokens.item() / n,
-                       "distinct_2": distinct(r.responses, 2) or "",
-                       "repetition": sum(map(repetition, r.responses)) / n, "updates": len(updates),
-                       "seconds_rollout": rolled - started, "seconds_scoring": scored - rolled,
-                       "seconds_update": time.perf_counter() - scored}
-            for name in ("clip_fraction", "policy_loss", "value_loss", "sft_loss", "grad_norm"):
-                values = [update[name] for update in updates if name in update]
-                metrics[name] = sum(values) / len(values) if values else ""
+            metrics = iterate(task, policy, sampler, value_head, optimizer, run.step, kl_coef)
+            run.check_finite(gradient_norm=metrics.get("grad_norm", 0.0))
             if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL begins at 0
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
-            run.add(time.perf_counter() - started, **metrics)
+            run.add(time.perf_counter() - started, lr=lr, **metrics)
             data.live(f"{run}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
 
     # 8 results
     policy.load_state_dict(read_checkpoint(folder / "best.pt")["model"])
-    after = evaluate_policy(task, policy, prompts["test"], config.seed)
+    after = evaluate_policy(task, policy, task.prompts["test"], config.seed)
     if tokenizer.kind == "qwen2":
         save_model(policy, tokenizer, folder)
-    result = run.result(policy, device, dtype) | {
+    result = run.result(policy, task.device, task.dtype) | {
         "base": config.base, "scorer": config.scorer, "before": before, "after": after,
         "rise": (after["reward"] - before["reward"]) / before["reward_std"]}
     report(config, result)
@@ -748,7 +498,7 @@ def train_policy(config, reference, tokenizer, scorer, prompts, device, dtype, t
     return result
 
 
-# ------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------ the report
 
 # prompts of the report, before those of the test split
 NAMED = "Life Begins", "Now I don't", "There are no people like"
@@ -775,8 +525,7 @@ def plot_rewards(rows, path):
 
 
 def reward_hacking_examples(each, badness, n=4):
-    """The n responses that the scorer likes and badness does not: highest sum of both, each in standard
-    deviations."""
+    """The n responses with the highest sum of reward and badness, each in standard deviations."""
     def standard(values):
         values = np.array(values)
         return (values - values.mean()) / max(values.std(), 1e-9)
@@ -791,7 +540,7 @@ def report(config, result):
     adapted = f"adapted to {config.kl_target:g} nats" if config.kl_target else "fixed"
     repairs = [f"KL coefficient {config.kl_coef:g}, {adapted}", f"lr {config.lr:g}"]
     repairs += [f"{name.replace('_', '-')} {getattr(config, name):g}"
-                for name in ("repetition_coef", "sft_coef", "sft_every") if getattr(config, name)]
+                for name in ("repetition_coef", "sft_every") if getattr(config, name)]
     pairs = list(zip(before["each"], after["each"]))[:8]
     lines = [f"# {config.base} with PPO, rewarded by {config.scorer}\n",
              f"{result['steps']} iterations of {config.batch_size} responses of at most "
@@ -817,30 +566,14 @@ def report(config, result):
     write_report(run, lines)
 
 
+# ------------------------------------------------------------------------------------ what a run begins with
+
 def weights_fingerprint(*modules):
     """Tells whether a run that resumes finds the weights that it was started with."""
     crc = 0
     for p in (p for module in modules for p in module.parameters()):
         crc = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
-
-
-def check_fit(config, model, scorer, tokenizer, prompts):
-    """UserError for prompts that are too few or too long, and for a scorer that cannot read what the policy
-    writes."""
-    longest, limit = max(map(len, prompts)), context_length(model)
-    if longest + config.response_tokens > limit:
-        raise UserError(f"a prompt of {longest} tokens and a response of {config.response_tokens} do not fit "
-                        f"the base's context of {limit}; take a smaller --response-tokens, or a base with a "
-                        "larger --block-size")
-    if len(prompts) < config.batch_size:
-        raise UserError(f"{len(prompts)} prompts are too few for a --batch-size of {config.batch_size}")
-    pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(tokenizer.decode(prompt))]
-    unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
-    if unknown > 0.3:
-        raise UserError(f"{config.base} and {config.scorer} do not fit: the scorer does not know "
-                        f"{unknown:.0%} of the words of the prompts. Train one on the same reviews: python "
-                        f"ppo.py --train-reward --data {config.data}")
 
 
 def resolve_defaults(config, tokenizer):
@@ -855,9 +588,26 @@ def resolve_defaults(config, tokenizer):
                         f"{config.minibatch}")
 
 
+def check_fit(task):
+    config, prompts, scorer = task.config, task.prompts["train"], task.scorer
+    longest, limit = max(map(len, prompts)), context_length(task.reference)
+    if longest + config.response_tokens > limit:
+        raise UserError(f"a prompt of {longest} tokens and a response of {config.response_tokens} do not fit "
+                        f"the base's context of {limit}; take a smaller --response-tokens, or a base with a "
+                        "larger --block-size")
+    if len(prompts) < config.batch_size:
+        raise UserError(f"{len(prompts)} prompts are too few for a --batch-size of {config.batch_size}")
+    pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(task.tokenizer.decode(prompt))]
+    unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
+    if unknown > 0.3:
+        raise UserError(f"{config.base} and {config.scorer} do not fit: the scorer does not know "
+                        f"{unknown:.0%} of the words of the prompts. Train one on the same reviews: python "
+                        f"ppo.py --train-reward --data {config.data}")
+
+
 def open_task(config, device, dtype, checkpoint):
-    """What train_policy needs beside config, as its keyword arguments; UserError for what does not go
-    together, and where a run that resumes does not find the weights that it was started with."""
+    """UserError for what does not go together or, where a run resumes, is not what it was started with."""
+    # the reference's gradients stay on, though nobody asks for them: autocast casts such weights once
     reference, tokenizer, _ = load_run(config.base, device, torch.float32)
     if not checkpoint:
         resolve_defaults(config, tokenizer)
@@ -866,31 +616,226 @@ def open_task(config, device, dtype, checkpoint):
     named = [] if is_embedded(tokenizer) else [encode_prompt(tokenizer, text) for text in NAMED]
     prompts["test"] = (named + prompts["test"])[:config.held_out]
     prompts["valid"] = prompts["valid"][:config.held_out]
-    check_fit(config, reference, scorer, tokenizer, prompts["train"])
-    weights = f"{weights_fingerprint(reference, scorer)} {zlib.crc32(repr(prompts).encode()):08x}"
-    if checkpoint and checkpoint.get("fingerprint") != weights:
+    task = Task(config, reference, tokenizer, scorer, prompts, device, dtype)
+    check_fit(task)
+    task.fingerprint = f"{weights_fingerprint(reference, scorer)} {zlib.crc32(repr(prompts).encode()):08x}"
+    if checkpoint and checkpoint.get("fingerprint") != task.fingerprint:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
                         f"{config.run} was started with; restore them, or start a new run")
     n = count_parameters(reference)
     if (needed := n * (26 if dtype == torch.bfloat16 else 20)) > 1e9:
         print(f"{n:,} parameters: PPO needs {needed / 1e9:.0f} GB of memory for the policy, its moments and "
               "gradients, and the reference, beside what a minibatch keeps", file=sys.stderr)
-    text = None
-    if config.sft_coef or config.sft_every:
+    if config.sft_every:
         ids = data.load(config.data, tokenizer, splits=("train",)).ids["train"]
-        text = data.batches_of(reference, ids, config.minibatch,
-                               min(context_length(reference), 8 + config.response_tokens), config.seed)
-    return dict(reference=reference, tokenizer=tokenizer, scorer=scorer, prompts=prompts, text=text,
-                fingerprint=weights)
+        block_size = min(context_length(reference), 8 + config.response_tokens)
+        task.text = data.batches_of(reference, ids, config.minibatch, block_size, config.seed)
+    return task
 
 
-# ----------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------- training a scorer
+
+# from scratch, by corpus; from a pretrained encoder (searched on MiniLM-L6)
+SCORER = {"reviews": dict(lr=1e-3, epochs=1.0), "imdb": dict(lr=1e-3, epochs=3.0),
+          "encoder": dict(lr=1e-4, epochs=2.0)}
+
+
+def by_corpus(name):
+    values = [f"{defaults[name]:g} for {corpus}" for corpus, defaults in SCORER.items()]
+    return f"(default: {', '.join(values[:-1])}, {SCORER['encoder'][name]:g} with --encoder)"
+
+
+@dataclass
+class RewardConfig(RunOptions):
+    """Train a sentiment scorer for ppo.py: a small one from scratch, or a pretrained encoder."""
+    script = "python ppo.py --train-reward"
+    train_reward: bool = option(False, "this")
+    data: str = option("reviews", "the labelled texts", choices=REVIEWS)
+    encoder: str = option(None, "a DistilBERT to begin with, under a new head: a folder, or its name on the "
+                                "hub, as distilbert-base-uncased (0.3 GB; default: none, from scratch)")
+    epochs: float = option(None, f"passes over the texts {by_corpus('epochs')}")
+    lr: float = option(None, f"highest learning rate {by_corpus('lr')}")
+    batch_size: int = option(32, "texts of a batch")
+    log_every: int = option(50, "steps between rows of log.csv")
+
+
+class TextBatches:
+    """Batches of texts of like length, to save padding; in every epoch, each text is read once: as much of it
+    as fits, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored
+    is short. `batch(step)` depends on nothing but (seed, step). texts: [(ids, label 0 or 1)]."""
+
+    def __init__(self, scorer, texts, batch_size, seed):
+        self.scorer, self.texts, self.batch_size, self.seed = scorer, texts, batch_size, seed
+        fits = scorer.config.max_position_embeddings - 2
+        pieces = sum(min(len(ids), fits) + min(len(ids), 32) for ids, _ in texts) / len(texts) / 2
+        self.steps_per_epoch, self.tokens = len(texts) // batch_size, batch_size * round(pieces)   # roughly
+        if self.steps_per_epoch < 1:
+            raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
+
+    @lru_cache(1)                                               # of one epoch at a time
+    def plan(self, epoch):
+        """The batches of an epoch as lists of (ids, label)."""
+        rng, crops = random.Random(f"{self.seed} {epoch}"), []
+        for k in rng.sample(range(len(self.texts)), self.steps_per_epoch * self.batch_size):
+            ids, label = self.texts[k]
+            size = len(ids) if (k + epoch) % 2 else min(len(ids), rng.randint(4, 60))
+            start = rng.randint(0, len(ids) - size)
+            crops.append((ids[start:start + size], label))
+        batches = []
+        for at in range(0, len(crops), 32 * self.batch_size):
+            near = sorted(crops[at:at + 32 * self.batch_size], key=lambda crop: len(crop[0]))
+            batches += [near[b:b + self.batch_size] for b in range(0, len(near), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+    def batch(self, step):
+        """-> tokens [B, T], labels [B]."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        texts, labels = zip(*self.plan(epoch)[k])
+        return self.scorer.batch(texts), torch.tensor(labels)
+
+
+def evaluate_scorer(scorer, texts, device, dtype):
+    """The mean cross-entropy and the accuracy on [(ids, label)]."""
+    data.live(f"scoring {len(texts):,} texts")
+    with autocast(device, dtype):
+        logits = scorer.classify([ids for ids, _ in texts])
+    labels = torch.tensor([label for _, label in texts])
+    nll = F.cross_entropy(logits, labels).item()
+    return {"nll": nll, "accuracy": (logits.argmax(-1) == labels).float().mean().item()}
+
+
+def new_scorer(tokenizer, device):
+    """A scorer with BERT's initial weights, but for the embeddings: wider ones learn too slowly."""
+    scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
+    for name, p in scorer.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, 0.0, 0.02 if "embeddings" in name else p.shape[1] ** -0.5)
+    return scorer
+
+
+def train_reward(config, device, dtype, checkpoint=None):
+    """Train a scorer on labelled reviews, into config.run: a folder in the hub's layout."""
+    # 3 data
+    data.live("reading the texts")
+    reviews = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
+
+    # 4 model
+    torch.manual_seed(config.seed)
+    if checkpoint:
+        tokenizer = tokenizer_from(checkpoint["tokenizer"])
+        scorer = Scorer(ScorerConfig(**checkpoint["config"]), tokenizer).to(device)
+    elif config.encoder:
+        scorer = load_scorer(config.encoder, device, new_head=True)
+    else:
+        scorer = new_scorer(build_wordpiece(text for text, _ in reviews["train"]), device)
+    texts = {split: [(scorer.tokenizer.encode(text), label) for text, label in pairs]
+             for split, pairs in reviews.items()}
+    batches = TextBatches(scorer, texts["train"], config.batch_size, config.seed)
+    fingerprint = f"{zlib.crc32(repr(texts['train']).encode()):08x}"
+    if checkpoint and checkpoint.get("fingerprint") != fingerprint:
+        raise UserError(f"{config.data} is not the text that the run in {config.run} was started with")
+
+    # 5 optimizer
+    optimizer = configure_optimizer(scorer, config.lr, weight_decay=0.01)
+    steps = max(1, round(config.epochs * batches.steps_per_epoch))
+
+    # 6 resume
+    if checkpoint:
+        scorer.load_state_dict(checkpoint["model"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
+
+    # 7 loop
+    data.live(f"a scorer of {count_parameters(scorer):,} parameters on {len(texts['train']):,} texts of "
+              f"{config.data}, {steps} steps, {device.type} {dtype_name(dtype)}, {config.run}", "\n")
+    scorer.train()
+    with Run(config, steps, batches, checkpoint, evaluations=10) as run:
+        while True:
+            # evaluate, log, save
+            if run.due(run.eval_every):
+                scores = evaluate_scorer(scorer, texts["valid"], device, dtype)
+                run.check_finite(validation_loss=scores["nll"])
+                row = run.log(val_loss=scores["nll"], val_accuracy=scores["accuracy"])
+                if run.step:
+                    better = run.save(scorer, scorer.tokenizer, optimizer, loss=scores["nll"],
+                                      fingerprint=fingerprint)
+                    data.live(f"{run}  loss {row['train_loss']:.3f}  validation loss {scores['nll']:.3f}"
+                              f"{' *' if better else ''}, accuracy {scores['accuracy']:.1%}", "\n")
+            elif run.due(config.log_every):
+                run.log()
+            if run.stopping:                        # without an evaluation: nothing differs after a resume
+                if run.step:
+                    run.save(scorer, scorer.tokenizer, optimizer, fingerprint=fingerprint)
+                run.leave()
+            if run.step == run.steps:
+                break
+
+            # one step
+            started = time.perf_counter()
+            torch.manual_seed(step_seed(config.seed, run.step))                     # of dropout
+            lr = get_lr(run.step, run.steps, config.lr, min(100, max(1, steps // 10)))
+            set_lr(optimizer, lr)
+            tokens, labels = (part.to(device) for part in batches.batch(run.step))  # [B, T], [B]
+            with autocast(device, dtype):
+                loss = F.cross_entropy(scorer(tokens).float(), labels)
+            grad_norm = step_down(loss, optimizer, config.grad_clip)
+            run.check_finite(loss=loss.item(), gradient_norm=grad_norm)
+            run.add(time.perf_counter() - started, loss.item(), lr=lr, grad_norm=grad_norm)
+            data.live(f"{run}  loss {loss.item():.3f}")
+
+    # 8 results
+    scorer.load_state_dict(read_checkpoint(run.folder / "best.pt")["model"])
+    save_scorer(scorer, run.folder)
+    complete = evaluate_scorer(scorer, texts["test"], device, dtype)["accuracy"]
+    short = [(ids[:32], label) for ids, label in texts["test"]]
+    beginning = evaluate_scorer(scorer, short, device, dtype)["accuracy"]
+    result = run.result(scorer, device, dtype) | {"held_out": len(short), "accuracy": complete,
+                                                  "accuracy_first_32": beginning}
+    save_json(run.folder / "result.json", result)
+    for path in run.folder.glob("*.pt"):                            # the folder is the scorer now
+        path.unlink()
+    print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
+          f"texts {complete:.1%}, on their first 32 pieces {beginning:.1%}, {run.seconds:.0f} s")
+    print(f"written to {config.run}")
+
+
+# -------------------------------------------------------------------------- log-probabilities in less memory
+
+class TokenLogProb(torch.autograd.Function):
+    """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is
+    onehot(action) - softmax, so softmax is all that is kept, in place of the logits. (A loss that needs all
+    of the distribution, as an entropy bonus, takes all_log_probs of the same hidden states, within autocast.)
+    hidden [N, D], weight [V, D], bias [V] or None, actions [N]; suppressed: ids that have probability 0.
+    Products and softmax are in hidden's dtype."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, actions, suppressed):
+        w = weight.to(hidden.dtype)
+        logits = F.linear(hidden, w, None if bias is None else bias.to(w.dtype))
+        p = torch.softmax(logits.index_fill_(1, suppressed, -math.inf), -1, out=logits)
+        ctx.save_for_backward(hidden, w, p, actions)
+        p_action = p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32))
+        return p_action.clamp(min=1e-38).log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, w, p, actions = ctx.saved_tensors
+        grad = grad.to(p.dtype)
+        d_logits = p.mul_(-grad[:, None])                                   # usable once
+        d_logits[torch.arange(len(grad), device=grad.device), actions] += grad
+        d_bias = d_logits.sum(0) if ctx.needs_input_grad[2] else None
+        return d_logits @ w, d_logits.t() @ hidden, d_bias, None, None
+
+
+# ---------------------------------------------------------------------------------------------- command line
 
 def main(argv=None):
     # 1 options
     argv = sys.argv[1:] if argv is None else argv
     train_a_scorer = "--train-reward" in argv
-    config, given = data.parse_args(RewardConfig if train_a_scorer else Config, argv, EXAMPLES)
+    examples = "examples:\n" + __doc__.split("\n\n")[1]
+    config, given = data.parse_args(RewardConfig if train_a_scorer else Config, argv, examples)
     if data.WORLD > 1:
         raise UserError("ppo.py runs in one process; start it without torchrun")
     default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{data.file_name(config.base)}"
@@ -906,8 +851,7 @@ def main(argv=None):
     dtype = pick_dtype(config.dtype, device)
     if train_a_scorer:
         return train_reward(config, device, dtype, checkpoint)
-    result = train_policy(config, **open_task(config, device, dtype, checkpoint), device=device, dtype=dtype,
-                          checkpoint=checkpoint)
+    result = train_policy(open_task(config, device, dtype, checkpoint), checkpoint)
     before, after = result["before"], result["after"]
     print(f"{config.base} rewarded by {config.scorer}: reward {before['reward']:.2f} before, "
           f"{after['reward']:.2f} after ({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} "

@@ -22,8 +22,8 @@ at spaces and punctuation; each word then is cut, from its left end, into the lo
 vocabulary has, those inside a word marked with ##. Qwen2's is byte-pair encoding (Sennrich et al. 2016),
 through tiktoken.
 
-Where each is: the format, read_header, read_safetensors, write_safetensors; the hub, repo_folder; Qwen2,
-read_config, load_weights, Qwen2Tokenizer; DistilBERT, load_scorer; WordPiece, basic_words, WordPiece.pieces.
+Where each is: the format, read_header, read_safetensors, write_safetensors; the hub, repo_folder; weights,
+fill; Qwen2, read_config, Qwen2Tokenizer; DistilBERT, scorer_config; WordPiece, basic_words, WordPiece.pieces.
 
     model, tokenizer = load_model("path/of/Qwen2-0.5B")   # a folder in the hub's layout, or a name on the hub
     scorer = load_scorer("lvwerra/distilbert-imdb")
@@ -54,10 +54,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000                        # bytes; the limit of the format's reference reader
 
 
+def need(holds, what):
+    if not holds:
+        raise ValueError(what)
+
+
 def no_duplicates(pairs):
     out = dict(pairs)
-    if len(out) < len(pairs):
-        raise ValueError("a name occurs twice in its header")
+    need(len(out) == len(pairs), "a name occurs twice in its header")
     return out
 
 
@@ -66,61 +70,54 @@ def read_header(f):
     start of the file. ValueError, saying what is wrong, unless everything holds that the format demands."""
     size = os.fstat(f.fileno()).st_size
     length = int.from_bytes(f.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
-        raise ValueError(f"it should have a header of {length} bytes, but the whole file has {size}")
+    need(8 <= size and length <= min(size - 8, MAX_HEADER),
+         f"it should have a header of {length} bytes, but the file has {size}")
     raw = f.read(length)
+    need(raw.startswith(b"{"), "its header does not begin with {")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"its header is not JSON ({type(e).__name__})") from e
-    if not raw.startswith(b"{"):
-        raise ValueError("its header does not begin with {")
+    except RecursionError as e:
+        raise ValueError("its header is not JSON") from e
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its __metadata__ is not a table of texts")
-    found, data_start = {}, 8 + length
+    need(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()),
+         "its __metadata__ is not a table of texts")
+    found, at = {}, 8 + length
     for name, info in header.items():
-        if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"{name!r} in its header is not described by dtype, shape and data_offsets")
-        shape, offsets = info["shape"], info["data_offsets"]
-        if not isinstance(info["dtype"], str) or info["dtype"] not in DTYPES:
-            raise ValueError(f"{name!r} has the dtype {info['dtype']!r}; known here are {' '.join(DTYPES)}")
+        need(isinstance(info, dict) and info.keys() == {"dtype", "shape", "data_offsets"},
+             f"{name!r} in its header is not described by dtype, shape and data_offsets")
+        kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        need(isinstance(kind, str) and kind in DTYPES,
+             f"{name!r} has the dtype {kind!r}; known here are {' '.join(DTYPES)}")
         for numbers in (shape, offsets):
-            if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-                raise ValueError(f"{name!r} has a shape or offsets that are not lists of whole numbers")
-        dtype = DTYPES[info["dtype"]]
-        if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name!r} lies at {offsets}, which its shape {shape} and dtype {info['dtype']} "
-                             "contradict")
-        found[name] = dtype, shape, data_start + offsets[0], data_start + offsets[1]
-    at = data_start
+            need(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers),
+                 f"{name!r} has a shape or offsets that are not lists of whole numbers")
+        dtype = DTYPES[kind]
+        need(len(offsets) == 2 and offsets[1] - offsets[0] == math.prod(shape) * dtype.itemsize,
+             f"{name!r} lies at {offsets}, which its shape {shape} and dtype {kind} contradict")
+        found[name] = dtype, shape, at + offsets[0], at + offsets[1]
     for name, (_, _, begin, end) in sorted(found.items(), key=lambda item: item[1][2:]):
-        if begin != at:
-            raise ValueError(f"the bytes of {name!r} begin at {begin}, but those before them end at {at}")
+        need(begin == at, f"the bytes of {name!r} begin at {begin}, but those before them end at {at}")
         at = end
-    if at != size:
-        raise ValueError(f"its last tensor ends at byte {at}, the file at {size}")
+    need(at == size, f"its last tensor ends at byte {at}, the file at {size}")
     return found, metadata
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file, each read straight into memory of its own; ValueError that names
-    the file and the fault."""
+    """{name: tensor} of a safetensors file; ValueError that names the file and the fault."""
     tensors = {}
     try:
         with open(path, "rb") as f:
+            need(f.read(11) != b"version htt", "it is git-lfs's pointer to one: git lfs pull")
+            f.seek(0)
             header, _ = read_header(f)
             for name, (dtype, shape, begin, end) in header.items():
                 tensors[name] = torch.empty(shape, dtype=dtype)
                 raw = tensors[name].view(-1).view(torch.uint8)
                 f.seek(begin)
-                if f.readinto(raw.numpy()) != end - begin:
-                    raise ValueError(f"it ends inside {name!r}")
-                if dtype == torch.bool and (raw > 1).any():
-                    raise ValueError(f"{name!r} has truth values other than 0 and 1")
+                need(f.readinto(raw.numpy()) == end - begin, f"it ends inside {name!r}")
+                need(dtype != torch.bool or not (raw > 1).any(), f"{name!r} has truth values beyond 0 and 1")
     except (ValueError, RuntimeError) as e:                     # RuntimeError: shapes beyond torch's counting
-        raise ValueError(f"{path} is not a complete safetensors file: {e}. Delete it and fetch it "
-                         "again") from e
+        raise ValueError(f"{path} is not a complete safetensors file: {e}. Fetch it again") from e
     return tensors
 
 
@@ -180,15 +177,17 @@ def cached_folder(name):
     return None
 
 
-def repo_folder(name):
+def repo_folder(name, read=None):
     """The local folder of a hub repository (or of a folder, itself): the user's Hugging Face cache, or
-    data/hub, into which what is missing is downloaded: the configuration, the weights and the tokenizer."""
+    data/hub, into which what is missing is downloaded: the configuration, which read(folder) may refuse, then
+    the weights and the tokenizer."""
     here = Path(name)
     if re.fullmatch(r"distilbert-[\w-]+", str(name)) and not here.exists():
         name = f"distilbert/{name}"                             # the hub's first names had no owner
-    if (here / "config.json").exists() or here.is_dir() and not re.fullmatch(REPOSITORY, str(name)):
+    repository = re.fullmatch(REPOSITORY, str(name)) and ".." not in str(name)
+    if (here / "config.json").exists() or here.is_dir() and not repository:
         return here
-    if not re.fullmatch(REPOSITORY, str(name)) or ".." in str(name):
+    if not repository:
         raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
     folder = data_dir() / "hub" / name
     if (folder / ".complete").exists():                            # everything is there: no network is needed
@@ -200,18 +199,19 @@ def repo_folder(name):
         """The first of these files that there is; None if there is none."""
         for file in names:
             with suppress(NotFound):
-                if not (folder / file).exists():
-                    download(f"{HUB}/{name}/resolve/main/{file}", folder / file)
+                download(f"{HUB}/{name}/resolve/main/{file}", folder / file)
                 return file
         return None
     try:
         if not fetch("config.json"):
             raise UserError(f"the hub has no config.json for {name}; is the name right?")
     except UserError as e:
-        if here.is_dir():
-            raise UserError(f"the folder {name} holds no model that can be read here ({contents(here)}); and "
-                            f"as a name on the hub: {e}") from e
-        raise
+        if not here.is_dir():
+            raise
+        raise UserError(f"the folder {name} holds no model that can be read here ({contents(here)}); and as "
+                        f"a name on the hub: {e}") from e
+    if read:
+        read(folder)
     weights = fetch("model.safetensors", "model.safetensors.index.json",
                     "pytorch_model.bin", "pytorch_model.bin.index.json")
     if weights and weights.endswith(".index.json"):
@@ -226,8 +226,7 @@ def repo_folder(name):
 
 
 def weight_files(folder):
-    """The files that hold a checkpoint's weights: safetensors, whole or in shards, or else PyTorch's own
-    format."""
+    """The files that hold the weights: safetensors, in one or in shards, or else PyTorch's own format."""
     folder = Path(folder)
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = whole + ".index.json"
@@ -241,12 +240,11 @@ def weight_files(folder):
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 
-def read_parameters(model, folder, prefix, device="cpu", dtype=None, passed_over=()):
-    """{name: tensor} of a hub folder's weights, under the names of `model` (which may be on the meta device):
-    the hub's without their prefix; dtype None keeps that of the file; without names that begin as one of
-    `passed_over`. UserError for a tensor that the model does not have, or has in another shape."""
-    wanted = {name: p.shape for name, p in model.state_dict().items()}
-    state = {}
+def fill(model, folder, prefix, device, dtype, new=()):
+    """Give a model on the meta device the weights of a hub folder, whose names have a prefix; dtype None
+    keeps that of the files. What begins with one of `new` is passed over in the files and gets BERT's initial
+    weights. UserError unless the files have exactly the model's parameters, each in its shape."""
+    wanted, state = model.state_dict(), {}
     for path in weight_files(folder):
         try:
             tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
@@ -254,23 +252,37 @@ def read_parameters(model, folder, prefix, device="cpu", dtype=None, passed_over
         except FileNotFoundError as e:
             raise UserError(f"{path} is missing; fetch it again") from e
         except Exception as e:                                              # damaged in any of many ways
-            if path.name in str(e):
-                raise UserError(str(e)) from e
-            raise UserError(f"{path} cannot be read ({type(e).__name__}); fetch it again") from e
+            named = str(e) if path.name in str(e) else f"{path} cannot be read ({type(e).__name__})"
+            raise UserError(named) from e
         for name in list(tensors):
             tensor = tensors.pop(name)                          # converted one by one: never two whole copies
             ours = name.removeprefix(prefix)
             # old files keep these constants too
-            if ours.startswith(passed_over) or name.endswith(("rotary_emb.inv_freq", "position_ids")):
+            if new and ours.startswith(new) or name.endswith(("rotary_emb.inv_freq", "position_ids")):
                 continue
+            if not tensor.is_floating_point():
+                raise UserError(f"{path} has {name}, packed integers of a quantized model: take another one")
             if ours not in wanted or ours in state:
                 what = "is there twice" if ours in state else "is no parameter of this model"
                 raise UserError(f"{path} has {name}, which {what}")
-            if tensor.shape != wanted[ours]:
+            if tensor.shape != wanted[ours].shape:
                 raise UserError(f"{path} has {name} in the shape {list(tensor.shape)}; by its config.json it "
-                                f"should be {list(wanted[ours])}")
+                                f"should be {list(wanted[ours].shape)}")
             state[ours] = tensor.to(device=device, dtype=dtype)
-    return state
+    if new:
+        state |= {name: torch.randn(p.shape, device=device) * 0.02 * (p.dim() == 2)
+                  for name, p in model.named_parameters() if name.startswith(new)}
+    tied = getattr(model.config, "tied", False) and "embed_tokens.weight" in state
+    if tied and not torch.equal(state.setdefault("lm_head.weight", state["embed_tokens.weight"]),
+                                state["embed_tokens.weight"]):
+        raise UserError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is "
+                        "another matrix")
+    if missing := [name for name in wanted if name not in state]:
+        raise UserError(f"{folder} lacks {len(missing)} parameters: {prefix}{', '.join(missing[:3])}")
+    model.load_state_dict(state, assign=True)
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.requires_grad_(True).eval()
 
 
 # ------------------------------------------------------------------------------------------------------ Qwen2
@@ -284,24 +296,21 @@ def read_config(folder):
     """config.json of a Qwen2 or Qwen2.5 checkpoint -> TransformerConfig. UserError, by name, for what is not
     implemented here: it would be wrong to ignore it."""
     c = read_json(Path(folder) / "config.json")
-
-    def refuse(what):
-        raise UserError(f"{folder}/config.json says {what}, which is not implemented here")
-    if "quantization_config" in c:
-        refuse("quantization_config: a quantized model")
-    if c.get("model_type") != "qwen2":
-        refuse(f"model_type {c.get('model_type')!r} (known: 'qwen2')")
-    if c.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {c['hidden_act']!r}")
-    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
-        refuse("use_sliding_window")
     # transformers 5 writes the one, 4 the other
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        refuse(f"rope scaling {kind!r}")
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    sliding = c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ())
+    head_dims = None, c.get("hidden_size", 0) // c.get("num_attention_heads", 1)
+    for implemented, what in (
+            ("quantization_config" not in c, "quantization_config: a quantized model"),
+            (c.get("model_type") == "qwen2", f"model_type {c.get('model_type')!r} (known: 'qwen2')"),
+            (c.get("hidden_act", "silu") == "silu", f"hidden_act {c.get('hidden_act')!r}"),
+            (not sliding, "use_sliding_window"), (scaling == "default", f"rope scaling {scaling!r}"),
+            (c.get("head_dim") in head_dims, f"head_dim {c.get('head_dim')}")):
+        if not implemented:
+            raise UserError(f"{folder}/config.json says {what}, which is not implemented here")
     try:
-        config = TransformerConfig(
+        return TransformerConfig(
             vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"],
             n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
             n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
@@ -310,29 +319,13 @@ def read_config(folder):
             tied=bool(c.get("tie_word_embeddings", False)))
     except KeyError as e:
         raise UserError(f"{folder}/config.json does not say {e}") from e
-    if c.get("head_dim") not in (None, config.n_embd // config.n_head):
-        refuse(f"head_dim {c['head_dim']}")
-    return config
 
 
 def load_weights(folder, device="cpu", dtype=None):
-    """The model of a hub folder, in eval mode; dtype None keeps that of the file. UserError unless the file
-    has exactly the parameters of its config.json, each in its shape."""
-    config = read_config(folder)
+    """The model of a hub folder, in eval mode; dtype None keeps that of the file."""
     with torch.device("meta"):
-        model = Transformer(config)                                # no memory yet: the file's tensors move in
-    state = read_parameters(model, folder, "model.", device, dtype)
-    if config.tied and "embed_tokens.weight" in state:
-        state.setdefault("lm_head.weight", state["embed_tokens.weight"])
-    if missing := [hub_name(name) for name in model.state_dict() if name not in state]:
-        raise UserError(f"{folder} lacks {len(missing)} parameters: {', '.join(missing[:3])}")
-    if config.tied and not torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):
-        raise UserError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is "
-                        "another matrix")
-    model.load_state_dict(state, assign=True)
-    if config.tied:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.requires_grad_(True).eval()
+        model = Transformer(read_config(folder))                   # no memory yet: the file's tensors move in
+    return fill(model, folder, "model.", device, dtype)
 
 
 def save_weights(model, folder):
@@ -365,12 +358,12 @@ def byte_letters():
 
 
 class Qwen2Tokenizer:
-    """Qwen2's byte-pair encoding, through tiktoken. The text is brought into Unicode's NFC form first; added
-    tokens (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters:
-    id}, merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the
-    model, which may have ids that stand for nothing, stops: ids that end a text (None: <|endoftext|> alone);
-    special: the added tokens that its files call special (None: all); chat_template: an instruction-tuned
-    model's, or None. UserError if the ids are not in the order of the merges, as tiktoken needs them."""
+    """Qwen2's byte-pair encoding, through tiktoken, of the text in Unicode's NFC form; added tokens
+    (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters: id},
+    merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the model,
+    which may have ids that stand for nothing; stops: ids that end a text (None: <|endoftext|>), special: the
+    added tokens that its files call so (None: all), chat_template: an instruction-tuned model's, or None.
+    UserError if the ids are not in the order of the merges, as tiktoken needs them."""
     kind = "qwen2"
 
     def __init__(self, vocab, merges, added, vocab_size, stops=None, special=None, chat_template=None):
@@ -385,6 +378,9 @@ class Qwen2Tokenizer:
                                           special_tokens=added)
         self.special, self.chat_template = sorted(added) if special is None else special, chat_template
         self.known = set(ranks.values()) | set(added.values())
+        if max(self.known) >= vocab_size:
+            raise UserError(f"a tokenizer has the id {max(self.known)}, but its model only those below "
+                            f"{vocab_size}: they do not belong together")
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
         self.eos, self.begin = added[SEPARATOR], []             # its texts begin with nothing
         self.stops = sorted({self.eos} if stops is None else stops)
@@ -415,14 +411,10 @@ def read_tokenizer(folder, vocab_size):
     """The tokenizer of a hub folder: vocab.json and merges.txt, or tokenizer.json; all added tokens that its
     files list; the tokens that end a text, by generation_config.json or config.json."""
     folder = Path(folder)
-
-    def optional(file):
-        return read_json(folder / file, {})
-    whole = optional("tokenizer.json")
+    whole, config, more, generation = (read_json(folder / name, {}) for name in (
+        "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json"))
     try:
         if (folder / "vocab.json").exists():
-            if not (folder / "merges.txt").exists():
-                raise UserError(f"{folder / 'merges.txt'} is not there; vocab.json is of no use without it")
             vocab = read_json(folder / "vocab.json")
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line for line in lines if line and not line.startswith("#version")]
@@ -431,29 +423,28 @@ def read_tokenizer(folder, vocab_size):
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
         else:
             raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt, no tokenizer.json")
-        added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
-        config = optional("tokenizer_config.json")
         listed = config.get("added_tokens_decoder", {})
-        added |= {token["content"]: int(i) for i, token in listed.items()} | optional("added_tokens.json")
-        added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
-        stops = (optional("generation_config.json") or optional("config.json")).get("eos_token_id")
-        stops = [stops] if isinstance(stops, int) else stops
-        described = [*whole.get("added_tokens", ()), *listed.values()]
+        described = [*whole.get("added_tokens", ()), *(token | {"id": int(i)} for i, token in listed.items())]
         special = sorted({t["content"] for t in described if t.get("special")}) if described else None
-        template = config.get("chat_template")
+        added = {token["content"]: token["id"] for token in described} | more
+        added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
+        stops = (generation or read_json(folder / "config.json", {})).get("eos_token_id")
+        template, written = config.get("chat_template"), folder / "chat_template.jinja"
         if isinstance(template, list):                                      # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
-        if (folder / "chat_template.jinja").exists():                       # as transformers 5 writes it
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        return Qwen2Tokenizer(vocab, merges, added, vocab_size, stops, special, template)
+        if written.exists():                                                # as transformers 5 writes it
+            template = written.read_text(encoding="utf-8")
+        return Qwen2Tokenizer(vocab, merges, added, vocab_size, [stops] if isinstance(stops, int) else stops,
+                              special, template)
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename} is not there; vocab.json is of no use without it") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind "
                         f"({type(e).__name__}: {e})") from e
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write vocab.json, merges.txt and tokenizer_config.json as transformers' AutoTokenizer opens them, and
-    the end tokens."""
+    """Write what transformers' AutoTokenizer opens, and the end tokens."""
     folder = Path(folder)
     plain = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0],
@@ -471,7 +462,7 @@ def save_tokenizer(tokenizer, folder):
 
 def load_model(name, device="cpu", dtype=None):
     """A Qwen2 repository or folder -> (model in eval mode, tokenizer). dtype None keeps that of the files."""
-    folder = repo_folder(name)
+    folder = repo_folder(name, read_config)
     model = load_weights(folder, device, dtype)
     return model, read_tokenizer(folder, model.config.vocab_size)
 
@@ -490,8 +481,7 @@ IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 
 
 @lru_cache(None)
 def clean(ch):
-    """Any white space as a space; without control and private characters; a Chinese character is a word of
-    its own."""
+    """White space as a space; no control and private characters; a Chinese character is a word."""
     if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z":
         return " "
     if ch in "\0\ufffd" or unicodedata.category(ch) in ("Cc", "Cf", "Co", "Cs"):
@@ -507,8 +497,7 @@ def apart(ch):
 
 
 def basic_words(text, lower=True):
-    """BERT's basic tokenisation: a text as words and punctuation marks. lower: without capitals and
-    accents."""
+    """A text as words and punctuation marks, as BERT reads it. lower: without capitals and accents."""
     text = "".join(map(clean, text))
     if lower:                                                   # character by character: a last sigma, too
         text = unicodedata.normalize("NFD", text)
@@ -530,8 +519,7 @@ class WordPiece:
 
     @lru_cache(500_000)
     def pieces(self, word):
-        """The ids of one word: the longest piece that it begins with, then the longest of the rest, and so
-        on."""
+        """The ids of one word: the longest piece that it begins with, then the longest of the rest, ..."""
         ids, start = [], 0
         while start < len(word) <= 100:
             end = next((e for e in range(len(word), start, -1)
@@ -588,36 +576,37 @@ def positive_label(config, folder):
 HEADS = ("pre_classifier", "classifier", "vocab_")          # what stands on an encoder, in the hub's files
 
 
-def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
-    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what
-    --train-reward writes is one) or the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval
-    mode. UserError for what is not one. new_head: any DistilBERT, as distilbert-base-uncased; the heads of
-    its file are passed over, and it gets a classification head with BERT's initial weights."""
-    if not Path(name).is_dir() and Path(name).parent.name == "runs":
-        raise UserError(f"there is no scorer at {name}. "
-                        f"Train one first: python ppo.py --train-reward --data reviews --run {name}")
-    folder = repo_folder(name)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no scorer: there is no config.json. "
-                        "Train one: python ppo.py --train-reward --data reviews --run FOLDER")
-    c = read_json(folder / "config.json")
+def scorer_config(folder, new_head=False):
+    """config.json of a DistilBERT -> ScorerConfig. UserError for what is not one, or has not two labels."""
+    c = read_json(Path(folder) / "config.json")
     known = c.get("model_type") == "distilbert" and c.get("activation", "gelu") == "gelu"
     if not known or c.get("sinusoidal_pos_embds"):
         raise UserError(f"{folder}/config.json describes a {c.get('model_type')} model that is not "
                         "implemented; a scorer is a DistilBERT with GELU and learned positions, as "
                         "lvwerra/distilbert-imdb")
     try:
-        config = ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"],
-                              c.get("max_position_embeddings", 512), c.get("dropout", 0.1),
-                              1 if new_head else positive_label(c, folder))
-        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return ScorerConfig(c["vocab_size"], c["dim"], c["hidden_dim"], c["n_layers"], c["n_heads"],
+                            c.get("max_position_embeddings", 512), c.get("dropout", 0.1),
+                            1 if new_head else positive_label(c, folder))
     except KeyError as e:
         raise UserError(f"{folder}/config.json does not say {e}") from e
-    except FileNotFoundError as e:
-        raise UserError(f"{folder}/vocab.txt is missing; fetch it again") from e
+
+
+def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
+    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what
+    --train-reward writes is one) or the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval
+    mode. new_head: any DistilBERT, as distilbert-base-uncased, under a head with initial weights."""
+    if not is_pretrained(name) and not str(name).startswith("distilbert-"):
+        raise UserError(f"there is no scorer at {name}. "
+                        f"Train one first: python ppo.py --train-reward --data reviews --run {name}")
+    folder = repo_folder(name, lambda folder: scorer_config(folder, new_head))
+    config, vocab_file = scorer_config(folder, new_head), folder / "vocab.txt"
+    if not vocab_file.exists():
+        raise UserError(f"{vocab_file} is missing; fetch it again")
+    vocab = vocab_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(vocab) > config.vocab_size:
-        raise UserError(f"{folder}/vocab.txt has {len(vocab):,} pieces, the model in it "
-                        f"{config.vocab_size:,}: they do not belong together")
+        raise UserError(f"{vocab_file} has {len(vocab):,} pieces, the model {config.vocab_size:,}: they do "
+                        "not belong together")
     said = read_json(folder / "tokenizer_config.json", {})
     lower = said.get("do_lower_case", True)
     if said.get("strip_accents") not in (None, lower) or not said.get("tokenize_chinese_chars", True):
@@ -625,15 +614,7 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
                         "tokenize_chinese_chars false, are not implemented")
     with torch.device("meta"):
         scorer = Scorer(config, WordPiece(vocab, lower))
-    state = read_parameters(scorer, folder, "distilbert.", device, dtype, HEADS if new_head else ())
-    if new_head:
-        state |= {name: torch.randn(p.shape, device=device) * 0.02 * (p.dim() == 2)
-                  for name, p in scorer.named_parameters() if name.startswith(HEADS)}
-    if missing := [name for name in scorer.state_dict() if name not in state]:
-        raise UserError(f"{folder} is no {'encoder' if new_head else 'scorer'}: it lacks "
-                        f"{', '.join(missing[:3])}")
-    scorer.load_state_dict(state, assign=True)
-    return scorer.requires_grad_(new_head).eval()
+    return fill(scorer, folder, "distilbert.", device, dtype, HEADS * new_head).requires_grad_(new_head)
 
 
 def save_scorer(scorer, folder):

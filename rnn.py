@@ -106,8 +106,7 @@ class RNN(nn.Module):
             nn.init.uniform_(p, -hidden_size ** -0.5, hidden_size ** -0.5)
 
     def operands(self, x):
-        """x time-major, the weights and the sum of the biases (which a GRU needs apart), all in the dtype to
-        compute in."""
+        """x time-major, the weights and the sum of the biases, all in the dtype to compute in."""
         if x.shape[1] == 0:
             raise ValueError("a recurrent layer needs at least one time step")
         x = x.transpose(0, 1).contiguous()             # a matmul of strided rows takes up to 30 times as long
@@ -162,8 +161,7 @@ def logit_chunks(hidden, weight, bias, *others):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, a chunk of rows at a
-    time.
+    """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, in chunks of rows.
 
     The gradient with respect to the logits is softmax - onehot(target), so it can be formed in the forward
     pass and multiplied out at once: the [N, V] logits of a large batch or vocabulary never exist together.
@@ -208,8 +206,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def token_nll(hidden, weight, bias, targets):
-    """-log softmax(hidden W^T + b)[target], float32 [N] in nats, 0 where the target is -1; without a
-    gradient."""
+    """-log softmax(hidden W^T + b)[target], float32 [N] in nats, 0 where the target is -1; no gradient."""
     w = weight.to(hidden.dtype)
     b = None if bias is None else bias.to(hidden.dtype)
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -221,10 +218,8 @@ def token_nll(hidden, weight, bias, targets):
 
 def softmax_loss(hidden, head, targets, reduction="mean"):
     """How badly softmax(head(hidden)) predicts the targets, in nats per token; targets of -1 are ignored.
-
     hidden [B, T, D], head an nn.Linear(D, V), targets [B, T] -> "mean": a scalar with its gradient; "none":
-    float32 [B, T], 0 where ignored, for evaluation: without a gradient.
-    """
+    float32 [B, T], 0 where ignored, for evaluation: without a gradient."""
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
     with torch.autocast(hidden.device.type, enabled=False):
         if reduction == "none":
@@ -243,9 +238,8 @@ def locked_dropout(x, p, training):
 
 
 def dropout(x, p, training):
-    """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, one element after the other,
-    so each 64-bit draw serves eight elements: p is rounded to a 256th, and survivors are scaled by what is
-    kept in truth."""
+    """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, so each 64-bit draw serves
+    eight elements: p is rounded to a 256th, and survivors are scaled by what is kept in truth."""
     if not training or p == 0:
         return x
     if x.device.type != "cpu":
@@ -257,8 +251,7 @@ def dropout(x, p, training):
 
 
 def embedded_dropout(embedding, tokens, p, training):
-    """Embed tokens [B, T] with words of the vocabulary dropped, each at every place where it occurs (Merity
-    et al.)."""
+    """Embed tokens [B, T] with words of the vocabulary dropped, each wherever it occurs (Merity et al.)."""
     x = embedding(tokens)
     if not training or p == 0:
         return x
@@ -283,9 +276,8 @@ class RNNConfig:
 
 
 class RNNLM(nn.Module):
-    """Embedding, a stack of recurrent layers, softmax. Three members, as every model here has: forward,
-    init_state and logits; the embedding is called embed_tokens and the softmax's matrix lm_head in all of
-    them."""
+    """Embedding (embed_tokens), a stack of recurrent layers, softmax (lm_head). Three members, as every model
+    here has: forward, init_state and logits."""
     layer_type = RNN
     recurrent = True
     embed_range = 0.1                                           # embeddings start uniform in +- this

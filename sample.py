@@ -57,9 +57,8 @@ class Config:
     tokens: int = option(100, "at most so many new tokens")
     n: int = option(1, "how many samples")
     stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
-    seed: int = option(None, "the same seed gives the same text (default: another one every "
-                             "time)", at_least=0,
-                       below=2 ** 62)
+    seed: int = option(None, "the same seed gives the same text (default: another one every time)",
+                       at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else "
                                 "float32, twice as large", choices=["auto", "float32", "bfloat16"])
@@ -135,8 +134,11 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
 def tokenizer_from(state):
     """The tokenizer that a checkpoint describes."""
     kinds = {"word": data.WordTokenizer, "char": data.CharTokenizer, "gpt2": data.GPT2Tokenizer,
-             "qwen2": qwen_load.Qwen2Tokenizer}
-    return kinds[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
+             "qwen2": qwen_load.Qwen2Tokenizer, "wordpiece": qwen_load.WordPiece}
+    try:
+        return kinds[state["kind"]](**{k: v for k, v in state.items() if k != "kind"})
+    except (KeyError, TypeError) as e:
+        raise UserError(f"this is a run of an earlier version, which is not read: its tokenizer, {e}") from e
 
 
 def build_model(kind, config, weights=None):
@@ -163,8 +165,7 @@ def kind_of(model):
 
 
 def command_for(folder):
-    """The command that makes a run of this name, as far as the default names tell: runs/MODEL-DATA,
-    runs/ppo-..., ..."""
+    """The command that makes a run of this name, as far as the default names tell."""
     kind, _, corpus = folder.name.partition("-")
     if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
         return f"python train.py --model {kind} --data {corpus}"
@@ -198,6 +199,7 @@ def load_run(folder, device="cpu", dtype=None):
 def context_length(model):
     """How many tokens a model can read at once."""
     return math.inf if model.recurrent else model.config.block_size
+
 
 # ------------------------------------------------------------------------------------------- drawing a token
 
@@ -237,15 +239,15 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
+def generate_stream(model, prompts, max_new_tokens, temperature=1.0, eos=(), top_k=None, top_p=None,
                     seed=None, suppressed_tokens=(), repetition_penalty=1.0, state=None):
     """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
 
     Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new:
-    its prompt is not yet read, or it is done. A row is done after its end token (yielded) or max_new_tokens;
-    eos: an id, several, or None. log_prob is under the distribution the token was drawn from (temperature,
-    truncation and penalty included), 0 for temperature 0. seed None: torch's own generator.
-    suppressed_tokens: ids that are never drawn. state: of one row, which the prompt continues.
+    its prompt is not yet read, or it is done. A row is done after one of the end tokens eos (yielded) or
+    max_new_tokens. log_prob is under the distribution the token was drawn from (temperature, truncation and
+    penalty included), 0 for temperature 0. seed None: torch's own generator. suppressed_tokens: ids that are
+    never drawn. state: of one row, which the prompt continues.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
@@ -262,7 +264,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
         raise UserError(f"the prompt has {int(lengths.max())} tokens, the model's context is {window}")
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
-    stops = torch.tensor([] if eos is None else eos, dtype=torch.long, device=device).flatten()
+    stops = torch.tensor(eos, dtype=torch.long, device=device).flatten()
     state = model.init_state(len(prompts), window) if state is None else state
     hidden, state = model(text[:, :shortest], state)
     for t in range(shortest, total):
@@ -285,12 +287,10 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
             hidden, state = model(text[:, t:t + 1], state)
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None,
-             suppressed_tokens=(), repetition_penalty=1.0):
+def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):
     """The new ids of each prompt as lists, end tokens excluded. Arguments as for `generate_stream`."""
-    out, stops = [[] for _ in prompts], [eos] if eos is None or isinstance(eos, int) else eos
-    for token, _, _ in generate_stream(model, prompts, max_new_tokens, temperature, top_k, top_p, eos, seed,
-                                       suppressed_tokens, repetition_penalty):
+    out, stops = [[] for _ in prompts], torch.tensor(eos).flatten().tolist()
+    for token, _, _ in generate_stream(model, prompts, max_new_tokens, temperature, eos, **how):
         for row, t in enumerate(token.tolist()):
             if t >= 0 and t not in stops:
                 out[row].append(t)
@@ -348,8 +348,8 @@ def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
     none. state: of a conversation, which Ctrl-C does not end."""
     printer, token = Printer(tokenizer, shown), None
     try:
-        for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
-                                           config.top_p, stops, seed, tokenizer.suppressed,
+        for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, stops,
+                                           config.top_k, config.top_p, seed, tokenizer.suppressed,
                                            config.repetition_penalty, state):
             if token.item() not in stops:
                 printer.add(token.item())

@@ -45,7 +45,7 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,11 +61,12 @@ from transformer import DecoderLayer, FastDecoderLayer
 
 # Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes,
 # then what its characters change (10 epochs of Shakespeare: 15 minutes on two cores).
-COMMON = dict(weight_decay=0.01, dropout=0.0)
 DEFAULTS = {
-    "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, epochs=3.0),
-    "lstm": dict(n_embd=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, epochs=3.0),
-    "transformer": dict(n_embd=128, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3, epochs=2.0),
+    "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, weight_decay=0.01, epochs=3.0),
+    "lstm": dict(n_embd=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, weight_decay=0.01,
+                 epochs=3.0),
+    "transformer": dict(n_embd=128, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3,
+                        weight_decay=0.01, epochs=2.0),
 }
 REAL_TEXT = {
     "rnn": dict(n_embd=512, n_layer=1, batch_size=32, block_size=35, lr=3e-3, dropout=0.3,
@@ -94,8 +95,7 @@ class RunOptions:
 
 @dataclass
 class Config(RunOptions):
-    """Train an RNN, an LSTM or a Transformer, all written by hand, on an embedded language, a corpus or a
-    file."""
+    """Train an RNN, an LSTM or a Transformer by hand, on an embedded language, a corpus or a file."""
     script = "python train.py"
     model: str = option("lstm", "which of the models", choices=list(MODELS))
     data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a text file or a folder")
@@ -136,9 +136,7 @@ def step_seed(seed, step, rank=0):
 
 
 def get_lr(step, steps, peak, warmup_steps):
-    """The schedule of all four trainings (here, finetune.py, ppo.py's two): linear warm-up, then half a
-    cosine down to 1 % of the peak. Steps count from 0; the last is steps - 1, and log.csv shows its rate in
-    row `steps`."""
+    """The schedule of all trainings: linear warm-up, then half a cosine down to 1 % of the peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -147,7 +145,7 @@ def get_lr(step, steps, peak, warmup_steps):
 
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1)                 # ppo.py's value head has one
 
 
 def configure_optimizer(model, lr, weight_decay):
@@ -160,8 +158,7 @@ def configure_optimizer(model, lr, weight_decay):
 
 
 def map_state(f, *states):
-    """f of each tensor of a recurrent state; or of the tensors that have the same place in several states. No
-    state stays none."""
+    """f of each tensor of a recurrent state, or of those in the same place of several; None of none."""
     if states[0] is None:
         return None
     if isinstance(states[0], torch.Tensor):
@@ -171,16 +168,15 @@ def map_state(f, *states):
 
 def begin_texts(state, x, eos, seed, step):
     """A text begins with its end token and no state, where it is written (sample.py) or read alone (eval.py):
-    so does half of the rows of x [B, T] that begin with it. Drawn for all rows, whichever process has
-    them."""
+    so does half of the rows of x [B, T] that begin with it, drawn for all processes' rows together."""
     drawn = torch.from_numpy(np.random.default_rng((seed, step)).random(len(x)) < 0.5)
     keep = (x[:, 0] != eos) | ~drawn                                        # [B]
     return map_state(lambda s: s * own_rows(keep, s.device)[:, None], state)
 
 
 def clip_grad_norm(parameters, limit):
-    """Scale the gradients so that their common norm is at most limit; -> the norm before. Most steps need no
-    scaling: then this passes over them once, and clip_grad_norm_ twice."""
+    """Scale the gradients so that their common norm is at most limit; -> the norm before. (Most steps need no
+    scaling; torch's clip_grad_norm_ would pass over them twice all the same.)"""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of a sharded model
@@ -198,12 +194,10 @@ EXACT = 100_000             # at the end, a recurrent model reads a text of up t
 
 def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint=None, prompt=(),
           warmup_steps=0, **kept):
-    """Train a model, into the folder config.run; -> its Run, with the best weights in best.pt.
-
-    texts: {name: ids} to evaluate on; "valid" decides which weights are the best. steps: of the optimizer;
-    inf where --minutes plans them. checkpoint: of the run that is resumed; the model has its weights. prompt:
-    ids that the model continues at evaluations. kept: what else checkpoints hold.
-    """
+    """Train a model, into the folder config.run; -> its Run, with the best weights in best.pt. texts: {name:
+    ids} to evaluate on; "valid" decides which weights are the best. steps: inf where --minutes plans them.
+    checkpoint: of the run that is resumed; the model has its weights. prompt: ids that the model continues at
+    evaluations. kept: what else checkpoints hold."""
     # 5 optimizer
     optimizer = configure_optimizer(model, config.lr, config.weight_decay)
 
@@ -226,14 +220,12 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
                 run.plan()
             if run.due(run.eval_every):
                 scores = everyone(evaluate(model, texts, dtype) if RANK == 0 or sharded else None)[0]
-                valid = scores.pop("valid")
-                others = {f"ppl_{name}": each["ppl"] for name, each in scores.items()}
-                run.check_finite(validation_loss=valid["nll"])
-                row = run.log(val_loss=valid["nll"], val_ppl=valid["ppl"], **others)
+                run.check_finite(validation_loss=scores["val_loss"])
+                row = run.log(**scores)
                 if run.step:
-                    better = run.save(model, tokenizer, optimizer, state, valid["nll"], **kept)
-                    data.live(f"{run}  loss {row['train_loss']:.3f}  val ppl {valid['ppl']:.2f}"
-                              + " *" * better + "".join(f"  {k} {v:.1f}" for k, v in others.items()), "\n")
+                    better = run.save(model, tokenizer, optimizer, state, scores["val_loss"], **kept)
+                    ppl = [f"{name} {value:.2f}" for name, value in scores.items() if "ppl" in name]
+                    data.live(f"{run}  loss {row['train_loss']:.3f}  {'  '.join(ppl)}{' *' * better}", "\n")
                     if config.sample and RANK == 0 and not sharded:
                         data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             elif run.due(config.log_every):
@@ -310,8 +302,8 @@ def pretrain(config, corpora, device, dtype, checkpoint=None):
 
 
 def final_figures(model, corpus, dtype):
-    """Perplexity on the validation and test splits, the state carried from end to end of each; floor; the
-    share of <unk> among what is predicted. None for a test split that the corpus does not have."""
+    """Perplexity on the validation and test splits, each read through; the floor; the share of <unk>. None
+    for a test split that the corpus does not have."""
     out = {"test_ppl": None, "floor_ppl": corpus.floor.get("test"), "test_tokens": None}
     for split in [split for split in corpus.ids if split != "train"]:
         ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
@@ -343,14 +335,13 @@ OVERLAP = 256           # tokens
 @torch.no_grad()
 def token_losses(model, ids, pieces=1, window=None, stride=None, dtype=None):
     """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout. ids[0] is context only (put
-    <eos> first). The model may be split across processes; then all call this together.
+    <eos> first). All processes of a split model call this together.
 
     A recurrent model reads the text from start to end, or, faster, in `pieces` side by side. Each piece but
     the first begins with the state after the first OVERLAP tokens of the text and reads the OVERLAP tokens
-    before its own, which do not count: from a state of zero in mid-text a recurrent network may settle among
-    states that it never meets in reading on. The Transformer reads windows of `window` tokens that advance by
-    `stride`; only a window's last `stride` predictions count, so that after the first window every token has
-    window - stride before it.
+    before its own, which do not count: from zeros in mid-text a recurrent network may settle among states
+    that it never meets in reading on. The Transformer reads windows of `window` tokens that advance by
+    `stride`; only a window's last `stride` predictions count (all of the first window's).
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.long)
@@ -400,18 +391,19 @@ def perplexity_of(nats):
 
 
 def perplexity(model, ids, pieces=1, window=None, stride=None, dtype=None):
-    """The mean of token_losses, every token of ids[1:] predicted once. -> {"nll": nats per token, "ppl":
-    perplexity, "tokens": how many}."""
+    """The mean of token_losses: -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}."""
     losses = token_losses(model, ids, pieces, window, stride, dtype)
     nll = losses.mean().item()
     return {"nll": nll, "ppl": perplexity_of(nll), "tokens": len(losses)}
 
 
 def evaluate(model, texts, dtype):
-    """{name: perplexity} of texts {name: ids}, quickly: recurrent models read up to 16 pieces side by
-    side."""
-    return {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000)), dtype=dtype)
-            for name, ids in texts.items()}
+    """Figures on texts {name: ids}, for log.csv. Recurrent models read up to 16 pieces side by side."""
+    scores = {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000)), dtype=dtype)
+              for name, ids in texts.items()}
+    valid = scores.pop("valid")
+    others = {f"ppl_{name}": each["ppl"] for name, each in scores.items()}
+    return {"val_loss": valid["nll"], "val_ppl": valid["ppl"]} | others
 
 
 def sample_line(model, tokenizer, prompt, seed):
@@ -437,11 +429,11 @@ def warn_of_unknown(share, what):
 
 # ----------------------------------------------------------------------------------- a training in its folder
 
+MEASURED, WARMING_UP = 20, 5        # --minutes plans after 20 steps, by their speed without the first 5
+
+
 class NotFinite(UserError):
     """The loss or the gradient has left the finite numbers."""
-
-
-MEASURED, WARMING_UP = 20, 5        # --minutes plans after 20 steps, by their speed without the first 5
 
 
 class Run:
@@ -460,7 +452,7 @@ class Run:
         self.best, self.best_step = math.inf, -1                    # the lowest validation loss so far
         self.rows, self.logged = [], -1                             # of log.csv; the step of the last one
         self.losses, self.metrics = [], {}                          # since the last row; of the last step
-        self.signalled = self.agreed = False                        # by this process; by one of several
+        self.signalled = self.stopping = False                      # this process; all of several, together
         if checkpoint:
             vars(self).update(checkpoint["run"])
             if checkpoint.get("extended"):
@@ -471,7 +463,7 @@ class Run:
         self.started = time.perf_counter() - self.seconds
 
     def extend(self, steps):
-        """Plan more steps for a run that resumes; UserError unless they are more than before."""
+        """Plan more steps for a run that resumes."""
         if steps == math.inf and self.steps < math.inf:             # --minutes, at the speed so far
             steps = int(60 * self.config.minutes / self.seconds * self.step)
         if steps <= self.steps < math.inf:
@@ -482,8 +474,8 @@ class Run:
         (self.folder / "result.json").unlink(missing_ok=True)       # the run is not complete any more
 
     def plan(self):
-        """--minutes as a number of steps: as many as fit into the rest beside the evaluations (up to 20, and
-        up to a tenth of the time, but at least two; the final figures on the test split come on top)."""
+        """--minutes as a number of steps: as many as fit beside the evaluations (2 to 20, a tenth of the
+        time; the final figures on the test split come on top)."""
         step, every = (self.step_seconds - self.warming_up) / (MEASURED - WARMING_UP), self.config.eval_every
         left, evaluating = 0.98 * 60 * self.config.minutes - self.seconds, self.rows[0]["seconds"]
         evaluations = max(2, min(20, int(0.1 * left / evaluating)))
@@ -503,7 +495,7 @@ class Run:
     def request_stop(self, *_):
         if self.signalled:
             raise KeyboardInterrupt
-        self.signalled = True
+        self.signalled, self.stopping = True, WORLD == 1
         data.live("stopping when this step is complete and saved; Ctrl-C again does not wait", "\n")
 
     def __exit__(self, kind, error, _):
@@ -512,10 +504,6 @@ class Run:
         if WORLD > 1 and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             raise UserError(f"at step {self.step} another process of this job was gone, or this one failed "
                             f"({str(error).partition(chr(10))[0]}). {self.resume_hint()}") from error
-
-    @property
-    def stopping(self):
-        return self.signalled if WORLD == 1 else self.agreed
 
     def due(self, every):
         """Whether what is done every so many steps and at the end is due: not done before, no stop."""
@@ -530,7 +518,7 @@ class Run:
         if self.step == WARMING_UP:
             self.warming_up = self.step_seconds
         losses, signals = zip(*everyone((loss, self.signalled)))
-        self.agreed = any(signals)
+        self.stopping = any(signals)
         if loss is not None:
             self.losses.append(sum(losses) / WORLD)
 
@@ -545,9 +533,8 @@ class Run:
         return self.step * self.batches.tokens / max(self.step_seconds, 1e-9)
 
     def log(self, **scores):
-        """A row of log.csv, {column: value}: appended to the file, and kept for the checkpoint. scores: of an
-        evaluation. -> the row."""
-        self.seconds, self.agreed = time.perf_counter() - self.started, any(everyone(self.signalled))
+        """A row of log.csv, {column: value}, with the scores of an evaluation; -> the row."""
+        self.seconds, self.stopping = time.perf_counter() - self.started, any(everyone(self.signalled))
         row = {"step": self.step, "seconds": self.seconds}
         if self.batches:
             row |= {"epoch": self.step / self.batches.steps_per_epoch,
@@ -562,8 +549,7 @@ class Run:
         return row
 
     def save(self, model, tokenizer, optimizer, state=None, loss=None, **more):
-        """last.pt; with a validation loss, best.pt, too, if it is the lowest so far. -> whether it is. more:
-        what else this kind of run needs to resume. All processes call it together."""
+        """last.pt; with a validation loss, best.pt, too, if it is the lowest so far. -> whether it is."""
         better = loss is not None and loss < self.best
         if better:
             self.best, self.best_step = loss, self.step
@@ -590,13 +576,11 @@ class Run:
                 f"{data.quoted(self.folder)}")
 
     def leave(self):
-        """End after a stop with status 130."""
         data.live(f"stopped at step {self.step}. {self.resume_hint()}", "\n")
         leave_processes()
         raise SystemExit(130)
 
     def check_finite(self, **values):
-        """NotFinite unless all these values are finite."""
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NotFinite(f"the {name.replace('_', ' ')} is not finite at step {self.step} ({value}). "
@@ -631,7 +615,7 @@ def write_csv(path, rows, appended=False):
 
 
 def load_optimizer(optimizer, state):
-    """Put a checkpoint's state into an optimizer that may be on another device, or in shards."""
+    """Put a checkpoint's state into an optimizer, perhaps on another device or in shards."""
     for saved, own in zip(state["param_groups"], optimizer.param_groups):
         saved["fused"] = own.get("fused")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -688,7 +672,7 @@ def own_rows(rows, device):
 
 
 def gather(state):
-    """A state dict with tensors that are split across processes in one piece on the first one's CPU."""
+    """A state dict, with tensors that are split across processes in one piece on the first one's CPU."""
     if isinstance(state, dict):
         return {name: gather(value) for name, value in state.items()}
     if not hasattr(state, "full_tensor"):
@@ -733,18 +717,17 @@ def draw(config, given, rng):
 def search(config, given, corpora, device, dtype):
     """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
     each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
-    Trial 0 is what would be trained without a search, so that the table says whether searching paid. Each
-    training is complete, with its own schedule, because a half-finished one says little about a finished one.
-    Only the validation split is looked at. trials.csv has a row for each training; none is repeated."""
-    folder, rng = Path(config.run), random.Random(config.seed)
+    Trial 0 has the defaults, so that the table says whether searching paid. Each training is complete, with
+    its own schedule: a half-finished one says little. Only the validation split is looked at. trials.csv has
+    a row for each training; none is repeated."""
+    rng, table, rows, finished = random.Random(config.seed), Path(config.run, "trials.csv"), [], []
     drawn = [draw(config, given, rng) for _ in range(config.search)]
     trials = [{name: getattr(config, name) for name in drawn[0]}, *drawn]
-    sizes, table, rows, finished = [len(trials)], folder / "trials.csv", [], []
+    alive, sizes = range(len(trials)), [len(trials)]
     while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 3))
+        sizes.append(math.ceil(sizes[-1] / 3))
     if table.exists():
         finished = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
-    alive = range(len(trials))
     for rung, size in enumerate(sizes, 1):
         minutes, scores = config.minutes / len(sizes) / size, {}
         for i in alive:
@@ -755,8 +738,8 @@ def search(config, given, corpora, device, dtype):
                     raise UserError(f"{table} is of another search; choose another folder with --run")
                 rows.append(finished[len(rows)])
             else:
-                one = folder / f"trial-{i}-rung-{rung}"
-                one = replace(config, **trials[i], minutes=minutes, sample=False, run=str(one))
+                one = replace(config, **trials[i], minutes=minutes, sample=False,
+                              run=f"{config.run}/trial-{i}-rung-{rung}")
                 rows.append(row | run_trial(one, corpora, device, dtype))
                 write_csv(table, rows, appended=len(rows) > 1)
             scores[i] = float(rows[-1]["val_ppl"])
@@ -764,9 +747,8 @@ def search(config, given, corpora, device, dtype):
         alive = sorted(alive, key=scores.get)[:math.ceil(size / 3)]
     if not math.isfinite(scores[alive[0]]):
         raise UserError("every trial that was left diverged; search with another --seed, or hold --lr fixed")
-    named = {"model", "data", "minutes", "search", "run", "also", "resume", "sample", "compile"}
-    fixed = sorted(given - named)
-    chosen = trials[alive[0]] | {name: getattr(config, name) for name in fixed}
+    fixed = given - {"model", "data", "minutes", "search", "run", "also", "resume", "sample", "compile"}
+    chosen = trials[alive[0]] | {name: getattr(config, name) for name in sorted(fixed)}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
     print(f"all trainings are in {table}. The best, validation perplexity {scores[alive[0]]:.2f}:\n"
           f"{config.script} --model {config.model} --data {data.quoted(config.data)} --minutes "
@@ -789,8 +771,8 @@ def run_trial(config, corpora, device, dtype):
 
 def defaults_text():
     """The tables at the top of this file, for --help."""
-    tables = {"embedded languages": {model: COMMON | d for model, d in DEFAULTS.items()},
-              "real text": {model: COMMON | DEFAULTS[model] | d for model, d in REAL_TEXT.items()},
+    tables = {"embedded languages": DEFAULTS,
+              "real text": {model: DEFAULTS[model] | d for model, d in REAL_TEXT.items()},
               "its characters, what differs": CHARACTERS}
     return "\n".join(f"defaults for {title}:\n" + "\n".join(
         f"  {model}: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in values.items())
@@ -798,13 +780,11 @@ def defaults_text():
 
 
 def resolve_defaults(config):
-    """Fill in what depends on model and corpus."""
-    defaults = COMMON | DEFAULTS[config.model]
+    own = {f.name: f.default for f in fields(MODELS[config.model][1]) if f.name.startswith("dropout")}
+    defaults = own | DEFAULTS[config.model]
     if config.data not in data.DOMAINS:
         defaults |= REAL_TEXT[config.model]
         defaults |= CHARACTERS.get(config.model, {}) if config.tokenizer == "char" else {}
-    if config.model != "transformer":
-        defaults = dict.fromkeys(("dropout_hidden", "dropout_input", "dropout_embed"), 0.0) | defaults
     if config.epochs or config.steps or config.minutes:
         defaults.pop("epochs")
     for name, value in defaults.items():
@@ -816,8 +796,8 @@ def resolve_defaults(config):
 
 def model_config(config, vocab_size):
     """The options that describe the model, for its own config; UserError for one that it lacks."""
-    fields = MODELS[config.model][1].__dataclass_fields__
-    sizes = {name: getattr(config, name) for name in fields if hasattr(config, name)}
+    names = [f.name for f in fields(MODELS[config.model][1])]
+    sizes = {name: getattr(config, name) for name in names if hasattr(config, name)}
     sizes["vocab_size"] = vocab_size
     if config.model == "transformer":
         sizes["n_kv_head"] = config.n_head
@@ -825,7 +805,7 @@ def model_config(config, vocab_size):
         raise UserError("--n-hidden is the width of the layers below the last one, which is --n-embd wide; "
                         "with one layer, set --n-embd alone")
     for name in ("n_head", "dropout_hidden", "dropout_input", "dropout_embed"):
-        if getattr(config, name) is not None and name not in fields:
+        if getattr(config, name) is not None and name not in names:
             raise UserError(f"--{name.replace('_', '-')} means nothing to --model {config.model}")
     return sizes
 
@@ -839,8 +819,7 @@ ANEW = LENGTHS | SHOWN | {"data", "base", "scorer", "also", "lr"}
 
 def resume_or_refuse(config, given, files=("last.pt", "result.json")):
     """-> (checkpoint, the options that its run was started with) with --resume, else (None, config).
-    UserError if the run is not one of this script, or was started with other options; without --resume, if
-    the folder holds a run."""
+    UserError if the run is not one of this script, or was started with other options, or is there already."""
     folder, script = Path(config.run), config.script
     if not config.resume:
         if RANK == 0 and any((folder / file).exists() for file in files):
@@ -853,12 +832,11 @@ def resume_or_refuse(config, given, files=("last.pt", "result.json")):
         raise UserError(f"{folder} is not a run of {script}, or one of another version, and is not resumed")
     check_same(saved, here, given - ANEW, folder)
     checkpoint["extended"] = bool(given & LENGTHS)
-    anew = {"run"} | given & ANEW | (LENGTHS & here.keys() if checkpoint["extended"] else set())
-    return checkpoint, type(config)(**saved | {name: here[name] for name in anew})
+    anew = {"run"} | given & ANEW | (LENGTHS & here.keys() if given & LENGTHS else set())
+    return checkpoint, replace(config, **saved | {name: here[name] for name in anew})
 
 
 def check_same(saved, here, names, run):
-    """UserError if an option of these names is another one than it was."""
     for name in sorted(names):
         if here[name] != saved[name]:
             raise UserError(f"the run in {run} was started with {name} {saved[name]}, not {here[name]}: "
@@ -866,7 +844,6 @@ def check_same(saved, here, names, run):
 
 
 def check_text(corpus, checkpoint, run):
-    """UserError if a text is too short to be split, or is not the one that a run was started with."""
     for split, ids in corpus.ids.items():
         if len(ids) < 2 and split != "train":
             raise UserError(f"{corpus.name} is too short: its {split} part (5 %, cut between lines) holds "
@@ -877,7 +854,6 @@ def check_text(corpus, checkpoint, run):
 
 
 def check_rows(config, model):
-    """UserError unless the rows of a batch can be split across micro-batches and processes."""
     parts = config.accumulate * WORLD
     if config.batch_size % parts:
         raise UserError(f"--batch-size {config.batch_size} cannot be cut into {parts} equal micro-batches")

@@ -240,8 +240,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, state=None, targets=None, reduction="mean"):
         """tokens [B, T] -> (hidden [B, T, D] after the final norm, the state with the tokens appended, or
-        None if it was None); with targets [B, T], each the token that follows, (loss in nats per token,
-        state): see softmax_loss."""
+        None if it was None); with targets [B, T], (loss in nats per token, state): see softmax_loss."""
         start, T, c = state.length if state is not None else 0, tokens.shape[1], self.config
         limit = c.block_size if state is None else state.max_len
         if start + T > limit:
@@ -371,9 +370,8 @@ class Scorer(nn.Module):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad)
 
     @torch.no_grad()
-    def logits(self, texts, batch_size=32):
-        """Lists of ids -> float32 [N, 2] on the CPU. Texts of like length are read together. Dropout is
-        off."""
+    def classify(self, texts, batch_size=32):
+        """Lists of ids -> float32 [N, 2] on the CPU, without dropout. Like lengths are read together."""
         was_training, device = self.training, self.classifier.weight.device
         self.eval()
         out = torch.empty(len(texts), 2)
@@ -385,7 +383,7 @@ class Scorer(nn.Module):
 
     def score(self, texts):
         """The positive class's logit of each text (a string): float32 [N], on the CPU."""
-        return self.logits([self.tokenizer.encode(text) for text in texts])[:, self.config.positive]
+        return self.classify([self.tokenizer.encode(text) for text in texts])[:, self.config.positive]
 
 
 # --------------------------------- a layer with its backward pass by hand, on a CPU (skip in a first reading)

@@ -1,7 +1,8 @@
 """Speed of the hand-written pieces beside the library's, as ratios: both sides do the same work in the same process, in
 turn, and the medians of many rounds are compared. Above 1: ours is faster.
 
-    python tests/bench.py               # everything here
+    python tests/bench.py               # everything here, as a table in markdown: assets/results.md has it as it is printed
+    python tests/bench.py quick         # two minutes: one layer of each kind, a step of each model
     python tests/bench.py layers        # (a) one RNN or LSTM layer, forward and backward
     python tests/bench.py step          # (b) a training step of a 2x200 Penn Treebank model, V = 10,000
     python tests/bench.py transformer   # (c) a training step of the Transformer beside a GPT as nanoGPT's users have it, three sizes
@@ -40,12 +41,16 @@ from transformer import Transformer, TransformerConfig, use_layer_kernels
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-def compare(ours, theirs, seconds=6.0):
+SECONDS = [6.0]                                                 # of a comparison
+NOTES = []                                                      # what is printed behind the table
+
+
+def compare(ours, theirs, seconds=None):
     """Median milliseconds of two functions called in turn for about `seconds` (at least 7 rounds)."""
     for _ in range(2):
         ours(), theirs()
     times, started = ([], []), time.perf_counter()
-    while len(times[0]) < 7 or time.perf_counter() - started < seconds:
+    while len(times[0]) < 7 or time.perf_counter() - started < (seconds or SECONDS[0]):
         for f, into in zip((ours, theirs), times):
             t = time.perf_counter()
             f()
@@ -55,14 +60,21 @@ def compare(ours, theirs, seconds=6.0):
     return [statistics.median(t) for t in times]
 
 
+def table_row(name, ours_dtype, theirs_dtype, a, b):
+    dtypes = ours_dtype if ours_dtype == theirs_dtype else f"{ours_dtype}, library {theirs_dtype}"
+    print(f"| {name} | {dtypes} | {a:.2f} | {b:.2f} | {b / a:.2f} |", flush=True)
+
+
 def row(name, ours_dtype, theirs_dtype, ours, theirs):
-    a, b = compare(ours, theirs)
-    print(f"{name:52s} ours {ours_dtype:8s} {a:8.2f} ms   library {theirs_dtype:8s} {b:8.2f} ms   {b / a:5.2f}x", flush=True)
+    table_row(name, ours_dtype, theirs_dtype, *compare(ours, theirs))
 
 
-def layers(device):
+SHAPES = (20, 35, 200), (20, 35, 650), (32, 64, 512), (64, 70, 256)         # B, T, H
+
+
+def layers(device, shapes=SHAPES):
     for ours_type, library_type in ((RNN, nn.RNN), (LSTM, nn.LSTM)):
-        for B, T, H in ((20, 35, 200), (20, 35, 650), (32, 64, 512), (64, 70, 256)):
+        for B, T, H in shapes:
             for name, dtype in DTYPES.items():
                 layer = ours_type(H, H).to(device, dtype)
                 library = library_type(H, H, batch_first=True).to(device, dtype)
@@ -162,21 +174,31 @@ def step(device):
                   lambda: LibraryLM(theirs, 10_000, 200, 2), 20, 35, 10_000, device)
 
 
-def transformer(device, compiled=False):
+SIZES = (12, 64, 4, 4, 128, 65), (16, 128, 4, 4, 256, 10_000), (32, 256, 6, 6, 384, 65)        # B, T, layers, heads, width, V
+
+
+def transformer(device, compiled=False, sizes=SIZES):
     """Beside a GPT of as many parameters (a SwiGLU of 8/3 of the width has those of an MLP of 4), in the optimizer that it would take
     here: AdamW's fused form on a GPU alone. They share the process, so glibc keeps memory for both, as train.py has it."""
     sample.keep_memory()
-    for B, T, n_layer, n_head, width, V in ((12, 64, 4, 4, 128, 65), (16, 128, 4, 4, 256, 10_000), (32, 256, 6, 6, 384, 65)):
+    for B, T, n_layer, n_head, width, V in sizes:
         c = TransformerConfig(V, T, n_layer, n_head, n_head, width, 8 * round(width / 3))
         for name, dtype in DTYPES.items():
             models = Transformer(c), GPT(c)
-            sizes = " and ".join(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" for model in models)
+            millions = " and ".join(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" for model in models)
             ours, theirs = (step_function(model, B, T, V, dtype, device, model is models[0], device.type == "cuda", compiled) for model in models)
-            row(f"Transformer {n_layer}x{width}, {B}x{T} tokens, {sizes} million", name, name, ours, theirs)
+            row(f"Transformer {n_layer}x{width}, {B}x{T} tokens, {millions} million", name, name, ours, theirs)
 
 
 def compiled(device):
     transformer(device, compiled=True)
+
+
+def quick(device):
+    SECONDS[0] = 3.0
+    layers(device, SHAPES[:1])
+    step(device)
+    transformer(device, sizes=SIZES[:1])
 
 
 QWEN2 = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -232,15 +254,16 @@ def qwen(device):
         for n_rows in (1, 8):
             once, more = compare(*generators(n_rows, 16, 1)), compare(*generators(n_rows, 16, 33), seconds=30)
             a, b = [(many - one) / 32 for one, many in zip(once, more)]
-            print(f"Qwen2-0.5B, {n_rows} rows, a token   ours bf16     {a:8.2f} ms   library bf16     {b:8.2f} ms   {b / a:5.2f}x", flush=True)
+            table_row(f"Qwen2-0.5B, {n_rows} rows, a token", "bf16", "bf16", a, b)
             if n_rows == 1 and device.type == "cpu":
                 limit = 1e3 * n_bytes / bandwidth(n_bytes)
-                print(f"    reading its {n_bytes / 1e6:.0f} MB by one matrix-vector product takes {limit:.2f} ms: {limit / a:.0%} of that speed")
+                NOTES.append(f"Reading Qwen2-0.5B's {n_bytes / 1e6:.0f} MB by matrix-vector products takes {limit:.2f} ms: {limit / a:.0%} of "
+                             "that speed for a token.")
         row("Qwen2-0.5B, a prompt of 512", "bf16", "bf16", *generators(1, 512, 1))
         for name in ("bfloat16", "float32"):
             (a, a_used), (b, b_used) = (in_own_process(loading, side, folder, name) for side in ("ours", "theirs"))
-            print(f"Qwen2-0.5B as {name}: peak memory over the weights, loaded {a:.2f} (library {b:.2f}), after a token {a_used:.2f} "
-                  f"(library {b_used:.2f})")
+            NOTES.append(f"Qwen2-0.5B as {name}: peak memory over the weights, loaded {a:.2f} (library {b:.2f}), after a token {a_used:.2f} "
+                         f"(library {b_used:.2f}).")
 
 
 def tuning_step(side, folder, option, tokens=512):
@@ -299,8 +322,7 @@ def finetuning(device):
                 a, b = compare(ours, theirs, seconds=40)
                 del ours, theirs                                # together they fill 17 GB
                 a_peak, b_peak = peaks["ours", mine], peaks["theirs", fused]
-                print(f"Qwen2-0.5B, a step on 512 tokens: {name} {512e3 / a:.1f} tokens/s, library with {library} {512e3 / b:.1f}, {b / a:.2f}x; "
-                      f"peak memory {a_peak / 1e9:.2f} GB, {b_peak / 1e9:.2f} GB, {a_peak / b_peak:.2f}", flush=True)
+                table_row(f"Qwen2-0.5B, a step on 512 tokens: {name}, {library}; peak {a_peak / 1e9:.2f} GB, {b_peak / 1e9:.2f} GB", "bf16", "bf16", a, b)
 
 
 def memory_needed(model, config, world):
@@ -357,7 +379,7 @@ class OurPPO:
         rewards[torch.arange(len(last)), last] += scores
         advantages, returns = ppo.gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
         old |= {"advantages": ppo.whiten(advantages, r.mask), "returns": returns}
-        ppo.update_policy(task, self.policy, self.value_head, self.optimizer, r, old, None, 0)
+        ppo.update_policy(task, self.policy, self.value_head, self.optimizer, r, old)
         clock.append(time.perf_counter())
         self.seconds = {name: b - a for name, a, b in zip(("rollout", "scoring", "the rest"), clock, clock[1:])}
 
@@ -459,25 +481,29 @@ def rlhf(device):
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
                 model, reference = (use_layer_kernels(qwen_load.load_weights(folder / "policy", dtype=torch.float32)) for _ in range(2))
-                task = ppo.make_task(reference, ppo.load_scorer(folder / "scorer", dtype=dtype), NoEnd(), args, dtype)
+                task = ppo.Task(args, reference, NoEnd(), ppo.load_scorer(folder / "scorer", dtype=dtype), {}, torch.device("cpu"), dtype)
                 ours = OurPPO(task, model, prompts, dtype)
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
                                     transformers.BertTokenizer(vocab=str(folder / "scorer/vocab.txt"), do_lower_case=True), prompts, args, dtype)
                 row(f"PPO iteration, {name}", dtype_name, dtype_name, ours.step, theirs.step)
-                print("    ours: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in ours.seconds.items()))
+                NOTES.append(f"PPO, {name}, {dtype_name}: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in ours.seconds.items()) + ".")
 
 
 def main():
-    benches = {"layers": layers, "step": step, "transformer": transformer, "compiled": compiled, "qwen": qwen, "finetune": finetuning, "ppo": rlhf, "memory": memory}
+    benches = {"layers": layers, "step": step, "transformer": transformer, "compiled": compiled, "qwen": qwen, "finetune": finetuning, "ppo": rlhf, "memory": memory,
+               "quick": quick}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("what", nargs="*", choices=[[], *benches], default=[], help="default: all")
     p.add_argument("--device", default="auto")
     args = p.parse_args()
     device = sample.pick_device(args.device)
     said = train.environment(device)
-    print(f"{said['processor']}, torch {said['torch']}, {device.type}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
-    for name in args.what or benches:
+    print(f"{said['processor']} ({torch.backends.cpu.get_cpu_capability()}), torch {said['torch']}, {device.type}, {torch.get_num_threads()} "
+          f"threads, commit {said['commit']}, {time.strftime('%Y-%m-%d')}. Medians in milliseconds; above 1, ours is faster.\n")
+    print("| work | dtype | ours | library | ratio |\n|---|---|---|---|---|")
+    for name in args.what or [name for name in benches if name not in ("quick", "memory")]:
         benches[name](device)
+    print("\n" + "\n".join(NOTES))
 
 
 if __name__ == "__main__":

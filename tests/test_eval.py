@@ -30,7 +30,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def words_run(kind="lstm", model=None, corpus="?"):
     """A run with an untrained model on a vocabulary of 31 words, <unk> among them."""
     tokenizer = WordTokenizer(["<eos>", "<unk>", "N"] + [f"w{chr(97 + i)}" for i in range(28)])
-    return evaluation.Run(kind, model or make(kind), tokenizer, [], {}, {"data": corpus, "model": kind})
+    return evaluation.Trained(kind, model or make(kind), tokenizer, [], {}, {"data": corpus, "model": kind})
 
 
 def reference_losses(model, ids, eos):
@@ -68,7 +68,7 @@ def test_scores_equal_the_definitions():
     ids = [[3, 4, 5, 6], [7, 2, 1, 8], [9]]
     with torch.no_grad():
         losses = [reference_losses(run.model, i, 0) for i in ids]
-    got, all_losses = evaluation.score(run.model, run.tokenizer, text, None), sum(losses, [])
+    got, all_losses = evaluation.perplexities(run.model, run.tokenizer, text, None), sum(losses, [])
     each = [math.exp(sum(v) / len(v)) for v in losses]
     assert got["sentences"] == pytest.approx(each, rel=1e-5) and got["mean"] == pytest.approx(sum(each) / 3, rel=1e-5)
     assert got["corpus"] == pytest.approx(math.exp(sum(all_losses) / 9), rel=1e-5)
@@ -80,7 +80,7 @@ def test_scores_equal_the_definitions():
 
 def test_an_unk_in_the_text_itself_is_unknown_but_has_no_spelling():
     run = words_run()
-    got = evaluation.score(run.model, run.tokenizer, ["wa <unk> wb"], None)
+    got = evaluation.perplexities(run.model, run.tokenizer, ["wa <unk> wb"], None)
     assert got["unknown"] == pytest.approx(1 / 3)
     assert got["bits_per_character"] == pytest.approx(sum(got["losses"]) / math.log(2) / len("wa <unk> wb "))
 
@@ -101,7 +101,7 @@ def test_a_uniform_model_has_the_size_of_its_vocabulary_as_perplexity(kind):
     run = words_run(kind)
     for p in run.model.parameters():
         torch.nn.init.zeros_(p)
-    got = evaluation.score(run.model, run.tokenizer, ["wa wb", "wc", "wd we wf wg zebra"], None)
+    got = evaluation.perplexities(run.model, run.tokenizer, ["wa wb", "wc", "wd we wf wg zebra"], None)
     assert got["corpus"] == pytest.approx(31, rel=1e-5) and got["mean"] == pytest.approx(31, rel=1e-5)
 
 
@@ -139,8 +139,8 @@ def few_documents(monkeypatch):
 
 @pytest.mark.parametrize("domain", ["finance", "reviews"])
 def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(domain, few_documents):
-    run = evaluation.Run("source", Source(domain), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": domain})
-    got = evaluation.score(run.model, run.tokenizer, evaluation.read_domain(domain), None, ends=True)
+    run = evaluation.Trained("source", Source(domain), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": domain})
+    got = evaluation.perplexities(run.model, run.tokenizer, evaluation.read_domain(domain), None, ends=True)
     assert got["corpus"] == pytest.approx(data.embedded_floor(domain, "test"), rel=1e-9)
     memory = evaluation.name_memory(run, None)
     assert sum(cell[2] for cell in memory if cell) > 10
@@ -151,7 +151,7 @@ def test_a_run_on_another_grammar_has_no_memory_section():
     older = WordTokenizer(data.embedded_vocabulary()[:-20])                 # the grammars have learned words since
     run = words_run(model=make("lstm", older.vocab_size), corpus="finance")
     run.tokenizer = older
-    report = evaluation.measure_runs([run], {}, [], "the", 5, None, [])
+    report = evaluation.measure_runs([run], {}, "the", 5, None, [])
     assert report["memory"] == {} and evaluation.memory_section(report, None) == []
 
 
@@ -263,13 +263,13 @@ def test_one_command_makes_the_whole_report(runs, few_documents, capsys):
     md, js = Path("runs/report/report.md").read_text(), json.loads(Path("runs/report/report.json").read_text())
     for heading in ("Summary", "Loss curves", "Perplexity at stages", "Other domains", "Word frequencies", "Memory", "Samples"):
         assert f"## {heading}" in md
-    seeds = next(row for row in js["summary"] if row["seeds"] == "1 2")
-    values = [json.loads((runs / n / "result.json").read_text())["test_ppl"] for n in ("lstm", "lstm-2")]
-    assert seeds["test"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):,.2f}"
+    rows = {row["run"]: row for row in js["summary"]}
+    for name, seed in (("lstm", 1), ("lstm-2", 2)):                 # a row for each seed
+        assert rows[name]["seed"] == seed and rows[name]["test"] == json.loads((runs / name / "result.json").read_text())["test_ppl"]
     assert set(js["stages"]["transformer"]) == {"val_ppl", "ppl_climate"}
     climate = js["domains"]["climate"]
     assert climate["floor"] == pytest.approx(data.embedded_floor("climate", "test"), rel=0.3) and js["domains"][str(CLIMATE)]["floor"] is None
-    assert climate["gaps"].keys() | climate["runs"].keys() == {p.name for p in runs.iterdir()} - {"report"}
+    assert climate["runs"].keys() == {p.name for p in runs.iterdir()} - {"report"}
     for image in ("loss_curves", "stages", "memory_finance", "domains"):
         assert f"]({image}.png)" in md and (runs / "report" / f"{image}.png").read_bytes().startswith(b"\x89PNG")
     assert "written to runs/report/report.md" in capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_a_report_is_drawn_again_from_its_numbers_alone(runs, few_documents):
 def test_a_model_that_cannot_read_a_text_is_a_marked_gap(runs, few_documents):
     evaluation.main(["--domains", str(CLIMATE), "--runs", "runs/rnn", "runs/own-rnn", "--out", "r", "--sentences", "9"])
     js, md = json.loads(Path("r/report.json").read_text())["domains"][str(CLIMATE)], Path("r/report.md").read_text()
-    assert list(js["runs"]) == ["own-rnn"] and "vocabulary has no" in js["gaps"]["rnn"] and "rnn: – (its vocabulary has no" in md
+    assert js["runs"].keys() == {"own-rnn", "rnn"} and "vocabulary has no" in js["runs"]["rnn"] and "| rnn | – (its vocabulary has no" in md
     assert 0.5 < js["runs"]["own-rnn"]["unknown"] < 1
 
 
@@ -320,7 +320,7 @@ def test_an_unfinished_run_is_marked_and_its_stages_are_shares_of_the_plan(runs,
     (runs / "lstm" / "log.csv").write_text("\n".join(line for line in lines if not line.split(",")[step] in ("4", "6")) + "\n")
     evaluation.main(["--domains", "climate", "--sentences", "3"])
     js = json.loads(Path("runs/report/report.json").read_text())
-    assert {row["run"]: row["seeds"] for row in js["summary"]}["lstm (unfinished)"] == "1"
+    assert {row["run"]: row["seed"] for row in js["summary"]}["lstm (unfinished)"] == 1
     assert [v is None for v in js["stages"]["lstm"]["val_ppl"]] == [True, True, True, False, True]
 
 
@@ -329,10 +329,11 @@ def test_a_prompt_longer_than_the_context_is_a_marked_gap(runs, few_documents):
     assert "the model's context is 16" in Path("r/report.md").read_text()
 
 
-def test_a_damaged_run_is_left_out_and_named_or_refused_if_asked_for(runs, few_documents):
+def test_a_damaged_run_is_left_out_and_named_or_refused_if_asked_for(runs, few_documents, capsys):
     (runs / "rnn" / "best.pt").write_bytes(b"no checkpoint")
     evaluation.main(["--domains", "climate", "--sentences", "5"])
-    assert "Left out: runs/rnn/best.pt" in Path("runs/report/report.md").read_text()
+    assert "left out: runs/rnn/best.pt" in capsys.readouterr().err
+    assert "| lstm |" in Path("runs/report/report.md").read_text() and "| rnn |" not in Path("runs/report/report.md").read_text()
     with pytest.raises(UserError, match="rnn/best.pt"):
         evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r"])
 
@@ -363,7 +364,7 @@ def test_one_token_and_words_nobody_knows_have_numbers_or_gaps(runs, few_documen
     evaluation.main(["--runs", "runs/own-rnn", "runs/rnn", "--domains", "one.txt", "none.txt", "--out", "r"])
     js = json.loads(Path("r/report.json").read_text())["domains"]
     assert js["one.txt"]["runs"]["own-rnn"]["tokens"] == 1 and js["none.txt"]["runs"]["own-rnn"]["unknown"] == 1
-    assert list(js["one.txt"]["gaps"]) == ["rnn"]
+    assert "vocabulary has no" in js["one.txt"]["runs"]["rnn"]
 
 
 def test_errors_are_one_line(runs, tmp_path):
@@ -439,9 +440,8 @@ def test_without_a_network_the_line_says_where_the_text_belongs(monkeypatch, dat
 
 
 def test_the_reward_at_a_given_divergence_lies_on_the_line_between_two_evaluations():
-    log = [{"step": k, "eval_kl": kl, "eval_reward": reward} for k, (kl, reward) in enumerate([(0, 1.0), (2, 3.0), (1, 9.0), (6, 4.0)])] + [{"step": 9}]
-    run = evaluation.Run("a", None, None, log, {}, {})
-    assert [evaluation.reward_at(run, kl) for kl in (1.0, 2.0, 4.0, 6.0, 7.0)] == [2.0, 3.0, 6.0, 4.0, None]
+    points = [(0, 1.0), (2, 3.0), (1, 9.0), (6, 4.0)]
+    assert [evaluation.reward_at(points, kl) for kl in (1.0, 2.0, 4.0, 6.0, 7.0)] == [2.0, 3.0, 6.0, 4.0, None]
 
 
 def test_an_interrupted_report_leaves_the_one_before(runs, few_documents, monkeypatch):

@@ -341,6 +341,20 @@ def test_a_folder_without_what_is_needed_is_named(saved, tmp_path):
         load_weights(tmp_path / "nowhere")
 
 
+def test_files_that_are_no_weights_say_what_they_are(saved):
+    _, folder = saved()
+    path = folder / "model.safetensors"
+    tensors = {k: v.clone() for k, v in read_safetensors(path).items()}
+    name = "model.layers.0.self_attn.q_proj"
+    packed = {k: v for k, v in tensors.items() if k != f"{name}.weight"} | {f"{name}.qweight": torch.zeros(4, 32, dtype=torch.int32)}
+    write_safetensors(packed, path)
+    with pytest.raises(UserError, match="q_proj.qweight, packed integers of a quantized model"):
+        load_weights(folder)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 988097824\n")
+    with pytest.raises(UserError, match="git-lfs's pointer to one: git lfs pull"):
+        load_weights(folder)
+
+
 @pytest.mark.slow
 def test_the_full_size_of_qwen2_half_a_billion(tmp_path):
     sizes = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -462,6 +476,18 @@ def test_the_end_tokens_are_those_of_the_files(whole):
         if file == "config.json":
             (folder / "generation_config.json").unlink(missing_ok=True)
         assert qwen_load.read_tokenizer(folder, 300).stops == expected
+
+
+def test_an_id_that_the_model_has_not_is_refused_when_the_folder_is_opened(whole):
+    _, folder = whole
+    for last, fits in ((299, True), (300, False)):
+        listed = {"280": {"content": "<|endoftext|>", "special": True}, str(last): {"content": "<|extra|>"}}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+        if fits:
+            assert qwen_load.load_model(folder)[1].encode("<|extra|>") == [299]
+        else:
+            with pytest.raises(UserError, match="the id 300, but its model only those below 300"):
+                qwen_load.load_model(folder)
 
 
 def test_a_damaged_tokenizer_is_said_in_a_line(whole):
@@ -603,6 +629,17 @@ def hub(saved, data_folder, monkeypatch):
     yield serve
     for server in servers:
         server.http.shutdown()
+
+
+def test_a_foreign_configuration_is_refused_before_weights_are_fetched(hub):
+    _, server = hub()
+    with pytest.raises(UserError, match="describes a qwen2 model"):
+        qwen_load.load_scorer("some/model")
+    server.files["config.json"] = b'{"model_type": "llama"}'
+    shutil.rmtree(data.data_dir() / "hub")
+    with pytest.raises(UserError, match="model_type 'llama'"):
+        qwen_load.load_model("some/model")
+    assert {asked[0].rsplit("/", 1)[1] for asked in server.asked} == {"config.json"}
 
 
 @pytest.mark.parametrize("shards", [False, True])

@@ -1,5 +1,4 @@
 """Eight responses to each prompt, each measured against their mean; no value head is needed."""
-import copy
 
 import pytest
 import torch
@@ -50,8 +49,8 @@ def test_responses_come_in_groups_of_eight_and_advantages_sum_to_zero_in_each(tm
         m.setattr(ppo, "rollout", rolled)
         m.setattr(ppo, "update_policy", updated)
         m.setattr(ppo, "report", lambda *a: None)
-        ppo.train_policy(config, copy.deepcopy(model), Words(), Scorer(), {split: prompts for split in ("train", "valid", "test")},
-                         torch.device("cpu"), torch.float32)
+        splits = {split: prompts for split in ("train", "valid", "test")}
+        ppo.train_policy(ppo.Task(config, model, Words(), Scorer(), splits, torch.device("cpu"), torch.float32))
     groups = [seen["prompts"][k:k + 8] for k in range(0, 32, 8)]
     assert all(len(set(group)) == 1 for group in groups) and len(set(seen["prompts"])) > 1
     one_each = (seen["advantages"] * seen["mask"]).sum(1) / seen["mask"].sum(1)         # the same for all tokens of a response
