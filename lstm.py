@@ -45,10 +45,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from rnn import RNN, RNNConfig, RNNLM
+from rnn import RNN, RNNConfig, RNNLM, grad_product, packed_linear, product
 
 
 # -------------------------------------------------------------------------------------------------- the layer
@@ -88,8 +87,7 @@ class LSTMFunction(torch.autograd.Function):
         T, B, _ = x.shape
         h, c = x.new_empty(T + 1, B, h0.shape[1]), c0.new_empty(T + 1, B, h0.shape[1])
         h[0], c[0] = h0, c0
-        gates = F.linear(x, w_ih, bias)                                     # every input product at once
-        linear = packed_linear(w_hh, B, T)
+        gates, linear = product(x, w_ih, bias), packed_linear(w_hh, B, T)  # every input product at once
         for gates_t, h_before, c_before, c_t, h_t in zip(gates, h[:-1], c[:-1], c[1:], h[1:]):
             cells[0](gates_t, linear(h_before), c_before, c_t, h_t)
         ctx.save_for_backward(x, h, c, gates, w_ih, w_hh)
@@ -103,14 +101,14 @@ class LSTMFunction(torch.autograd.Function):
         T, B, H = grad_h.shape
         grad_h, dc = grad_h.contiguous(), grad_c.clone(memory_format=torch.contiguous_format)
         da, dh = torch.empty_like(gates), torch.zeros_like(grad_h[0])
-        linear = packed_linear(w_hh.t().contiguous(), B, T)
+        linear = packed_linear(w_hh.t(), B, T)
         for gates_t, grad_h_t, c_before, c_t, da_t in reversed(list(zip(gates, grad_h, c[:-1], c[1:], da))):
             ctx.cells[1](gates_t, grad_h_t, dh, c_before, c_t, da_t, dc)
             dh = linear(da_t)
         da = da.view(T * B, 4 * H)
-        dx = (da @ w_ih).view_as(x)
-        dw_ih = da.t() @ x.reshape(T * B, -1)
-        dw_hh = da.t() @ h[:-1].reshape(T * B, H)
+        dx = product(da, w_ih.t()).view_as(x)
+        dw_ih = grad_product(da, x.reshape(T * B, -1))
+        dw_hh = grad_product(da, h[:-1].reshape(T * B, H))
         return dx, dh, dc, dw_ih, dw_hh, da.sum(0), None
 
 
@@ -173,21 +171,6 @@ class LSTMLM(RNNLM):
 
 
 # ---------------------------------------------- the cells in C, and how C is called (skip in a first reading)
-
-def packed_linear(weight, rows, times):
-    """The function x [rows, K] -> x W^T, W [N, K]. The library reorders W for its kernels in every product;
-    where there are several, that is done once here, if torch has (private) operations for it. A step's
-    product, 32 x 512 by 512 x 2048: 258 us to 183 in float32, 87 to 55 in bfloat16."""
-    if times == 1 or not torch.backends.mkldnn.is_available():
-        return lambda x: F.linear(x, weight)
-    if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-        return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return lambda x: F.linear(x, weight)
-
 
 @functools.lru_cache(None)
 def fast_cells(device_type, dtype):

@@ -32,8 +32,9 @@ Where each is:
 
     python train.py --model rnn                      # trains it; see train.py
 """
-import functools
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -47,6 +48,48 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+# ----------------------------------------------------------------------------------------------- the products
+
+CPUINFO = Path("/proc/cpuinfo")
+AMD = "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
+# MKL, which multiplies float32 in torch, runs at half speed on AMD's AVX512; oneDNN, also in torch, does not
+ONEDNN = AMD and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def product(x, w, bias=None):
+    """x w^T + b, for x [..., K], w [M, K], b [M]; without a gradient, which oneDNN's operations have not."""
+    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+    return F.linear(x, w, bias)
+
+
+def grad_product(g, x):
+    """g^T x, the gradient of a weight, for g [N, M], x [N, K]."""
+    return product(x.t(), g.t()).t() if ONEDNN else g.t() @ x
+
+
+def packed_linear(w, rows, times, plus=False):
+    """The function x [rows, K] -> x w^T, for w [M, K]; plus: (x, y [rows, M]) -> x w^T + y. In every product
+    the library reorders w for its kernels; where there are several, that is done once here."""
+    onednn, mkl = torch.ops.mkldnn, torch.ops.mkl
+    several = times > 1 and w.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    wide, low = (several and w.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
+    if (wide and AMD and (ONEDNN or w.numel() > 1 << 18)
+            or low and not plus and onednn._is_mkldnn_bf16_supported()):
+        packed = onednn._reorder_linear_weight(w.contiguous(), rows)
+        if plus:
+            return lambda x, y: onednn._linear_pointwise(x, y, packed, None, "add")
+        return lambda x: onednn._linear_pointwise(x, packed, None, "none", [], "")
+    if plus:
+        w_t = w.t().contiguous() if wide else w.t()             # MKL is 1.3 times as fast with it
+        return lambda x, y: torch.addmm(y, x, w_t)
+    if wide and torch.backends.mkl.is_available():
+        w = w.contiguous()
+        packed = mkl._mkl_reorder_linear_weight(w, rows)
+        return lambda x: mkl._mkl_linear(x, packed, w, None, rows)
+    return lambda x: F.linear(x, w)
+
+
 # -------------------------------------------------------------------------------------------------- the layer
 
 class RNNFunction(torch.autograd.Function):
@@ -55,15 +98,12 @@ class RNNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h0, w_ih, w_hh, bias):
         T, B, _ = x.shape
-        a = F.linear(x, w_ih, bias)                             # every input product at once  [T, B, H]
+        a = product(x, w_ih, bias)                              # every input product at once  [T, B, H]
         h = x.new_empty(T + 1, B, w_hh.shape[0])
         h[0] = h0
-        steps, w_hh_t = h.unbind(0), w_hh.t()
-        if x.dtype == torch.float32:
-            w_hh_t = w_hh_t.contiguous()                        # MKL is 1.3 times as fast with it
+        steps, linear = h.unbind(0), packed_linear(w_hh, B, T, plus=True)
         for t, a_t in enumerate(a.unbind(0)):
-            torch.addmm(a_t, steps[t], w_hh_t, out=steps[t + 1])
-            torch.tanh(steps[t + 1], out=steps[t + 1])
+            torch.tanh(linear(steps[t], a_t), out=steps[t + 1])
         ctx.save_for_backward(x, h, w_ih, w_hh)
         return h[1:]
 
@@ -75,14 +115,14 @@ class RNNFunction(torch.autograd.Function):
         slope = 1 - h[1:] * h[1:]                               # tanh' for all steps at once
         da = torch.empty_like(slope)
         grad_h, slope, steps = grad_h.unbind(0), slope.unbind(0), da.unbind(0)
-        dh = grad_h[T - 1]
+        dh, linear = grad_h[T - 1], packed_linear(w_hh.t(), B, T, plus=True)
         for t in reversed(range(T)):
             torch.mul(dh, slope[t], out=steps[t])
-            dh = torch.addmm(grad_h[t - 1], steps[t], w_hh) if t else steps[0] @ w_hh
+            dh = linear(steps[t], grad_h[t - 1]) if t else steps[0] @ w_hh
         da = da.view(T * B, H)
-        dx = (da @ w_ih).view_as(x)
-        dw_ih = da.t() @ x.reshape(T * B, -1)
-        dw_hh = da.t() @ h[:-1].reshape(T * B, H)
+        dx = product(da, w_ih.t()).view_as(x)
+        dw_ih = grad_product(da, x.reshape(T * B, -1))
+        dw_hh = grad_product(da, h[:-1].reshape(T * B, H))
         return dx, dh, dw_ih, dw_hh, da.sum(0)
 
 
@@ -135,29 +175,16 @@ class RNN(nn.Module):
 
 # ------------------------------------------------------------------------------------------- softmax and loss
 
-@functools.lru_cache(1)
-def logits_buffer(n_rows, n_columns, dtype, device):
-    """Memory for logits, kept from step to step: fresh memory costs a CPU nearly as much as the product that
-    is written into it (700 x 200 x 10000 in bf16: 4.3 ms into fresh memory, 2.5 into this)."""
-    return torch.empty(n_rows, n_columns, dtype=dtype, device=device)
-
-
 MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512         # of a chunk; each reads all of W, which few rows do not repay
 
 
 def logit_chunks(hidden, weight, bias, *others):
     """Rows of hidden [N, D] and of the tensors in `others`, a chunk at a time, each with its logits
-    hidden W^T + b, in memory that the next chunk overwrites. Yields (logits, hidden, *others)."""
-    N, V = len(hidden), len(weight)
-    n = max(1, min(-(-N * V // MOST_LOGITS), N // FEWEST_ROWS))
-    memory = logits_buffer(-(-N // n), V, hidden.dtype, hidden.device)
+    hidden W^T + b. Yields (logits, hidden, *others)."""
+    N, V, most = len(hidden), len(weight), MOST_LOGITS * (32 if hidden.is_cuda else 1)
+    n = max(1, min(-(-N * V // most), N // FEWEST_ROWS))
     for h, *parts in zip(*(v.chunk(n) for v in (hidden, *others))):
-        logits = memory[:len(h)]
-        if bias is None:
-            torch.mm(h, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, h, weight.t(), out=logits)
-        yield logits, h, *parts
+        yield product(h, weight, bias), h, *parts
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -184,8 +211,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             p[row, target] = (p_target - 1).to(p.dtype)                 # softmax - onehot, in place of p
             if not keep.all():
                 p.masked_fill_(~keep[:, None], 0.0)
-            torch.mm(p, w, out=d_h)
-            part = p.t() @ h
+            d_h.copy_(product(p, w.t()))
+            part = grad_product(p, h)
             if d_weight is None:
                 # one chunk: there is nothing to sum
                 d_weight = part.to(acc) if len(h) < len(hidden) else part

@@ -239,7 +239,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def generate_stream(model, prompts, max_new_tokens, temperature=1.0, eos=(), top_k=None, top_p=None,
+def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=(),
                     seed=None, suppressed_tokens=(), repetition_penalty=1.0, state=None):
     """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
 
@@ -290,7 +290,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, eos=(), top
 def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):
     """The new ids of each prompt as lists, end tokens excluded. Arguments as for `generate_stream`."""
     out, stops = [[] for _ in prompts], torch.tensor(eos).flatten().tolist()
-    for token, _, _ in generate_stream(model, prompts, max_new_tokens, temperature, eos, **how):
+    for token, _, _ in generate_stream(model, prompts, max_new_tokens, temperature, eos=eos, **how):
         for row, t in enumerate(token.tolist()):
             if t >= 0 and t not in stops:
                 out[row].append(t)
@@ -348,8 +348,8 @@ def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
     none. state: of a conversation, which Ctrl-C does not end."""
     printer, token = Printer(tokenizer, shown), None
     try:
-        for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, stops,
-                                           config.top_k, config.top_p, seed, tokenizer.suppressed,
+        for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
+                                           config.top_p, stops, seed, tokenizer.suppressed,
                                            config.repetition_penalty, state):
             if token.item() not in stops:
                 printer.add(token.item())

@@ -43,6 +43,7 @@ Where each is:
 import ctypes
 import functools
 import math
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lstm import compile_c
-from rnn import compute_dtype, dropout, softmax_loss
+from rnn import ONEDNN, compute_dtype, dropout, grad_product, product, softmax_loss
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -447,19 +448,19 @@ class LayerFunction(torch.autograd.Function):
         n, r = x.new_empty(N, D, dtype=dtype), x.new_empty(N, dtype=torch.float32)
         call(kernels.norm, N, D, eps, x, w_1, n, r)
         q, k, v = (n.new_empty(B * n_kv, heads * T, d) for heads in (group, 1, 1))
-        qkv = torch.addmm(b, n, stacked(dtype, wq, wk, wv).t())
+        qkv = product(n, stacked(dtype, wq, wk, wv), b)
         call(kernels.rotate, B, T, n_q, n_kv, d, 1, cos, sin, qkv, q, k, v)
         mask = causal_mask(T, T, q).repeat(group, 1)
         p = torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=d ** -0.5), -1)    # [B n_kv, group * T, T]
         a = (p @ v).view(B, n_q, T, d).transpose(1, 2).reshape(N, -1)
         keep = [dropout(torch.ones_like(n), rate, True) for _ in range(2)] if rate and layer.training else []
-        out = a @ w_o.to(dtype).t()
+        out = product(a, w_o.to(dtype))
         z = x + (out * keep[0] if keep else out).view_as(x)
         n2, r2, m = torch.empty_like(n), torch.empty_like(r), n.new_empty(N, len(w_up))
         call(kernels.norm, N, D, eps, z, w_2, n2, r2)
-        gu = n2 @ stacked(dtype, w_gate, w_up).t()
+        gu = product(n2, stacked(dtype, w_gate, w_up))
         call(kernels.swiglu, *m.shape, gu, m)
-        out = m @ w_down.to(dtype).t()
+        out = product(m, w_down.to(dtype))
         ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2,
                               w_gate, w_up, w_down, *keep)
         ctx.n_q, ctx.n_kv = n_q, n_kv
@@ -475,22 +476,24 @@ class LayerFunction(torch.autograd.Function):
 
         d_out = dy.view(N, D).to(n.dtype)
         d_out = d_out * keep[1] if keep else d_out
-        dw_down, dm, dgu = d_out.t() @ m, d_out @ w_down.to(n.dtype), torch.empty_like(gu)
+        dw_down, dm = grad_product(d_out, m), product(d_out, w_down.to(n.dtype).t())
+        dgu = torch.empty_like(gu)
         call(kernels.swiglu_backward, *m.shape, gu, dm, dgu)
-        dw_gu, dn2 = dgu.t() @ n2, dgu @ stacked(n.dtype, w_gate, w_up)
+        dw_gu, dn2 = grad_product(dgu, n2), product(dgu, stacked(n.dtype, w_gate, w_up).t())
         dz, dw_2 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
         call(kernels.norm_backward, N, D, z, w_2, r2, dn2, dy, dz, dw_2)
 
         d_out = dz.view(N, D).to(n.dtype)
         d_out = d_out * keep[0] if keep else d_out
-        dw_o, da = d_out.t() @ a, d_out @ w_o.to(n.dtype)
+        dw_o, da = grad_product(d_out, a), product(d_out, w_o.to(n.dtype).t())
         da = da.view(B, T, -1, d).transpose(1, 2).reshape(q.shape)
         ds = torch._softmax_backward_data(da @ v.mT, p, -1, p.dtype)
         dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
         dk, dv = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale), p.mT @ da
         dqkv = n.new_empty(N, (ctx.n_q + 2 * ctx.n_kv) * d)
         call(kernels.rotate, B, T, ctx.n_q, ctx.n_kv, d, -1, cos, sin, dqkv, dq, dk, dv)
-        dw_qkv, db, dn = dqkv.t() @ n, dqkv.sum(0), dqkv @ stacked(n.dtype, wq, wk, wv)
+        dw_qkv, db = grad_product(dqkv, n), dqkv.sum(0)
+        dn = product(dqkv, stacked(n.dtype, wq, wk, wv).t())
         dx, dw_1 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
         call(kernels.norm_backward, N, D, x, w_1, r, dn, dz, dx, dw_1)
 
@@ -537,10 +540,11 @@ def use_layer_kernels(model):
     return model
 
 
-# --------------------------------------------------- decoding in bfloat16 on a CPU (skip in a first reading)
+# --------------------------------------------- products without a gradient on a CPU (skip in a first reading)
 #
-# Generation reads every weight for every token and is as fast as memory. Where few rows meet a large matrix,
-# F.linear reads 15 GB/s on two cores, with the matrix as the left operand 22, csrc/decode.c (one row) 28.
+# Generation reads every weight for every token and is as fast as memory. In bfloat16, two cores read so many
+# GB/s of a large matrix: F.linear 15 to 26, with the matrix as the left operand 19 to 22, packed by oneDNN 40
+# (8 rows) to 22 (32 rows), csrc/decode.c (one row) 28.
 
 @functools.lru_cache(None)
 def compiled_linear():
@@ -552,28 +556,40 @@ def compiled_linear():
     return library.linear
 
 
+PACKED = weakref.WeakKeyDictionary()            # {DecodeLinear: (which weight it was, that weight packed)}
+
+
 class DecodeLinear(nn.Linear):
-    """nn.Linear; up to 128 rows of bfloat16, without a gradient, are multiplied as the comment above says."""
+    """nn.Linear, as the comment above says where no gradient is asked for."""
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if torch.is_grad_enabled() or not 0 < rows <= 128 or x.dtype != torch.bfloat16:
+        rows, bf16 = x.numel() // x.shape[-1], x.dtype == torch.bfloat16
+        if torch.is_grad_enabled() or not rows or not compute_dtype(x) == x.dtype == self.weight.dtype:
             return super().forward(x)
-        if rows == 1 and self.in_features % 2 == 0 and (linear := compiled_linear()):
+        if rows == 1 and bf16 and self.in_features % 2 == 0 and (linear := compiled_linear()):
             x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
             bias = None if self.bias is None else self.bias.data_ptr()
             pointers = x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr()
             linear(self.out_features, self.in_features // 2, *pointers)
             return y
-        x_t = x.reshape(rows, -1).t()
-        y = self.weight @ (x_t[:, 0] if rows == 1 else x_t)     # a vector is multiplied faster than a column
-        y = y.t().reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        if 1 < rows <= 32 and (ONEDNN or bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            now = self.weight.data_ptr(), self.weight._version      # PPO's sampler is refreshed in place
+            if PACKED.get(self, (None,))[0] != now:
+                PACKED[self] = now, torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+            return torch.ops.mkldnn._linear_pointwise(x, PACKED[self][1], self.bias, "none", [], "")
+        if bf16 and rows <= 128:
+            x_t = x.reshape(rows, -1).t()
+            # a vector is multiplied faster than a column
+            y = self.weight @ (x_t[:, 0] if rows == 1 else x_t)
+            y = y.t().reshape(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return product(x, self.weight, self.bias)
 
 
 def use_decode_kernels(model):
-    """Make DecodeLinears of a model's bfloat16 matrices on a CPU."""
+    """Make DecodeLinears of a model's matrices on a CPU: in bfloat16; with oneDNN, in float32, too."""
+    dtypes = [torch.bfloat16] + [torch.float32] * ONEDNN
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 \
+        if type(module) is nn.Linear and module.weight.dtype in dtypes \
                 and module.weight.device.type == "cpu" and module.weight.is_contiguous():
             module.__class__ = DecodeLinear

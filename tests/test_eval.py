@@ -333,7 +333,8 @@ def test_a_damaged_run_is_left_out_and_named_or_refused_if_asked_for(runs, few_d
     (runs / "rnn" / "best.pt").write_bytes(b"no checkpoint")
     evaluation.main(["--domains", "climate", "--sentences", "5"])
     assert "left out: runs/rnn/best.pt" in capsys.readouterr().err
-    assert "| lstm |" in Path("runs/report/report.md").read_text() and "| rnn |" not in Path("runs/report/report.md").read_text()
+    assert {"lstm", "own-rnn"} <= {row["run"] for row in json.loads(Path("runs/report/report.json").read_text())["summary"]} - {"rnn"}
+    assert "rnn" not in json.loads(Path("runs/report/report.json").read_text())["logs"]
     with pytest.raises(UserError, match="rnn/best.pt"):
         evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r"])
 

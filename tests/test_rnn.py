@@ -155,3 +155,66 @@ def test_dropout_keeps_each_element_with_the_right_chance_and_mean(p):
     by_lane = (x.flatten()[:n // 8 * 8].view(-1, 8) == 0).double().mean(0)      # eight elements share a draw
     assert (by_lane - dropped).abs().max() < 5 * (dropped * (1 - dropped) / n * 8) ** 0.5
     assert dropout(x, p, training=False) is x
+
+
+# ---------------------------------------------------------------------------------------------------- products
+
+@pytest.fixture(params=["MKL", "oneDNN"])
+def library(request, monkeypatch):
+    """Both libraries, whichever this processor would take."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    for name in ("AMD", "ONEDNN"):
+        monkeypatch.setattr(rnn, name, request.param == "oneDNN")
+    return request.param
+
+
+def close(got, exact, dtype):
+    assert got.dtype == dtype and got.shape == exact.shape
+    assert (got.double() - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * (1 + exact.abs().max()) if exact.numel() else True
+
+
+@pytest.mark.parametrize("N, K, M", [(1, 1, 1), (0, 3, 4), (1, 7, 5), (13, 1, 3), (3, 65, 129), (64, 33, 8), (513, 40, 77)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_equal_float64s_on_views_too(library, N, K, M, dtype):
+    torch.manual_seed(N + K + M)
+    x, w, b, g = (torch.randn(*shape).to(dtype) for shape in ((N, K), (M, K), (M,), (N, M)))
+    x_view, w_view, g_view = (v.t().contiguous().t() for v in (x, w, g))
+    exact, grad = x.double() @ w.double().t(), g.double().t() @ x.double()
+    with torch.no_grad():
+        for a, c, h in ((x, w, g), (x_view, w_view, g_view), (x, w_view, g_view)):
+            close(rnn.product(a, c), exact, dtype)
+            close(rnn.product(a, c, b), exact + b.double(), dtype)
+            close(rnn.grad_product(h, a), grad, dtype)
+        close(rnn.product(x.view(N, 1, K), w), exact.view(N, 1, M), dtype)
+
+
+@pytest.mark.parametrize("rows, K, M", [(1, 3, 4), (5, 16, 64), (20, 200, 800), (3, 600, 900)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("times", [1, 9])
+def test_packed_linears_equal_float64s(library, rows, K, M, dtype, times):
+    torch.manual_seed(rows + K)
+    w, x, y = (torch.randn(*shape).to(dtype) for shape in ((M, K), (rows, K), (rows, M)))
+    for weight in (w, w.t().contiguous().t()):
+        for v in (x, x.t().contiguous().t()):
+            close(rnn.packed_linear(weight, rows, times)(v), v.double() @ w.double().t(), dtype)
+            close(rnn.packed_linear(weight, rows, times, plus=True)(v, y), v.double() @ w.double().t() + y.double(), dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 9, 8, 8), (5, 20, 17, 33)])
+def test_the_layer_matches_the_library_with_either(library, shape):
+    check_against_library(RNN, torch.nn.RNN, shape, True)
+
+
+def test_the_softmax_loss_is_the_librarys_with_either(library):
+    torch.manual_seed(0)
+    hidden, head, y = torch.randn(4, 300, 24), torch.nn.Linear(24, 61), torch.randint(-1, 61, (4, 300))
+    losses = []
+    for loss in (lambda h: rnn.softmax_loss(h, head, y), lambda h: torch.nn.functional.cross_entropy(head(h).flatten(0, 1), y.flatten(), ignore_index=-1)):
+        h = hidden.clone().requires_grad_()
+        head.zero_grad()
+        value = loss(h)
+        value.backward()
+        losses.append((value.detach(), h.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    for a, b in zip(*losses):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

@@ -203,10 +203,56 @@ def test_gradients_never_take_the_way_of_generation():
     assert torch.equal(layer.weight.grad, x.expand(3, 4))
 
 
-def test_float32_keeps_torchs_way():
-    layer = torch.nn.Linear(4, 3)
+def test_float32_keeps_torchs_way_but_where_onednn_is_faster(monkeypatch):
+    for onednn, kind in ((False, torch.nn.Linear), (True, transformer.DecodeLinear)):
+        monkeypatch.setattr(transformer, "ONEDNN", onednn)
+        layer = torch.nn.Linear(4, 3)
+        transformer.use_decode_kernels(layer)
+        assert type(layer) is kind
+
+
+def few_rows_of(dtype, monkeypatch):
+    """A DecodeLinear that packs its weight for a few rows, or a skip."""
+    monkeypatch.setattr(transformer, "ONEDNN", dtype == torch.float32)
+    if not torch.backends.mkldnn.is_available() or dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("nothing is packed here")
+    layer = torch.nn.Linear(33, 70).to(dtype)
     transformer.use_decode_kernels(layer)
-    assert type(layer) is torch.nn.Linear
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_is_never_stale(dtype, monkeypatch):
+    """Whether the weight is refreshed in place, as PPO does it, replaced, or moved; and another number of rows comes."""
+    layer = few_rows_of(dtype, monkeypatch)
+
+    def right(rows):
+        x = torch.randn(rows, 33).to(dtype)
+        exact = x.double() @ layer.weight.double().t() + layer.bias.double()
+        assert (layer(x).double() - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.1)
+    with torch.no_grad():
+        right(8)
+        assert layer in transformer.PACKED
+        layer.load_state_dict({name: torch.randn_like(p) for name, p in layer.state_dict().items()})
+        right(8)
+        layer.weight.add_(1)
+        right(3)
+        layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+        right(32)
+        layer.weight.data = torch.randn_like(layer.weight)
+        right(8)
+    packed = transformer.PACKED[layer]
+    again = copy.deepcopy(layer)
+    with torch.no_grad():
+        again.weight.add_(1)
+        right(8)
+    assert transformer.PACKED[layer] is packed and again not in transformer.PACKED
+
+
+def test_a_float32_decode_linear_under_autocast_multiplies_in_bfloat16(monkeypatch):
+    layer = few_rows_of(torch.float32, monkeypatch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 33)).dtype == torch.bfloat16
 
 
 def test_without_a_compiler_there_is_no_compiled_code(monkeypatch):
