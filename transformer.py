@@ -53,7 +53,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lstm import compile_c
-from rnn import ONEDNN, compute_dtype, dropout, grad_product, product, softmax_loss
+from rnn import AMD, compute_dtype, dropout, grad_product, product, softmax_loss
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -542,9 +542,10 @@ def use_layer_kernels(model):
 
 # --------------------------------------------- products without a gradient on a CPU (skip in a first reading)
 #
-# Generation reads every weight for every token and is as fast as memory. In bfloat16, two cores read so many
-# GB/s of a large matrix: F.linear 15 to 26, with the matrix as the left operand 19 to 22, packed by oneDNN 40
-# (8 rows) to 22 (32 rows), csrc/decode.c (one row) 28.
+# Generation reads every weight for every token and is as fast as memory. Two cores read so many GB/s of a
+# large matrix, in bfloat16: F.linear 15 to 26, with the matrix as the left operand 19 to 22, packed by oneDNN
+# 40 (8 rows) to 22 (32 rows), csrc/decode.c (one row) 28; in float32 on an AMD processor, 1, 8, 32, 64 rows:
+# F.linear 27, 7, 5, 3, the left operand 29, 8, 6, 4, oneDNN 47, 11, 5, 4, packed 49, 20, 6, 4.
 
 @functools.lru_cache(None)
 def compiled_linear():
@@ -564,7 +565,8 @@ class DecodeLinear(nn.Linear):
 
     def forward(self, x):
         rows, bf16 = x.numel() // x.shape[-1], x.dtype == torch.bfloat16
-        if torch.is_grad_enabled() or not rows or not compute_dtype(x) == x.dtype == self.weight.dtype:
+        known = rows and (bf16 or AMD and x.dtype == torch.float32) and x.device.type == "cpu"
+        if torch.is_grad_enabled() or not known or not compute_dtype(x) == x.dtype == self.weight.dtype:
             return super().forward(x)
         if rows == 1 and bf16 and self.in_features % 2 == 0 and (linear := compiled_linear()):
             x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
@@ -572,12 +574,15 @@ class DecodeLinear(nn.Linear):
             pointers = x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr()
             linear(self.out_features, self.in_features // 2, *pointers)
             return y
-        if 1 < rows <= 32 and (ONEDNN or bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        onednn = torch.ops.mkldnn
+        if 1 < rows <= 32 and (not bf16 or onednn._is_mkldnn_bf16_supported()):
             now = self.weight.data_ptr(), self.weight._version      # PPO's sampler is refreshed in place
             if PACKED.get(self, (None,))[0] != now:
-                PACKED[self] = now, torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
-            return torch.ops.mkldnn._linear_pointwise(x, PACKED[self][1], self.bias, "none", [], "")
-        if bf16 and rows <= 128:
+                PACKED[self] = now, onednn._reorder_linear_weight(self.weight, rows)
+            return onednn._linear_pointwise(x, PACKED[self][1], self.bias, "none", [], "")
+        if rows == 1 and not bf16:
+            return onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if rows <= 128:
             x_t = x.reshape(rows, -1).t()
             # a vector is multiplied faster than a column
             y = self.weight @ (x_t[:, 0] if rows == 1 else x_t)
@@ -587,8 +592,8 @@ class DecodeLinear(nn.Linear):
 
 
 def use_decode_kernels(model):
-    """Make DecodeLinears of a model's matrices on a CPU: in bfloat16; with oneDNN, in float32, too."""
-    dtypes = [torch.bfloat16] + [torch.float32] * ONEDNN
+    """Make DecodeLinears of a model's matrices on a CPU, in bfloat16 and, on an AMD processor, in float32."""
+    dtypes = [torch.bfloat16] + [torch.float32] * AMD
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype in dtypes \
                 and module.weight.device.type == "cpu" and module.weight.is_contiguous():

@@ -205,7 +205,7 @@ def test_gradients_never_take_the_way_of_generation():
 
 def test_float32_keeps_torchs_way_but_where_onednn_is_faster(monkeypatch):
     for onednn, kind in ((False, torch.nn.Linear), (True, transformer.DecodeLinear)):
-        monkeypatch.setattr(transformer, "ONEDNN", onednn)
+        monkeypatch.setattr(transformer, "AMD", onednn)
         layer = torch.nn.Linear(4, 3)
         transformer.use_decode_kernels(layer)
         assert type(layer) is kind
@@ -213,7 +213,7 @@ def test_float32_keeps_torchs_way_but_where_onednn_is_faster(monkeypatch):
 
 def few_rows_of(dtype, monkeypatch):
     """A DecodeLinear that packs its weight for a few rows, or a skip."""
-    monkeypatch.setattr(transformer, "ONEDNN", dtype == torch.float32)
+    monkeypatch.setattr(transformer, "AMD", dtype == torch.float32)
     if not torch.backends.mkldnn.is_available() or dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("nothing is packed here")
     layer = torch.nn.Linear(33, 70).to(dtype)
