@@ -582,7 +582,7 @@ class DecodeLinear(nn.Linear):
             return onednn._linear_pointwise(x, PACKED[self][1], self.bias, "none", [], "")
         if rows == 1 and not bf16:
             return onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        if rows <= 128:
+        if rows <= 128 and bf16:
             x_t = x.reshape(rows, -1).t()
             # a vector is multiplied faster than a column
             y = self.weight @ (x_t[:, 0] if rows == 1 else x_t)
