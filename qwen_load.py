@@ -43,7 +43,7 @@ import torch
 
 from data import (HUB, SEPARATOR, NotFound, UserError, data_dir, download, read_json, write_atomically,
                   write_text)
-from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig, use_decode_kernels
+from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
 # ------------------------------------------------------------------------------------------------ safetensors
 
@@ -614,9 +614,7 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
                         "tokenize_chinese_chars false, are not implemented")
     with torch.device("meta"):
         scorer = Scorer(config, WordPiece(vocab, lower))
-    fill(scorer, folder, "distilbert.", device, dtype, HEADS * new_head)
-    use_decode_kernels(scorer)
-    return scorer.requires_grad_(new_head)
+    return fill(scorer, folder, "distilbert.", device, dtype, HEADS * new_head).requires_grad_(new_head)
 
 
 def save_scorer(scorer, folder):

@@ -33,7 +33,8 @@ import qwen_load
 from data import UserError, option
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
-from transformer import Scorer, Transformer, TransformerConfig, use_decode_kernels, use_layer_kernels
+from transformer import (Scorer, Transformer, TransformerConfig, packed_weights, use_decode_kernels,
+                         use_layer_kernels)
 
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
@@ -151,6 +152,7 @@ def build_model(kind, config, weights=None):
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
                         f"{' '.join(str(e).split())[:200]}") from e
+    use_decode_kernels(model)               # at once: a resumed run computes what one in one piece does
     return use_layer_kernels(model)
 
 
@@ -180,6 +182,7 @@ def load_run(folder, device="cpu", dtype=None):
     theirs. A run is float32."""
     if qwen_load.is_pretrained(folder):
         model, tokenizer = qwen_load.load_model(folder, device, dtype)
+        use_decode_kernels(model)
         return use_layer_kernels(model), tokenizer, model.config
     folder = Path(folder)
     if not folder.is_dir():
@@ -266,25 +269,26 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
     stops = torch.tensor(eos, dtype=torch.long, device=device).flatten()
     state = model.init_state(len(prompts), window) if state is None else state
-    hidden, state = model(text[:, :shortest], state)
-    for t in range(shortest, total):
-        logits = model.logits(hidden[:, -1])                                # [B, V]
-        if repetition_penalty != 1:
-            logits = penalize(logits, text[:, :t], repetition_penalty)
-        logits.index_fill_(1, suppressed, float("-inf"))
-        token, log_prob = sample_token(logits, temperature, top_k, top_p, generator)
-        in_prompt = t < lengths
-        new = ~in_prompt & ~done
-        text[:, t] = torch.where(in_prompt, text[:, t], token)
-        done = done | new & ((t + 1 >= lengths + max_new_tokens) | torch.isin(token, stops))
-        yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
-        if done.all():
-            return
-        if not model.recurrent and state.length == state.max_len:   # full: continue from its later half
-            state = model.init_state(len(prompts), window)
-            hidden, state = model(text[:, t + 1 - max(1, window // 2):t + 1], state)
-        else:
-            hidden, state = model(text[:, t:t + 1], state)
+    with packed_weights():
+        hidden, state = model(text[:, :shortest], state)
+        for t in range(shortest, total):
+            logits = model.logits(hidden[:, -1])                                # [B, V]
+            if repetition_penalty != 1:
+                logits = penalize(logits, text[:, :t], repetition_penalty)
+            logits.index_fill_(1, suppressed, float("-inf"))
+            token, log_prob = sample_token(logits, temperature, top_k, top_p, generator)
+            in_prompt = t < lengths
+            new = ~in_prompt & ~done
+            text[:, t] = torch.where(in_prompt, text[:, t], token)
+            done = done | new & ((t + 1 >= lengths + max_new_tokens) | torch.isin(token, stops))
+            yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
+            if done.all():
+                return
+            if not model.recurrent and state.length == state.max_len:   # full: continue from its later half
+                state = model.init_state(len(prompts), window)
+                hidden, state = model(text[:, t + 1 - max(1, window // 2):t + 1], state)
+            else:
+                hidden, state = model(text[:, t:t + 1], state)
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):

@@ -40,10 +40,10 @@ Where each is:
 
     python train.py --model transformer
 """
+import contextlib
 import ctypes
 import functools
 import math
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -557,7 +557,19 @@ def compiled_linear():
     return library.linear
 
 
-PACKED = weakref.WeakKeyDictionary()            # {DecodeLinear: (which weight it was, that weight packed)}
+PACKED = None                                   # {DecodeLinear: its weight packed}, while a text is generated
+
+
+@contextlib.contextmanager
+def packed_weights():
+    """Within one generation, where no weight changes, the steps of a few rows keep a packed copy of each
+    matrix (the weights' memory once more). Not longer: a fused optimizer changes weights without a trace."""
+    global PACKED
+    PACKED = {}
+    try:
+        yield
+    finally:
+        PACKED = None
 
 
 class DecodeLinear(nn.Linear):
@@ -575,11 +587,11 @@ class DecodeLinear(nn.Linear):
             linear(self.out_features, self.in_features // 2, *pointers)
             return y
         onednn = torch.ops.mkldnn
-        if 1 < rows <= 32 and (not bf16 or onednn._is_mkldnn_bf16_supported()):
-            now = self.weight.data_ptr(), self.weight._version      # PPO's sampler is refreshed in place
-            if PACKED.get(self, (None,))[0] != now:
-                PACKED[self] = now, onednn._reorder_linear_weight(self.weight, rows)
-            return onednn._linear_pointwise(x, PACKED[self][1], self.bias, "none", [], "")
+        step = 1 < rows == len(x) <= 32         # one token of each row
+        if PACKED is not None and step and (not bf16 or onednn._is_mkldnn_bf16_supported()):
+            if self not in PACKED:
+                PACKED[self] = onednn._reorder_linear_weight(self.weight, rows)
+            return onednn._linear_pointwise(x, PACKED[self], self.bias, "none", [], "")
         if rows == 1 and not bf16:
             return onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         if rows <= 128 and bf16:
