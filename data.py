@@ -32,6 +32,7 @@ Where each is:
 """
 import argparse
 import bisect
+import contextlib
 import gzip
 import hashlib
 import inspect
@@ -94,22 +95,19 @@ def option(default, help, choices=None, group=None, **limits):
     return field(default=default, metadata=metadata)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong argument is one line like every other error, without the usage above it."""
-
-    def error(self, message):
-        raise UserError(f"{message} (python {self.prog} --help lists what there is)")
-
-
 def parse_args(Config, argv=None, epilog=None):
     """The command line as a Config, a dataclass whose fields are made by `option`; -> (config, names that
     were typed). A field's name is its option (`batch_size`: --batch-size), its annotation the type: bool is a
     switch, list[...] takes one or more values. Config's docstring heads --help, in which the options of a
     base class come last."""
-    parser = Parser(description=inspect.cleandoc(Config.__doc__), epilog=epilog,
-                    argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser
+    def error(message):                 # one line like every other error, without the usage above it
+        more = "; of several files, name their folder" * bool(re.match("unrecognized arg[^:]+: [^-]", message))
+        raise UserError(f"{message}{more} (python {parser.prog} --help lists what there is)")
+
+    group = parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(Config.__doc__), epilog=epilog, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = error
     for f in sorted(fields(Config), key=lambda f: f.name not in Config.__annotations__):
         name = "--" + f.name.replace("_", "-")
         if f.metadata["group"]:
@@ -127,7 +125,8 @@ def parse_args(Config, argv=None, epilog=None):
             kind, nargs = get_args(kind)[0], "+"
         metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
         group.add_argument(name, type=kind, nargs=nargs, choices=choices, metavar=metavar, help=text)
-    given = vars(parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv               # --batch_size is --batch-size, too
+    given = vars(parser.parse_args([re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in argv]))
     for f in fields(Config):
         value, limits = given.get(f.name), f.metadata["limits"].items()
         for number in value if isinstance(value, list) else [value]:
@@ -302,8 +301,7 @@ def prepend_eos(tokenizer, ids):
 
 def batches_of(model, ids, batch_size, block_size, seed):
     """The batches that a model is trained with. UserError unless the text is long enough for one."""
-    kind = ContiguousBatches if model.recurrent else WindowBatches
-    batches = kind(ids, batch_size, block_size, seed)
+    batches = (ContiguousBatches if model.recurrent else WindowBatches)(ids, batch_size, block_size, seed)
     if batches.steps_per_epoch < 1:
         raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} "
                         f"rows of {block_size} tokens. Take a longer text, or smaller --batch-size and "
@@ -442,73 +440,44 @@ def plural(noun):
     return irregular.get(noun) or (noun[:-3] + "men" if noun.endswith("man") else add_s(noun))
 
 
-# The rules: symbol | weight | what it says | the symbols that follow. {n} is s or p, singular or plural;
-# {title} and {name} are all titles and names. A word in capitals is a class of the tables above, in the form
-# after its stop.
+# The rules: symbol = weight words -> symbols that follow | the next alternative. {n} is s or p, singular or
+# plural; {title} and {name} are all titles and names. A word in capitals is a class of the tables above, in
+# the form after its stop.
 GRAMMAR = """
-NAME:{title} | 1 | {name} | COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
-MORE:{title}:{name} | 32 | {title} | NAME:{name} VERB.s MORE:{title}:{name}
-MORE:{title}:{name} | 10 | but then yet meanwhile | CLAUSE MORE:{title}:{name}
-MORE:{title}:{name} | 13 | <eos> |
-MORE:{title}:{name} | 27 | the | SUBJECT MORE:{title}:{name}
-MORE:{title}:{name} | 6.75 | this | SUBJECT.s MORE:{title}:{name}
-MORE:{title}:{name} | 3.15 | every | SUBJECT.s MORE:{title}:{name}
-MORE:{title}:{name} | 4.5 | many | SUBJECT.p MORE:{title}:{name}
-MORE:{title}:{name} | 3.6 | most | SUBJECT.p MORE:{title}:{name}
-NAME:{name} | 1 | {name} |
-COMMA | 1 | , |
-THE | 1 | the |
-ROLE | 1 | chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor |
-THAT | 1 | that | CLAUSE
-CLAUSE | 60 | the | SUBJECT
-CLAUSE | 15 | this | SUBJECT.s
-CLAUSE | 7 | every | SUBJECT.s
-CLAUSE | 10 | many | SUBJECT.p
-CLAUSE | 8 | most | SUBJECT.p
-SUBJECT | 45 | NOUNS.s | AFTER.s
-SUBJECT | 30 | NOUNS.p | AFTER.p
-SUBJECT | 25 | ADJECTIVES | SUBJECT
-SUBJECT.{n} | 75 | NOUNS.{n} | AFTER.{n}
-SUBJECT.{n} | 25 | ADJECTIVES | SUBJECT.{n}
-NOUN.{n} | 75 | NOUNS.{n} |
-NOUN.{n} | 25 | ADJECTIVES | NOUN.{n}
-AFTER.{n} | 12 | that | ACTION.{n} VERB.{n}
-AFTER.{n} | 12 | of near | OBJECT VERB.{n}
-AFTER.{n} | 34.2 | VERBS.{n} | OBJECT END
-AFTER.{n} | 15.2 | INTRANSITIVES.{n} | END
-AFTER.s | 15.2 | is | QUALITY END
-AFTER.p | 15.2 | are | QUALITY END
-AFTER.s | 11.4 | says thinks hopes believes knows fears | THAT
-AFTER.p | 11.4 | say think hope believe know fear | THAT
-VERB.{n} | 45 | VERBS.{n} | OBJECT END
-VERB.{n} | 20 | INTRANSITIVES.{n} | END
-VERB.s | 20 | is | QUALITY END
-VERB.p | 20 | are | QUALITY END
-VERB.s | 15 | says thinks hopes believes knows fears | THAT
-VERB.p | 15 | say think hope believe know fear | THAT
-ACTION.{n} | 1 | VERBS.{n} | OBJECT
-OBJECT.any | 45 | NOUNS.s |
-OBJECT.any | 30 | NOUNS.p |
-OBJECT.any | 25 | ADJECTIVES | OBJECT.any
-OBJECT | 50 | the | OBJECT.any
-OBJECT | 24 | this | NOUN.s
-OBJECT | 15 | some | NOUN.p
-OBJECT | 10 | those | NOUN.p THAT.p
-OBJECT | 1 | life |
-THAT.p | 1 | that | ACTION.p
-END | 60 | . |
-END | 20 | in after because | REASON
-END | 6 | by | NUMBER UNIT STOP
-END | 14 | ADVERBS | STOP
-STOP | 1 | . |
-REASON | 5 | the | OBJECT.any STOP
-REASON | 3 | this | NOUN.s STOP
-REASON | 2 | these | NOUN.p STOP
-NUMBER | 1 | two three four five six seven eight nine ten twenty fifty |
-UNIT | 1 | UNITS |
-QUALITY | 30 | very so not | ADJECTIVE
-QUALITY | 70 | ADJECTIVES |
-ADJECTIVE | 1 | ADJECTIVES |
+NAME:{title} = 1 {name} -> COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
+MORE:{title}:{name} = 32 {title} -> NAME:{name} VERB.s MORE:{title}:{name}
+    | 10 but then yet meanwhile -> CLAUSE MORE:{title}:{name} | 13 <eos>
+    | 27 the -> SUBJECT MORE:{title}:{name} | 6.75 this -> SUBJECT.s MORE:{title}:{name}
+    | 3.15 every -> SUBJECT.s MORE:{title}:{name} | 4.5 many -> SUBJECT.p MORE:{title}:{name}
+    | 3.6 most -> SUBJECT.p MORE:{title}:{name}
+NAME:{name} = 1 {name}
+COMMA = 1 ,
+THE = 1 the
+ROLE = 1 chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor
+THAT = 1 that -> CLAUSE
+CLAUSE = 60 the -> SUBJECT | 15 this -> SUBJECT.s | 7 every -> SUBJECT.s | 10 many -> SUBJECT.p
+    | 8 most -> SUBJECT.p
+SUBJECT = 45 NOUNS.s -> AFTER.s | 30 NOUNS.p -> AFTER.p | 25 ADJECTIVES -> SUBJECT
+SUBJECT.{n} = 75 NOUNS.{n} -> AFTER.{n} | 25 ADJECTIVES -> SUBJECT.{n}
+NOUN.{n} = 75 NOUNS.{n} | 25 ADJECTIVES -> NOUN.{n}
+AFTER.{n} = 12 that -> ACTION.{n} VERB.{n} | 12 of near -> OBJECT VERB.{n} | 34.2 VERBS.{n} -> OBJECT END
+    | 15.2 INTRANSITIVES.{n} -> END
+AFTER.s = 15.2 is -> QUALITY END | 11.4 says thinks hopes believes knows fears -> THAT
+AFTER.p = 15.2 are -> QUALITY END | 11.4 say think hope believe know fear -> THAT
+VERB.{n} = 45 VERBS.{n} -> OBJECT END | 20 INTRANSITIVES.{n} -> END
+VERB.s = 20 is -> QUALITY END | 15 says thinks hopes believes knows fears -> THAT
+VERB.p = 20 are -> QUALITY END | 15 say think hope believe know fear -> THAT
+ACTION.{n} = 1 VERBS.{n} -> OBJECT
+OBJECT.any = 45 NOUNS.s | 30 NOUNS.p | 25 ADJECTIVES -> OBJECT.any
+OBJECT = 50 the -> OBJECT.any | 24 this -> NOUN.s | 15 some -> NOUN.p | 10 those -> NOUN.p THAT.p | 1 life
+THAT.p = 1 that -> ACTION.p
+END = 60 . | 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP
+STOP = 1 .
+REASON = 5 the -> OBJECT.any STOP | 3 this -> NOUN.s STOP | 2 these -> NOUN.p STOP
+NUMBER = 1 two three four five six seven eight nine ten twenty fifty
+UNIT = 1 UNITS
+QUALITY = 30 very so not -> ADJECTIVE | 70 ADJECTIVES
+ADJECTIVE = 1 ADJECTIVES
 """
 # an entry ends where the next one begins
 CLASSES = {(name, domain): words.split()
@@ -531,15 +500,18 @@ class Language:
             own = title in TITLES[domain].split()
             self.add_rule("DOCUMENT", [title], 45 if own else 1, [f"NAME:{title}"])
         values = {"{n}": "sp", "{title}": titles, "{name}": NAMES.split()}
-        for line in GRAMMAR.strip().splitlines():
+        for line in re.split(r"\n(?=\S)", GRAMMAR.strip()):
             used = [variable for variable in values if variable in line]
             for chosen in itertools.product(*(values[variable] for variable in used)):
                 rule = line
                 for variable, value in zip(used, chosen):
                     rule = rule.replace(variable, value)
-                symbol, weight, said, follow = (part.strip() for part in rule.split("|"))
-                for words, part in self.words_of(said):
-                    self.add_rule(symbol, words, part * float(weight), follow.split())
+                symbol, alternatives = rule.split(" = ")
+                for alternative in alternatives.split("|"):
+                    said, _, follow = alternative.partition("->")
+                    weight, said = said.strip().split(" ", 1)
+                    for words, part in self.words_of(said):
+                        self.add_rule(symbol, words, part * float(weight), follow.split())
         for rules in self.rules.values():
             totals = [sum(w[m] for w, _ in rules.values()) for m in range(len(self.moods))]
             # push: the symbols that follow, the first one last, as a stack takes them
@@ -701,14 +673,14 @@ def imdb_reviews(path, changed):
                     found[split].append((member.name, text, int(m[2] == "pos")))
             while unzipped.read(1 << 20):                       # to the checksum at its very end
                 pass
+        if not found["train"] + found["test"]:
+            raise EOFError("it holds no reviews")
     except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read ({e}). Delete it and run again to download it anew") from e
-    if not found["train"] + found["test"]:
-        raise UserError(f"{path} holds no reviews; delete it and run again to download it anew")
     for reviews in found.values():
         reviews.sort()
         random.Random(0).shuffle(reviews)                       # the archive has all of one label together
-    return {split: [(text, label) for _, text, label in reviews] for split, reviews in found.items()}
+    return {split: [review[1:] for review in reviews] for split, reviews in found.items()}
 
 
 def imdb_labelled(name, split):
@@ -751,8 +723,9 @@ BETWEEN_TOKENS = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
 
 
 def text_files(path):
-    """A file; or the .txt files in and below a folder, by name, without hidden ones."""
-    found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    """A file; or the .txt and .jsonl files, perhaps .gz, in and below a folder, by name, no hidden ones."""
+    known = re.compile(r".+\.(txt|jsonl)(\.gz)?")
+    found = sorted(f for f in path.rglob("*") if known.fullmatch(f.name)) if path.is_dir() else [path]
     return [file for file in found if not re.search(r"(^|[/\\])\.[^.]", str(file.relative_to(path)))]
 
 
@@ -760,7 +733,7 @@ def own_files(name):
     """{split: its files} of a file, a folder or an article: "all", where none is called as a split is."""
     path, files = source_file(name, "all"), {}
     for file in text_files(path) if path.is_dir() else []:
-        if split := SPLIT_OF.get(file.stem.lower()):
+        if split := SPLIT_OF.get(file.name.partition(".")[0].lower()):
             files.setdefault(split, []).append(file)
     if files and "train" not in files:
         raise UserError(f"{name} has {list(files)[0]}.txt but no train.txt: name the training text so, or "
@@ -770,7 +743,7 @@ def own_files(name):
 
 def pieces(files):
     """The text of these files as documents, each with its end."""
-    *texts, last = ("".join(read_lines(file)) for file in files)
+    *texts, last = map(read_text, files)
     text = "".join(text + "\n" * (not text.endswith("\n")) for text in texts) + last
     size = len(text.rstrip())                                   # the rest belongs to the last document
     for pattern in DOCUMENT_ENDS:
@@ -840,7 +813,6 @@ def article(title):
     path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
              "formatversion": 2, "titles": title}
     try:
@@ -852,8 +824,7 @@ def article(title):
         raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL} "
                         f"({type(e).__name__}). Save its text as {path} and run again") from e
     if not text.strip():
-        raise UserError(f"Wikipedia has no article called {title!r}; the title is the last part of its "
-                        "address")
+        raise UserError(f"Wikipedia has no article called {title!r}; the title is the end of its address")
     write_text(path, text)
     return path
 
@@ -873,6 +844,8 @@ def source_file(name, split):
     if not path.exists():
         raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give "
                         "the path of a UTF-8 text file, or of a folder of .txt files")
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{name} is a pipe or a device, which cannot be read twice: write it to a file first")
     if not any(file.stat().st_size for file in text_files(path)):
         raise UserError(f"{name} is empty" if path.is_file() else f"{name} holds no .txt file with text")
     return path
@@ -943,7 +916,9 @@ def encode_split(name, split, tokenizer):
     identity = 2, str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
     folder = data_dir() / "tokens"
-    if data_dir().exists() and not os.access(data_dir(), os.W_OK):      # a shared, read-only data folder
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):                          # a shared, read-only data folder
         folder = Path(tempfile.gettempdir()) / f"tokens-{os.getuid()}"
     path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
     if not path.exists():
@@ -985,6 +960,7 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
 
 def run_main(main):
     """Run a script's main(). A UserError or an OSError ends it with one line and status 2."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):                     # a terminal's "?" for what it cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -1027,7 +1003,7 @@ live.last = 0.0
 
 
 def data_dir():
-    return Path(os.environ.get("DATA_DIR") or HERE / "data")
+    return Path(os.environ.get("DATA_DIR") or HERE / "data").expanduser()
 
 
 def file_name(name):
@@ -1038,6 +1014,17 @@ def file_name(name):
 def quoted(path):
     """A path as it is typed in a command."""
     return f'"{path}"' if " " in str(path) else str(path)
+
+
+def replace_file(temporary, path, tries=4):
+    """Rename temporary to path. On Windows a virus scanner may hold either for a moment: then try again."""
+    try:
+        os.replace(temporary, path)
+    except PermissionError:
+        if tries == 1:
+            raise
+        time.sleep(0.8 / 2 ** tries)
+        replace_file(temporary, path, tries - 1)
 
 
 def write_atomically(path, write, own=""):
@@ -1054,24 +1041,14 @@ def write_atomically(path, write, own=""):
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
         resume = f" with --resume --run {quoted(path.parent)}" * (path.parent / "last.pt").exists()
         raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are complete: "
-                        f"free some space and try again{resume}") from e
+                        f"free some space, or write elsewhere, and try again{resume}") from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def replace_file(temporary, path, tries=4):
-    """Rename temporary to path. On Windows a virus scanner may hold either for a moment: then try again."""
-    for k in range(tries):
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:
-            if k + 1 == tries:
-                raise
-            time.sleep(0.1 * 2 ** k)
-
-
 def write_text(path, text):
-    write_atomically(Path(path), lambda f: f.write(text.encode()))
+    # a file's name need not be UTF-8: the escape of such a byte is one in JSON, too
+    write_atomically(Path(path), lambda f: f.write(text.encode(errors="backslashreplace")))
 
 
 def save_json(path, value):
@@ -1090,23 +1067,45 @@ def read_json(path, default=None):
         raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
 
 
+NO_TEXT = {b"%PDF": "a PDF: save it as text", b"PAR1": "a parquet file: write its texts as lines of JSON",
+           b"PK\3\4": "a zip archive, or a document that is one: unpack it, or save it as text",
+           b"\x1f\x8b": "packed by gzip: call it .gz"}                   # by its first bytes
+
+
 def read_lines(path):
-    """The lines of a UTF-8 file, each with its end, of any kind, as "\n". UserError if it is no text."""
+    """The lines of a UTF-8 file, each with its end, of any kind, as "\n"; a .gz is unpacked. UserError if it
+    is no text."""
     offset = 0
     try:
-        with open(path, "rb") as f:
+        with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as f:
             for raw in f:
+                for magic, what in NO_TEXT.items():
+                    if not offset and raw.startswith(magic):
+                        raise UserError(f"{path} is {what}")
                 line = raw.decode("utf-8" if offset else "utf-8-sig")
                 if "\0" in line:
                     raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text")
                 yield line.replace("\r\n", "\n").replace("\r", "\n")
                 offset += len(raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path} cannot be unpacked ({e}): fetch or pack it again") from e
     except UnicodeDecodeError as e:
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8 {path}")
         raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
                         f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
                         "at the result") from e
+
+
+def read_text(path):
+    """A text file as it is; of lines of JSON (.jsonl, .json), what each has as "text", as a document."""
+    if not re.search(r"\.jsonl?(\.gz)?$", path.name):
+        return "".join(read_lines(path))
+    try:
+        return "".join(json.loads(line)["text"] + SEPARATOR for line in read_lines(path) if line.strip())
+    except (ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{path} is not lines of JSON, each with its text as {{\"text\": ...}} ({e}): write "
+                        "it so, or as a .txt") from e
 
 
 class NotFound(UserError):
@@ -1118,9 +1117,9 @@ def download(url, path, sha256=None):
     the hub comes from $HF_ENDPOINT, another hub, with $HF_TOKEN, a key for what is not public. sha256: of the
     publisher's file; without it, what the hub says. NotFound for a 404, else UserError."""
     path, headers = Path(path), {"Accept-Encoding": "identity"}
+    part, lock = (path.with_name(path.name + end) for end in (".part", ".lock"))
     if path.exists():
         return path
-    part, lock = (path.with_name(path.name + end) for end in (".part", ".lock"))
     if url.startswith(HUB):
         url = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url.removeprefix(HUB)
         if os.environ.get("HF_TOKEN"):
@@ -1128,7 +1127,7 @@ def download(url, path, sha256=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(lock, "w") as held:
-            if fcntl:
+            with contextlib.suppress(OSError, AttributeError):  # a file system, or a system, without locks
                 fcntl.flock(held, fcntl.LOCK_EX)
             for attempt in range(3):
                 if path.exists():                               # another process has fetched it

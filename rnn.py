@@ -83,8 +83,7 @@ def packed_linear(w, rows, times, plus=False):
             return lambda x, y: onednn._linear_pointwise(x, y, packed, None, "add")
         return lambda x: onednn._linear_pointwise(x, packed, None, "none", [], "")
     if wide and not plus and not AMD and torch.backends.mkl.is_available():
-        w = w.contiguous()
-        packed = mkl._mkl_reorder_linear_weight(w, rows)
+        packed = mkl._mkl_reorder_linear_weight(w := w.contiguous(), rows)
         return lambda x: mkl._mkl_linear(x, packed, w, None, rows)
     w_t = w.t().contiguous() if wide else w.t()                 # MKL is 1.3 times as fast with it
     return (lambda x, y: torch.addmm(y, x, w_t)) if plus else (lambda x: x @ w_t)
@@ -150,8 +149,8 @@ class RNN(nn.Module):
         if x.shape[1] == 0:
             raise ValueError("a recurrent layer needs at least one time step")
         x = x.transpose(0, 1).contiguous()             # a matmul of strided rows takes up to 30 times as long
-        operands = x, self.weight_ih, self.weight_hh, self.bias_ih + self.bias_hh
-        return [v.to(compute_dtype(x)) for v in operands]
+        dtype, bias = compute_dtype(x), self.bias_ih + self.bias_hh
+        return [v.to(dtype) for v in (x, self.weight_ih, self.weight_hh, bias)]
 
     def forward(self, x, state=None):
         state = self.zero_state(x.shape[0]) if state is None else state
@@ -199,8 +198,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         acc = torch.promote_types(hidden.dtype, torch.float32)
-        w = weight.to(hidden.dtype)
-        b = None if bias is None else bias.to(hidden.dtype)
+        w, b = (v if v is None else v.to(hidden.dtype) for v in (weight, bias))
         total = torch.zeros((), dtype=acc, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden), None, None
         for logits, h, d_h, y in logit_chunks(hidden, w, b, d_hidden, targets):
@@ -212,12 +210,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             if not keep.all():
                 p.masked_fill_(~keep[:, None], 0.0)
             d_h.copy_(product(p, w.t()))
-            part = grad_product(p, h)
-            if d_weight is None:
-                # one chunk: there is nothing to sum
-                d_weight = part.to(acc) if len(h) < len(hidden) else part
-            else:
-                d_weight.add_(part)
+            part = grad_product(p, h) if len(h) == len(hidden) else grad_product(p, h).to(acc)
+            d_weight = part if d_weight is None else d_weight.add_(part)
             if b is not None:
                 part = p.sum(0).to(acc)                                # summed in float32, whatever the dtype
                 d_bias = part if d_bias is None else d_bias.add_(part)
@@ -234,8 +228,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 @torch.no_grad()
 def token_nll(hidden, weight, bias, targets):
     """-log softmax(hidden W^T + b)[target], float32 [N] in nats, 0 where the target is -1; no gradient."""
-    w = weight.to(hidden.dtype)
-    b = None if bias is None else bias.to(hidden.dtype)
+    w, b = (v if v is None else v.to(hidden.dtype) for v in (weight, bias))
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for logits, _, y, out in logit_chunks(hidden, w, b, targets, nll):
         at_target = logits.gather(1, y.clamp(min=0)[:, None])[:, 0].float()
@@ -260,8 +253,7 @@ def locked_dropout(x, p, training):
     """Dropout with one mask for all time steps of a row (Gal & Ghahramani 2016). x [B, T, D]."""
     if not training or p == 0:
         return x
-    keep = x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - p)
-    return x * keep.div_(1 - p)
+    return x * x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - p).div_(1 - p)
 
 
 def dropout(x, p, training):
@@ -339,9 +331,7 @@ class RNNLM(nn.Module):
             x, layer_state = layer(x, layer_state)
             x = locked_dropout(x, c.dropout if i == c.n_layer - 1 else c.dropout_hidden, self.training)
             new_state.append(layer_state)
-        if targets is not None:
-            return softmax_loss(x, self.lm_head, targets, reduction), new_state
-        return x, new_state
+        return (x if targets is None else softmax_loss(x, self.lm_head, targets, reduction)), new_state
 
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., V]."""
