@@ -101,7 +101,7 @@ def parse_args(Config, argv=None, epilog=None):
     switch, list[...] takes one or more values. Config's docstring heads --help, in which the options of a
     base class come last."""
     def error(message):                 # one line like every other error, without the usage above it
-        more = "; of several files, name their folder" * bool(re.match("unrecognized arg[^:]+: [^-]", message))
+        more = "; of several files, name their folder" * bool(re.match("unrecognized arg.*: [^-]", message))
         raise UserError(f"{message}{more} (python {parser.prog} --help lists what there is)")
 
     group = parser = argparse.ArgumentParser(
@@ -813,6 +813,7 @@ def article(title):
     path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)              # where the text may be placed by hand
     query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
              "formatversion": 2, "titles": title}
     try:
@@ -875,7 +876,7 @@ def build_char_tokenizer(name):
 def build_word_tokenizer(name, max_words=20_000):
     """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
     max_words most frequent that occur twice, the others <unk>."""
-    source, counts = CORPORA.get(name), Counter()
+    source, counts, chunks_read, changed = CORPORA.get(name), Counter(), 0, 0
     tokenized = source and source.tokenized
     if source and source.vocabulary:
         return WordTokenizer(source.vocabulary())
@@ -883,7 +884,14 @@ def build_word_tokenizer(name, max_words=20_000):
         if k % 1000 == 0:
             live(f"collecting the words of {name}: {k:,} texts")
         chunks = unicodedata.normalize("NFC", text).replace(SEPARATOR, " ").split()
-        counts.update(chunks if tokenized else (w for c in chunks for w in word_pieces(c)))
+        words = [[chunk] if tokenized else word_pieces(chunk) for chunk in chunks]
+        counts.update(itertools.chain(*words))
+        chunks_read += len(chunks)
+        changed += sum("".join(said) != (chunk[0].lower() + chunk[1:]).replace("\u2019", "'")
+                       for said, chunk in zip(words, chunks))
+    if RANK == 0 and not source and changed > chunks_read / 5:
+        print(f"{changed / chunks_read:.0%} of the words of {name} are not read as they are written "
+              "(capitals become small, numbers N): --tokenizer char or gpt2 keeps all", flush=True)
     if not tokenized:
         counts = Counter({w: c for w, c in counts.most_common(max_words) if c > 1})
         counts["<unk>"] += 1
@@ -981,6 +989,8 @@ def run_main(main):
         message = str(e)
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):     # what torchrun shows at its end
+            Path(report).write_text(json.dumps({"message": message}))
     if WORLD > 1 and isinstance(status, int):                   # gloo's threads may abort a slow exit
         sys.stdout.flush()
         sys.stderr.flush()

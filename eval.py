@@ -37,6 +37,7 @@ divergence in bits: 0 if equal, 1 if they share no word.
 import csv
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -51,7 +52,7 @@ import data
 from data import UserError, option, read_json, save_json, write_atomically, write_text
 from sample import (autocast, context_length, count_parameters, encode_prompt, generate, load_run,
                     pick_device, pick_dtype, read_checkpoint)
-from train import perplexity_of, token_losses
+from train import LONGEST_WINDOW, perplexity_of, token_losses
 
 
 @dataclass
@@ -124,6 +125,15 @@ def find_runs():
     return sorted({path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")})
 
 
+def distinct_names(names):
+    """{name of a run or a text: its last part, behind as many more as tell it from the others}."""
+    for n in range(1, 1 + max((len(Path(name).parts) for name in names), default=0)):
+        found = {name: "/".join(Path(name).parts[-n:]).encode(errors="replace").decode() for name in names}
+        if len(set(found.values())) == len(found):
+            break
+    return found if names else {}
+
+
 # ----------------------------------------------------------------------------------------- numbers: sentences
 
 # a full stop behind these ends no sentence; behind the second kind, and behind initials (not the unit in
@@ -146,17 +156,32 @@ def mark_end(m):
     return m[0] if m[2].islower() and not alone else m[1] + "\n"
 
 
+LONGEST = 2000                  # characters of a sentence; what is longer, a text without full stops, is cut
+
+
+def unwrap(text):
+    """Join the lines of wrapped paragraphs: three or more, none with room for the next one's first word."""
+    blocks = re.split(r"(\n\s*\n)", text)
+    for k, lines in enumerate(block.splitlines() for block in blocks):
+        width, pairs = max(map(len, lines), default=0), zip(lines, lines[1:])
+        if len(lines) > 2 and 40 <= width <= 120 and all(
+                len(line) + len(after.split(" ")[0]) >= width for line, after in pairs):
+            blocks[k] = " ".join(lines)
+    return "".join(blocks)
+
+
 def sentences(text):
     """Raw or tokenized English text -> its sentences, without headings (= like this =). A full stop ends one
-    unless it belongs to an abbreviation, an initial or a number; a line break always does."""
+    unless it belongs to an abbreviation, an initial or a number; a line's end always, but in wrapped text."""
     # a Chinese stop ends a sentence wherever it stands
     text = re.sub(r"([\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*)", r"\1\n", text)
     found = []
-    for line in text.replace(data.SEPARATOR, "\n").splitlines():
+    for line in unwrap(text.replace(data.SEPARATOR, "\n")).splitlines():
         if not re.fullmatch(r"\s*=.*=\s*", line):
             line = ABBREVIATION.sub(lambda m: m[0].replace(".", "\0"), line)
             found += ENDS.sub(mark_end, line).replace("\0", ".").splitlines()
-    return [sentence.strip() for sentence in found if sentence.strip()]
+    return [part.strip() for sentence in found if sentence.strip()
+            for part in re.findall(rf"(?s).{{1,{LONGEST}}}(?:\s|$)|.{{{LONGEST}}}", sentence.strip())]
 
 
 def read_domain(name):
@@ -180,7 +205,7 @@ def per_document_nll(model, texts, eos, dtype=None, group=32):
     """[-log p of every token, float64 array] of texts (lists of ids), each scored independently after the end
     token. Those of like length are read side by side, padded where a causal model cannot see it."""
     device = next(model.parameters()).device
-    limit = 4096 if model.recurrent else model.config.block_size
+    limit = min(LONGEST_WINDOW, context_length(model))
     out, order = [None] * len(texts), sorted(range(len(texts)), key=lambda k: -len(texts[k]))
     while order:
         data.live(f"scored {len(texts) - len(order):,} of {len(texts):,} texts")
@@ -383,7 +408,7 @@ def at_stages(run):
 
 def frequencies(runs, domains, scores):
     """{"corpus and domain": what compare_frequencies finds, and each run's correlation}; of runs on words."""
-    out, counts = {}, {}
+    out, counts, shown = {}, {}, distinct_names({run.corpus for run in runs} | domains.keys())
     for run in [run for run in runs if run.tokenizer.kind == "word" and run.corpus != "?"]:
         key = run.corpus, tuple(run.tokenizer.words)
         try:
@@ -395,7 +420,7 @@ def frequencies(runs, domains, scores):
             here = Counter(w if w in run.tokenizer.ids else "<unk>" for s in sentence_list
                            for w in in_words(run.tokenizer, s))
             if (run.name, domain) in scores and len(counts[key] | here) > 1:
-                texts = [Path(run.corpus).stem, Path(domain).name]
+                texts = [shown[run.corpus], shown[domain]]
                 found = out.setdefault(" and ".join(texts), compare_frequencies(counts[key], here)
                                        | {"texts": texts, "correlation": {}})
                 scored = scores[run.name, domain]
@@ -497,15 +522,16 @@ def markdown_table(rows):
 
 
 def write_report(folder, lines):
-    """Lines of markdown as report.md; a figure that matplotlib was not there to draw is left out."""
+    """Lines of markdown as report.md, without those of figures that were not drawn."""
+    lines = [line for line in lines if not (found := re.fullmatch(r"!\[.*\]\((.+)\)\n", line))
+             or (folder / found[1]).exists()]
     if not pyplot():
-        lines = [line for line in lines if not line.startswith("![")]
         lines.append("No figures, because matplotlib is not installed: pip install matplotlib\n")
     write_text(folder / "report.md", "\n".join(lines))
 
 
 def curves_section(report, out):
-    plot_curves(report["logs"], out / "loss_curves.png")
+    draw(plot_curves, report["logs"], out / "loss_curves.png")
     return ["## Loss curves (Figure 1)\n", "![Loss while training](loss_curves.png)\n"]
 
 
@@ -516,8 +542,8 @@ def stages_section(report, out):
     rows = [{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]
     if not rows:
         return []
-    plot_bars({f"{run}, {text}": values for run, text, values in stages[:12]}, labels, "perplexity",
-              out / "stages.png", log_scale=True)
+    draw(plot_bars, {f"{run}, {text}": values for run, text, values in stages[:12]}, labels, "perplexity",
+         out / "stages.png", True)
     return ["## Perplexity at stages of the training (Figure 2)\n",
             "`--also climate`, say, logs another text's perplexity too.\n", markdown_table(rows),
             "![Perplexity at stages](stages.png)\n"]
@@ -544,8 +570,8 @@ def domains_section(report, out):
         lines += [f"### {name}\n", floor * bool(domain["floor"]), markdown_table(rows),
                   f"The first {len(each)} of {len(domain['sentences'])} sentences:\n", markdown_table(each)]
     if bits:
-        labels = [Path(name).name for name in report["domains"]]
-        plot_bars(bits, labels, "bits per character", out / "domains.png")
+        draw(plot_bars, bits, [*distinct_names(report["domains"]).values()], "bits per character",
+             out / "domains.png")
         lines.append("![Bits per character in each domain](domains.png)\n")
     return lines
 
@@ -553,7 +579,7 @@ def domains_section(report, out):
 def frequencies_section(report, out):
     lines = ["## Word frequencies (Figure 3)\n"]
     for k, (name, found) in enumerate(report["frequencies"].items()):
-        plot_frequencies(found, out / f"frequencies_{k + 1}.png")
+        draw(plot_frequencies, found, out / f"frequencies_{k + 1}.png")
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
         lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. "
                   "Correlation of a token's loss with how much rarer its word was in training than it is "
@@ -566,7 +592,7 @@ def memory_section(report, out):
     lines = []
     labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
     for corpus, memory in report["memory"].items():
-        plot_memory(memory, labels, out / f"memory_{corpus}.png")
+        draw(plot_memory, memory, labels, out / f"memory_{corpus}.png")
         any_run = next(iter(memory.values()))
         cells = [(run, 0, row) for run, row in memory.items()]
         cells += [("floor", 1, any_run), ("cases", 2, any_run)]
@@ -596,11 +622,11 @@ def draw_report(report, out):
                         samples_section):
             lines += section(report, out)
     if report["rewards"]:
-        plot_frontier(report["frontier"], out / "frontier.png")
+        draw(plot_frontier, report["frontier"], out / "frontier.png")
         lines += ["## Policies trained by PPO\n", markdown_table(report["rewards"]),
                   "![Reward against KL while training](frontier.png)\n"]
     for name, rows in report["search"].items():
-        plot_search(rows, out / f"{name}.png")
+        draw(plot_search, rows, out / f"{name}.png")
         table = markdown_table([{k: v or None for k, v in row.items()} for row in rows])
         lines += [f"## Search: {name}\n", table,
                   f"![Validation perplexity against each hyperparameter]({name}.png)\n"]
@@ -615,16 +641,15 @@ MARKERS = "osD^vPX"
 
 def pyplot():
     """matplotlib.pyplot, set up; None where it is not installed, and then nothing is drawn."""
+    os.environ["MPLBACKEND"] = "Agg"            # a notebook's shell names one that is not here
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 150, "savefig.bbox": "tight", "font.size": 9, "axes.grid": True,
                          "grid.alpha": 0.3, "axes.axisbelow": True, "legend.fontsize": 7,
                          "axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 3,
-                         "axes.prop_cycle": matplotlib.cycler(color=COLOURS, marker=list(MARKERS), linestyle=(
+                         "axes.prop_cycle": plt.cycler(color=COLOURS, marker=list(MARKERS), linestyle=(
                              "-", "--", "-.", ":", "-", "--", "-."))})
     return plt
 
@@ -632,11 +657,20 @@ def pyplot():
 def figure(path, panels=1, width=4.2, height=3.2):
     """`for panels in figure(path)`: the axes of a figure, side by side, which is written to path after the
     block; without matplotlib the block is passed over."""
+    path.unlink(missing_ok=True)
     if plt := pyplot():
         drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False)
         yield axes[0]
         write_atomically(path, lambda f: drawn.savefig(f, format="png"))
         plt.close(drawn)
+
+
+def draw(plot, *args):
+    """plot(*args). What cannot be drawn is left out, with a line, and ends no training and no report."""
+    try:
+        plot(*args)
+    except Exception as e:                                                  # of matplotlib, of any kind
+        print(f"{plot.__name__} is left out: {type(e).__name__}: {e}", file=sys.stderr)
 
 
 def plot_curves(logs, path):
@@ -741,7 +775,8 @@ def token_table(run, text, dtype):
         if tokenizer.kind == "word":
             return tokenizer.words[i]
         text = tokenizer.decode([i])                                # part of a character: its bytes
-        return repr(tokenizer.encoding.decode_single_token_bytes(i) if "\ufffd" in text else text)
+        encoding = getattr(tokenizer, "encoding", None)
+        return repr(encoding.decode_single_token_bytes(i) if "\ufffd" in text and encoding else text)
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
     for k, (i, loss) in enumerate(zip(ids, losses)):
         guess = shown(guesses[k]) if k < len(guesses) else ""
@@ -786,12 +821,15 @@ def main(argv=None):
         return draw_report(read_json(out / "report.json"), out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
-    runs = list(opened(config.runs or find_runs(), config.runs, open_run, device).values())
+    folders = list(map(Path, config.runs)) or find_runs()
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("two of these runs have the same name: they are one folder, name it once")
+    runs = opened(folders, config.runs, open_run, device)
     if not runs:
         raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")
-    if len({run.name for run in runs}) < len(config.runs or runs):
-        raise UserError("two of these runs have the same name, and the tables could not tell them apart; "
-                        "rename one folder")
+    for folder, run in runs.items():
+        run.name = distinct_names(runs)[folder]
+    runs = list(runs.values())
     domains = opened(config.domains or default_domains(runs), config.domains, read_domain)
     searches = sorted(Path("runs").glob("*/trials.csv")) if not config.runs else []
     report = measure_runs(runs, domains, config.prompt, config.sentences, dtype, searches)

@@ -4,7 +4,7 @@
     python finetune.py --base runs/transformer-finance --data stories                    # offline, a minute
     python finetune.py --base runs/transformer-finance --data stories --ablate    # epochs x share of the data
     python finetune.py --resume --run runs/stories                                       # after a kill
-    torchrun --nproc-per-node 8 -- finetune.py --shard --base Qwen/Qwen2-7B --data tinystories
+    torchrun --nproc-per-node 8 --standalone -- finetune.py --shard --base Qwen/Qwen2-7B --data tinystories
 
 The base is a run of train.py, or Qwen2's weights (a folder in the hub's layout, or a name on the hub). The
 training is train.py's, from these weights instead of random ones; documents stand one behind the other with
@@ -201,7 +201,7 @@ def report(config, result):
         lines += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
                   markdown_table([{"": when, b["prompt"]: sample["text"] or "(nothing)"}
                                   for when, sample in (("before", b), ("after", a))])]
-    plot_curves({run.name: read_log(run / "log.csv")}, run / "loss.png")
+    draw(plot_curves, {run.name: read_log(run / "log.csv")}, run / "loss.png")
     write_report(run, [*lines, "## Loss (Figure 4)\n", "![Loss while fine-tuning](loss.png)\n"])
 
 
@@ -373,7 +373,7 @@ def main(argv=None):
         "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")
     if config.shard and WORLD < 2:
         raise UserError("--shard splits a model across processes; start them with: "
-                        "torchrun --nproc-per-node 2 -- finetune.py --shard")
+                        "torchrun --nproc-per-node 2 --standalone -- finetune.py --shard")
     if config.ablate and (WORLD > 1 or config.steps or config.resume):
         raise UserError("--ablate runs in one process, its cells say how long; the same command resumes it")
     kind, checkpoint = "ablate" if config.ablate else "finetune", None

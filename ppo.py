@@ -63,7 +63,7 @@ from torch.autograd.function import once_differentiable
 
 import data
 from data import UserError, option, read_json, save_json
-from eval import COLOURS, distinct, figure, markdown_table, read_log, write_report
+from eval import COLOURS, distinct, draw, figure, markdown_table, read_log, write_report
 from finetune import by_base, is_embedded
 from qwen_load import build_wordpiece, load_scorer, save_model, save_scorer
 from rnn import compute_dtype
@@ -562,7 +562,7 @@ def report(config, result):
         rows = reward_hacking_examples(after["each"], badness)
         lines += [f"High reward with high {title}:\n",
                   markdown_table([{label: row[name] for name, label in columns.items()} for row in rows])]
-    plot_rewards(read_log(run / "log.csv"), run / "rewards.png")
+    draw(plot_rewards, read_log(run / "log.csv"), run / "rewards.png")
     write_report(run, lines)
 
 
@@ -804,7 +804,7 @@ def train_reward(config, device, dtype, checkpoint=None):
 class TokenLogProb(torch.autograd.Function):
     """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is
     onehot(action) - softmax, so softmax is all that is kept, in place of the logits. (A loss that needs all
-    of the distribution, as an entropy bonus, takes all_log_probs of the same hidden states, within autocast.)
+    of the distribution, as an entropy bonus, takes log_softmax of the same states' logits.)
     hidden [N, D], weight [V, D], bias [V] or None, actions [N]; suppressed: ids that have probability 0.
     Products and softmax are in hidden's dtype."""
 

@@ -168,7 +168,7 @@ def contents(folder):
 
 def cached_folder(name):
     """The folder of a repository in the user's Hugging Face cache, if all its weights are there."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     snapshots = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
     for folder in sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(UserError):
@@ -206,10 +206,9 @@ def repo_folder(name, read=None):
         if not fetch("config.json"):
             raise UserError(f"the hub has no config.json for {name}; is the name right?")
     except UserError as e:
-        if not here.is_dir():
-            raise
-        raise UserError(f"the folder {name} holds no model that can be read here ({contents(here)}); and as "
-                        f"a name on the hub: {e}") from e
+        what = (f"the folder {name} holds no model that can be read here ({contents(here)})" if here.is_dir()
+                else f"there is no run at {name}")
+        raise UserError(f"{what}; and as a name on the hub: {e}") from e
     if read:
         read(folder)
     weights = fetch("model.safetensors", "model.safetensors.index.json",
@@ -229,14 +228,14 @@ def weight_files(folder):
     """The files that hold the weights: safetensors, in one or in shards, or else PyTorch's own format."""
     folder = Path(folder)
     for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = whole + ".index.json"
-        if (folder / index).exists():
-            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
-                raise UserError(f"{folder / index} does not list the files of the weights; fetch it again")
-            return [folder / name for name in names]
+        index = folder / f"{whole}.index.json"
         if (folder / whole).exists():
             return [folder / whole]
+        if index.exists():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+                raise UserError(f"{index} does not list the files of the weights; fetch it again")
+            return [folder / name for name in names]
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 

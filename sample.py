@@ -18,12 +18,14 @@ row whose prompt continues is given its next prompt token instead of the sampled
 Where each is: the softmax and the draw, sample_token; the cuts, top_k_top_p; the penalty, penalize; the
 steps, generate_stream.
 """
+import contextlib
 import ctypes
 import math
 import os
 import re
+import select
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ class Config:
     run: str = option("runs/lstm-finance", "folder of a run; or of Qwen2 weights in the hub's layout; or "
                                            "their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 "
                                            "GB), into data/hub")
-    prompt: str = option("", "what the text begins with")
+    prompt: str = option("", "what the text begins with; \\n is a new line, file:PATH what a file holds")
     chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it; "
                                "without a prompt, a conversation")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
@@ -69,15 +71,13 @@ class Config:
 
 def pick_device(name="auto"):
     """`auto` is cuda, then mps, then cpu."""
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {name} is not available here; try --device cpu") from e
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).add(1)                      # some GPUs that are there have no kernels
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} is not available here; try --device cpu") from e
+    return torch.device(name)
 
 
 def pick_dtype(name, device):
@@ -320,6 +320,14 @@ ANSWER = "<|im_start|>assistant\n"
 CHAT_CONTEXT = 4096                                                         # tokens of a conversation
 
 
+def read_message():
+    """A line that is typed, or lines that are pasted together. UnicodeEncodeError for what is no text."""
+    text = input("> ")
+    while os.name == "posix" and sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
+        text += "\n" + input()
+    return text.encode().decode()
+
+
 def system_message(tokenizer):
     """The message that a chat begins with, as the model was tuned: the text in its chat template."""
     found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", tokenizer.chat_template or "")
@@ -370,25 +378,35 @@ def chat(model, tokenizer, config):
     turn, so that only what is new is read."""
     limit = min(CHAT_CONTEXT, context_length(model))
     state, new, ids = model.init_state(1, limit), system_message(tokenizer), []
+    with contextlib.suppress(ImportError, AttributeError):                  # Windows has no readline
+        sys.stdin.reconfigure(errors="surrogateescape")                     # a wrong byte is no end
+        import readline                                                     # arrow keys
     stops = [*tokenizer.stops, tokenizer.added["<|im_end|>"]]
     while True:
         try:
-            text = input("> ")
+            text = read_message()
         except EOFError:
             return print()
+        except UnicodeError:
+            print("(this is no UTF-8 text; type it again)", file=sys.stderr)
+            continue
         new += MESSAGE.format(role="user", text=text) + ANSWER
         ids += tokenizer.encode(new)
-        if state.length + len(ids) + config.tokens > limit:
+        least = min(config.tokens, limit // 4)                              # of an answer
+        if state.length + len(ids) + least > limit:
             print(f"(the conversation is longer than {limit} tokens and begins again)", file=sys.stderr)
             state, new = model.init_state(1, limit), system_message(tokenizer)
             ids = tokenizer.encode(new + MESSAGE.format(role="user", text=text) + ANSWER)
-            if len(ids) + config.tokens > limit:
+            if len(ids) + least > limit:
                 print("(this message is too long; shorten it)", file=sys.stderr)
                 ids = []
                 continue
-        token = write(model, tokenizer, ids, config, stops, config.seed, state=state)
+        room = replace(config, tokens=min(config.tokens, limit - state.length - len(ids)))
+        token = write(model, tokenizer, ids, room, stops, config.seed, state=state)
         ids = [] if token is None else [token]                              # drawn, but not read yet
         new = "\n" if token in stops else "<|im_end|>\n"
+        if token not in stops:
+            print("(cut off)", file=sys.stderr)
 
 
 def main(argv=None):
@@ -403,6 +421,9 @@ def main(argv=None):
     if config.chat and not config.prompt:
         return chat(model, tokenizer, config)
     asked, eos = config.prompt, tokenizer.stops if qwen2 or config.stop else []
+    if asked.startswith("file:"):
+        asked = "".join(data.read_lines(asked.removeprefix("file:")))
+    asked = asked.replace("\\n", "\n").replace("\\t", "\t")
     if config.chat:
         eos = [*eos, tokenizer.added["<|im_end|>"]]
         asked = system_message(tokenizer) + MESSAGE.format(role="user", text=asked) + ANSWER

@@ -4,7 +4,7 @@
     python train.py --model lstm --data ptb --minutes 15     # the Penn Treebank in the time you have
     python train.py --model transformer --data my.txt --tokenizer gpt2 --epochs 3 --run runs/mine
     python train.py --resume --run runs/mine                 # after a kill, bit for bit in float32
-    torchrun --nproc-per-node 2 -- train.py --model lstm     # several processes split the rows of a batch
+    torchrun --nproc-per-node 2 --standalone -- train.py     # several processes split the rows of a batch
 
 A language model factors the probability of a text into that of each token after all before it, p(w_1..w_n) =
 prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token; perplexity is
@@ -55,6 +55,7 @@ import torch.distributed as dist
 
 import data
 from data import RANK, WORLD, UserError, option, prepend_eos, save_json, write_atomically
+from lstm import compile_c
 from sample import (MODELS, autocast, build_model, count_parameters, dtype_name, generate, keep_memory,
                     kind_of, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
 from transformer import DecoderLayer, FastDecoderLayer
@@ -99,7 +100,8 @@ class Config(RunOptions):
     script = "python train.py"
     model: str = option("lstm", "which of the models", choices=list(MODELS))
     data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a text file or a folder")
-    tokenizer: str = option("word", "whole words, characters, or GPT-2's byte-pair encoding",
+    tokenizer: str = option("word", "whole words (capitals become small, numbers N), characters, or GPT-2's "
+                                    "byte-pair encoding",
                             choices=["word", "char", "gpt2"])
     also: list[str] = option([], "other corpora to log the perplexity of")
     search: int = option(None, "try N random configurations and the default one within --minutes, narrowed "
@@ -283,7 +285,7 @@ def pretrain(config, corpora, device, dtype, checkpoint=None):
     # 5 to 7
     data.live(f"{config.model} on {config.data}: {count_parameters(model):,} parameters, "
               f"{len(corpus.ids['train']):,} training tokens, {device.type} {dtype_name(dtype)}"
-              f"{f' x {WORLD}' if WORLD > 1 else ''}, {config.run}", "\n")
+              f"{f' x {WORLD}' if WORLD > 1 else ''}{how_computed(device)}, {config.run}", "\n")
     prompt = texts["valid"][:min(9, config.block_size)].tolist()            # for the sample lines
     run = train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint, prompt,
                 config.warmup_steps, fingerprint=corpus.fingerprint())
@@ -314,6 +316,15 @@ def final_figures(model, corpus, dtype):
     return out
 
 
+def how_computed(device):
+    """What makes a CPU's speed: its threads, and whether a compiler was there for csrc/."""
+    if device.type != "cpu":
+        return ""
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    return (f", {threads} threads{f' on {cores} cores: slow' * (threads > cores)}"
+            f"{', no C compiler (cc, or $CC): slow' * (compile_c('decode', '-DBF16') is None)}")
+
+
 def compile_layers(model, device):
     """torch.compile in place of the kernels. UserError where it does not work."""
     try:
@@ -329,7 +340,7 @@ def compile_layers(model, device):
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
-OVERLAP = 256           # tokens
+OVERLAP, LONGEST_WINDOW = 256, 4096                 # tokens
 
 
 @torch.no_grad()
@@ -370,7 +381,7 @@ def token_losses(model, ids, pieces=1, window=None, stride=None, dtype=None):
             counted[1:, :before] = False
             losses = [torch.cat(losses, 1)[counted]]
         else:
-            window = min(window or model.config.block_size, n)
+            window = min(window or min(model.config.block_size, LONGEST_WINDOW), n)
             stride = min(stride or max(1, window // 2), window)
             ends = torch.tensor([*range(window, n, stride), n])                # of the windows' targets
             new = ends.diff(prepend=torch.zeros(1, dtype=torch.long))           # what no earlier one predicts
@@ -606,7 +617,7 @@ def write_csv(path, rows, appended=False):
     if RANK:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a" if appended else "w", encoding="utf-8", newline="") as f:
+    with open(path, "a" if appended else "w", encoding="utf-8", errors="backslashreplace", newline="") as f:
         table = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
         if not appended:
             table.writeheader()
@@ -787,6 +798,9 @@ def resolve_defaults(config):
         defaults |= CHARACTERS.get(config.model, {}) if config.tokenizer == "char" else {}
     if config.epochs or config.steps or config.minutes:
         defaults.pop("epochs")
+    if config.model == "transformer" and config.n_embd and config.n_embd % (2 * defaults["n_head"]):
+        fitting = [n for n in range(2, defaults["n_head"]) if config.n_embd % (2 * n) == 0]
+        defaults["n_head"] = max([n for n in fitting if config.n_embd // n >= 16], default=defaults["n_head"])
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -801,6 +815,10 @@ def model_config(config, vocab_size):
     sizes["vocab_size"] = vocab_size
     if config.model == "transformer":
         sizes["n_kv_head"] = config.n_head
+        pair = 2 * config.n_head                                # RoPE turns pairs of a head's coordinates
+        if config.n_embd % pair:
+            raise UserError(f"n_embd {config.n_embd} must be a multiple of twice n_head, {config.n_head}: "
+                            f"type --n-embd {max(1, round(config.n_embd / pair)) * pair}, or other heads")
     elif config.n_layer == 1 and config.n_hidden != config.n_embd:
         raise UserError("--n-hidden is the width of the layers below the last one, which is --n-embd wide; "
                         "with one layer, set --n-embd alone")
@@ -843,7 +861,7 @@ def check_same(saved, here, names, run):
                             "leave it out, or choose another folder with --run")
 
 
-def check_text(corpus, checkpoint, run):
+def check_text(corpus, checkpoint=None, run=""):
     for split, ids in corpus.ids.items():
         if len(ids) < 2 and split != "train":
             raise UserError(f"{corpus.name} is too short: its {split} part (5 %, cut between lines) holds "
@@ -892,8 +910,13 @@ def main(argv=None):
         everyone()                                          # the first process downloads and encodes for all
     corpus = data.load(config.data, tokenizer, splits)
     check_text(corpus, checkpoint, config.run)
-    corpora = {name: data.load(name, corpus.tokenizer, ("valid",)) for name in config.also}
-    corpora["valid"] = corpus
+    corpora = {"valid": corpus}
+    for name in config.also:
+        whole = "valid" if name in data.CORPORA else "all"              # your own is read completely
+        also = data.load(name, corpus.tokenizer, (whole,))
+        also.ids["valid"] = also.ids.pop(whole)
+        check_text(also)
+        corpora[name if name != "valid" else "./valid"] = also
     if RANK == 0:
         everyone()
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])

@@ -1,7 +1,9 @@
 """The embedded languages and their floor, tokenizers, corpora, downloads and batches."""
 import dataclasses
+import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import random
@@ -766,3 +768,64 @@ def test_text_that_the_terminal_cannot_show_is_replaced():
     program = "import data\ndata.run_main(lambda: print('caf\\u00e9 \\u4e2d'))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, env={"PYTHONIOENCODING": "ascii", "PATH": ""})
     assert out.returncode == 0 and out.stdout.strip() == b"caf? ?", out.stderr
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"%PDF-1.7 text", "is a PDF"), (b"PK\3\4 text", "is a zip archive"), (b"PAR1 text", "is a parquet file"),
+    (gzip.compress(b"text"), "is packed by gzip: call it .gz")])
+def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, content, message):
+    (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        data.load(str(tmp_path / "mine.txt"))
+
+
+def test_packed_text_and_lines_of_json_are_read(tmp_path):
+    text = "".join(f"line {k} of a poem\n" for k in range(60))
+    (tmp_path / "poem.txt").write_text(text)
+    (tmp_path / "poem.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert "".join(data.documents(str(tmp_path / "poem.txt.gz"), "all")) == text
+    texts = [f"document {k}\nof two lines" for k in range(50)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": each, "id": 1}) + "\n" for each in texts))
+    assert list(data.documents(str(tmp_path / "mine.jsonl"), "all")) == [each + data.SEPARATOR for each in texts]
+    (tmp_path / "short.txt.gz").write_bytes(gzip.compress(text.encode())[:40])
+    (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "list.json").write_text('[{"text":\n "x"}]\n')
+    for name, message in (("short.txt.gz", "cannot be unpacked"), ("rows.jsonl", "is not lines of JSON"), ("list.json", "is not lines of JSON")):
+        with pytest.raises(UserError, match=message):
+            list(data.documents(str(tmp_path / name), "all"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe"):
+        data.load(str(tmp_path / "pipe"))
+
+
+def test_a_text_that_words_do_not_hold_is_said_to_be_changed(tmp_path, capsys):
+    for name, line in (("chess.txt", "1. e4 e5 2. Nf3 Nc6\n"), ("prose.txt", "The cat isn\u2019t here, said Mr. Hale; it left.\n")):
+        (tmp_path / name).write_text(line * 300)
+        data.load(str(tmp_path / name))
+        assert ("--tokenizer char or gpt2 keeps all" in capsys.readouterr().out) == (name == "chess.txt")
+
+
+def test_a_script_runs_without_a_standard_error():
+    script = f"{sys.executable} {ROOT / 'sample.py'} --run nowhere 2>&-; echo $?"
+    out = subprocess.run(script, shell=True, capture_output=True, text=True)
+    assert out.stdout.strip() == "2"
+    script = f"{sys.executable} -c 'import sys; sys.path.insert(0, \"{ROOT}\"); import data; data.run_main(lambda: data.live(\"x\", chr(10)))' 2>&-"
+    assert subprocess.run(script, shell=True).returncode == 0
+
+
+def test_the_data_folder_may_be_in_ones_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA_DIR", "~/texts")
+    assert data.data_dir() == tmp_path / "texts"
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    monkeypatch.setattr(data, "fetch", lambda url, part, headers, sha256: part.write_text("there"))
+    assert data.download("http://localhost/x", tmp_path / "x").read_text() == "there"

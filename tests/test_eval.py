@@ -1,8 +1,11 @@
 """Evaluation: every number against a reference written out here, and a report that survives whatever it is given."""
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
+import textwrap
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,6 +21,7 @@ import train
 from data import UserError, WordTokenizer
 from tests.conftest import ROOT, next_words
 from tests.test_train import KINDS, make
+from transformer import Transformer, TransformerConfig
 
 CLIMATE = ROOT / "tests" / "climate.txt"
 
@@ -390,6 +394,84 @@ def test_the_quick_look_shows_every_token(runs, capsys):
     assert [line.split()[0] for line in lines[1:-2]] == ["the", "cat", "of", "<unk>", "saw"]
     assert lines[-2] == "<unk> stands for: zebras" and lines[-1].startswith("5 tokens")
     assert float(lines[-1].split()[2]) == pytest.approx(np.mean([float(line.split()[1]) for line in lines[1:-2]]), abs=2e-3)
+
+
+def test_inputs_that_share_a_name_are_told_apart_everywhere(runs, few_documents):
+    for folder, words in (("a", "the cat saw a town ."), ("b", "mr. hale left the town twice .")):
+        Path(folder).mkdir()
+        Path(folder, "x.txt").write_text((words + "\n") * 4)
+        shutil.copytree("runs/own-rnn", f"{folder}/own-rnn")
+    evaluation.main(["--runs", "a/own-rnn", "b/own-rnn", "--domains", "a/x.txt", "b/x.txt", "--out", "r"])
+    js = json.loads(Path("r/report.json").read_text())
+    assert [row["run"] for row in js["summary"]] == ["a/own-rnn", "b/own-rnn"]
+    assert {name: set(domain["runs"]) for name, domain in js["domains"].items()} == dict.fromkeys(
+        ("a/x.txt", "b/x.txt"), {"a/own-rnn", "b/own-rnn"})
+    found = {tuple(each["texts"]): {row["word"] for row in each["words"] if row["per million here"]} for each in js["frequencies"].values()}
+    assert found.keys() == {("own.txt", "a/x.txt"), ("own.txt", "b/x.txt")} or {t[1].split("/")[-2] for t in found} == {"a", "b"}
+    assert "hale" not in next(words for texts, words in found.items() if "a/x.txt" in texts[1])
+
+
+def test_a_text_whose_name_is_not_utf8_is_read_and_named(runs, few_documents):
+    name = b"caf\xe9.txt".decode(errors="surrogateescape")
+    Path(name).write_text("the cat saw a town .\n")
+    evaluation.main(["--runs", "runs/own-rnn", "--domains", name, "--out", "r"])
+    js = json.loads(Path("r/report.json").read_text())
+    assert js["domains"][name]["runs"]["own-rnn"]["tokens"] > 3 and "caf" in Path("r/report.md").read_text()
+    evaluation.main(["--redraw", "--out", "r"])
+
+
+def test_a_figure_that_cannot_be_drawn_is_left_out_with_a_line(runs, few_documents, monkeypatch, capsys):
+    evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r", "--sentences", "5"])
+    assert Path("r/loss_curves.png").exists()
+    broken = evaluation.plot_curves
+
+    def plot_curves(*args):
+        raise ZeroDivisionError("division by zero")
+    monkeypatch.setattr(evaluation, "plot_curves", plot_curves)
+    Path("r/loss_curves.png").unlink()
+    evaluation.main(["--redraw", "--out", "r"])
+    md = Path("r/report.md").read_text()
+    assert "plot_curves is left out: ZeroDivisionError" in capsys.readouterr().err
+    assert "loss_curves.png" not in md and "](domains.png)" in md and broken
+
+
+def test_figures_are_drawn_whatever_backend_a_shell_names(runs, few_documents, tmp_path):
+    program = ("import sys; sys.path.insert(0, sys.argv[1]); import eval\n"
+               "for [axes] in eval.figure(eval.Path('f.png')):\n    axes.plot([1, 2])")
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", program, str(ROOT)], check=True, env=environment)
+    assert Path("f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_book_is_scored_in_windows_under_a_model_with_a_long_context():
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(31, 131072, n_layer=1, n_head=2, n_kv_head=1, n_embd=8, n_hidden=8)).eval()
+    seen, forward = [], model.forward
+    model.forward = lambda tokens, *rest, **more: seen.append(tokens.shape[1]) or forward(tokens, *rest, **more)
+    book = torch.randint(31, (9000,)).tolist()
+    [losses, short] = evaluation.per_document_nll(model, [book, book[:300]], 0)
+    assert len(losses) == 9000 and max(seen) <= 4096
+    np.testing.assert_allclose(losses[:300], short, atol=1e-4)
+
+
+def test_wrapped_lines_are_joined_and_what_has_no_stop_is_cut():
+    words = [f"word{k % 7}" for k in range(60)]
+    wrapped = textwrap.fill(" ".join(words) + ". And this is the second one.", 70)
+    assert wrapped.count("\n") > 4 and evaluation.sentences(wrapped + "\n\nA title\n") == [" ".join(words) + ".", "And this is the second one.", "A title"]
+    verse = "so much depends\nupon\na red wheel\nbarrow"
+    assert evaluation.sentences(verse) == verse.split("\n")
+    parts = evaluation.sentences("many words " * 5000)
+    assert len(parts) > 20 and max(map(len, parts)) <= 2000 and " ".join(parts).split() == ["many", "words"] * 5000
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "word"])
+def test_special_characters_of_the_text_itself_have_a_row(tokenizer, capsys):
+    Path("odd.txt").write_text("a \ufffd b\u200dc <unk> d\n" * 300)
+    train.main(["--model", "rnn", "--data", "odd.txt", "--tokenizer", tokenizer, "--n-embd", "8", "--batch-size", "2", "--block-size", "8",
+                "--steps", "2", "--run", "odd"])
+    capsys.readouterr()
+    evaluation.main(["--run", "odd", "--text", "a \ufffd b\u200dc <unk>"])
+    assert "\ufffd" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- Wikipedia

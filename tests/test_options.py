@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 import data
+import train
 from data import UserError, option
 
 
@@ -45,3 +46,10 @@ def test_help_has_groups_defaults_and_the_example(capsys):
     text = capsys.readouterr().out
     assert all(part in text for part in ("What the script does.", "the step:", "100 % of it (default: 0.001)", "--no-whiten",
                                          "several (default: 1.0 2.0)", "a folder\n", "example: python script.py"))
+
+
+def test_an_option_may_be_written_with_underscores_and_several_files_are_explained():
+    config, given = data.parse_args(train.Config, ["--batch_size=4", "--n_embd", "32", "--run", "my_run"])
+    assert (config.batch_size, config.n_embd, config.run) == (4, 32, "my_run") and given == {"batch_size", "n_embd", "run"}
+    with pytest.raises(data.UserError, match="a/2.txt; of several files, name their folder"):
+        data.parse_args(train.Config, ["--data", "a/1.txt", "a/2.txt"])

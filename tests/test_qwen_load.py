@@ -818,6 +818,30 @@ def test_a_conversation_keeps_its_state_and_says_what_one_long_prompt_would(whol
     assert tokenizer.decode(generate(model, [head], 6, temperature=0, suppressed_tokens=tokenizer.suppressed)[0]) == turns[1]
 
 
+def test_a_chat_survives_what_is_no_text_and_cuts_answers_to_the_context(whole, capsys, monkeypatch):
+    _, folder = whole
+    said = iter(["hello", "caf\udce9", "and?"])
+
+    def ask(prompt=""):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(sample, "CHAT_CONTEXT", 100)
+    sample.main(["--run", str(folder), "--chat", "--tokens", "4096", "--dtype", "float32", "--temperature", "0"])
+    out = capsys.readouterr()
+    assert "this is no UTF-8 text" in out.err and "too long" not in out.err and "(cut off)" in out.err and len(out.out) > 50
+
+
+def test_whole_weights_are_read_beside_an_index_of_shards_that_are_not_there(whole, tmp_path):
+    _, folder = whole
+    tensors = qwen_load.read_safetensors(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors" for name in tensors}}))
+    model, _ = qwen_load.load_model(folder)
+    assert model.embed_tokens.weight.shape[0] == 300
+
+
 def test_a_list_of_templates_has_a_default(whole):
     _, folder = whole
     listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATES["Qwen2.5"]}]

@@ -254,3 +254,24 @@ class Bytes:
 def test_a_character_that_a_run_does_not_know_is_left_out_with_a_line(capsys):
     tokenizer = data.CharTokenizer(["<unk>", "\n", "a", "b"])
     assert sample.encode_prompt(tokenizer, "abxa") == [1, 2, 3, 2] and "left out: x" in capsys.readouterr().err
+
+
+def test_a_prompt_has_new_lines_as_they_are_typed_or_comes_from_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "play.txt").write_text("ROMEO:\nwhat\tnow\n" * 200)
+    train.main(["--model", "rnn", "--data", "play.txt", "--tokenizer", "char", "--n-embd", "8", "--batch-size", "2", "--block-size", "8", "--steps", "2", "--run", "r"])
+    capsys.readouterr()
+    sample.main(["--run", "r", "--prompt", "ROMEO:\\nwhat\\tnow", "--tokens", "1"])
+    assert capsys.readouterr().out.startswith("ROMEO:\nwhat\tnow")
+    (tmp_path / "prompt.txt").write_text("ROMEO:\nnow")
+    sample.main(["--run", "r", "--prompt", "file:prompt.txt", "--tokens", "1"])
+    assert capsys.readouterr().out.startswith("ROMEO:\nnow")
+
+
+def test_a_device_whose_kernels_torch_does_not_have_is_one_line(monkeypatch):
+    def zeros(*args, device=None, **more):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sample.torch, "zeros", zeros)
+    with pytest.raises(data.UserError, match="--device cuda is not available here; try --device cpu"):
+        sample.pick_device()

@@ -903,3 +903,53 @@ def test_compiled_layers_learn_what_the_others_learn():
     assert results[0] == pytest.approx(results[1], rel=1e-3)
     train.main(["--resume", "--run", "b", "--steps", "32"])
     assert json.loads(Path("b/result.json").read_text())["steps"] == 32
+
+
+def test_a_text_that_is_only_evaluated_is_read_completely():
+    Path("short.txt").write_text("the w1 of w2\nthe w3 is here\n")
+    Path("valid").write_text("w5 w6 of here\n" * 3)
+    train.main(tiny("rnn", "--steps", "4", "--eval-every", "2", "--also", "short.txt", "valid", "--run", "a"))
+    row = rows("a")[-1]
+    model, tokenizer, _ = sample.load_run("a")
+    for name, column in (("short.txt", "ppl_short.txt"), ("valid", "ppl_./valid")):
+        ids = [tokenizer.eos, *tokenizer.encode(Path(name).read_text())]
+        assert float(row[column]) == pytest.approx(train.perplexity(model, torch.tensor(ids))["ppl"], rel=1e-4)
+    assert float(row["val_ppl"]) not in (float(row["ppl_./valid"]), float(row["ppl_short.txt"]))
+    Path("one.txt").write_text("!")
+    with pytest.raises(UserError, match="one.txt is too short"):
+        train.main(tiny("rnn", "--steps", "4", "--also", "one.txt", "--run", "b"))
+
+
+def test_a_run_goes_on_though_another_text_that_it_read_has_moved():
+    Path("extra.txt").write_text("the w1 of w2\n")
+    train.main(tiny("rnn", "--steps", "4", "--eval-every", "2", "--also", "extra.txt", "--run", "a"))
+    Path("extra.txt").rename("elsewhere.txt")
+    train.main(["--resume", "--run", "a", "--steps", "8", "--also", "elsewhere.txt"])
+    assert rows("a")[-1]["ppl_elsewhere.txt"] and rows("a")[0]["ppl_extra.txt"]
+
+
+def test_a_run_on_a_text_whose_name_is_not_utf8_is_complete_and_resumes():
+    name = b"caf\xe9.txt".decode(errors="surrogateescape")
+    Path("small.txt").rename(name)
+    options = [name if word == "small.txt" else word for word in tiny("rnn", "--also", name, "--run", "a")]
+    train.main([*options, "--steps", "4", "--eval-every", "2"])
+    assert json.loads(Path("a/result.json").read_text())["data"] == name
+    train.main(["--resume", "--run", "a", "--steps", "8"])
+    assert json.loads(Path("a/result.json").read_text())["steps"] == 8
+
+
+@pytest.mark.parametrize("options, heads", [(["--tokenizer", "char", "--n-embd", "64"], 4), (["--n-embd", "36"], 2), (["--n-embd", "48"], 4), (["--n-embd", "64"], 4), ([], 4)])
+def test_the_number_of_heads_follows_the_width(options, heads):
+    config, _ = data.parse_args(train.Config, ["--model", "transformer", "--data", "small.txt", *options])
+    train.resolve_defaults(config)
+    assert config.n_head == heads and train.model_config(config, 20)["n_head"] == heads
+    with pytest.raises(UserError, match="n_embd 130 must be a multiple of twice n_head, 4: type --n-embd 128, or other heads"):
+        train.main(["--model", "transformer", "--data", "small.txt", "--n-embd", "130"])
+
+
+def test_the_first_line_says_how_layers_are_computed(capsys, monkeypatch):
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(train, "compile_c", lambda *_: None)
+    train.main(tiny("rnn", "--steps", "2", "--run", "a"))
+    assert ", 4 threads on 1 cores: slow, no C compiler (cc, or $CC): slow, a" in capsys.readouterr().err
