@@ -715,6 +715,7 @@ CORPORA = {
 
 SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
             "test": "test"}                                     # by the name of a file
+TEXT_FILE = r"\.(txt|jsonl)(\.gz)?$"
 # what ends a document: separators, where there are any; else blank lines; else lines
 DOCUMENT_ENDS = re.escape(SEPARATOR), r"\n(?:[^\S\n]*\n)+", r"\n"
 # where no token of GPT-2 or Qwen2 crosses, and no word: where a line begins behind one that is not blank, and
@@ -724,8 +725,7 @@ BETWEEN_TOKENS = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
 
 def text_files(path):
     """A file; or the .txt and .jsonl files, perhaps .gz, in and below a folder, by name, no hidden ones."""
-    known = re.compile(r".+\.(txt|jsonl)(\.gz)?")
-    found = sorted(f for f in path.rglob("*") if known.fullmatch(f.name)) if path.is_dir() else [path]
+    found = sorted(f for f in path.rglob("*") if re.search(TEXT_FILE, f.name)) if path.is_dir() else [path]
     return [file for file in found if not re.search(r"(^|[/\\])\.[^.]", str(file.relative_to(path)))]
 
 
@@ -733,7 +733,7 @@ def own_files(name):
     """{split: its files} of a file, a folder or an article: "all", where none is called as a split is."""
     path, files = source_file(name, "all"), {}
     for file in text_files(path) if path.is_dir() else []:
-        if split := SPLIT_OF.get(file.name.partition(".")[0].lower()):
+        if split := SPLIT_OF.get(re.sub(TEXT_FILE, "", file.name.lower())):
             files.setdefault(split, []).append(file)
     if files and "train" not in files:
         raise UserError(f"{name} has {list(files)[0]}.txt but no train.txt: name the training text so, or "

@@ -120,11 +120,6 @@ def open_run(folder, device):
     return Trained(Path(folder).name, model, tokenizer, log, *run_options(folder))
 
 
-def find_runs():
-    """Folders with weights in them, by name."""
-    return sorted({path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")})
-
-
 def distinct_names(names):
     """{name of a run or a text: its last part, behind as many more as tell it from the others}."""
     for n in range(1, 1 + max((len(Path(name).parts) for name in names), default=0)):
@@ -150,12 +145,6 @@ ABBREVIATION = re.compile(rf"(?<![^\s{QUOTES}])(?:(?:{NEVER_LAST})|(?:{SOMETIMES
 ENDS = re.compile(rf"([.!?]+(?:[\"'\u2019\u201d)\]]|\[[^\]\s]{{1,12}}\])*)\s+(?=[{QUOTES}]*(\S?))")
 
 
-def mark_end(m):
-    """What is matched by ENDS, as a line's end unless a small letter follows; " . " always is one."""
-    alone = m.string[m.start() - 1:m.start()].isspace()
-    return m[0] if m[2].islower() and not alone else m[1] + "\n"
-
-
 LONGEST = 2000                  # characters of a sentence; what is longer, a text without full stops, is cut
 
 
@@ -179,7 +168,10 @@ def sentences(text):
     for line in unwrap(text.replace(data.SEPARATOR, "\n")).splitlines():
         if not re.fullmatch(r"\s*=.*=\s*", line):
             line = ABBREVIATION.sub(lambda m: m[0].replace(".", "\0"), line)
-            found += ENDS.sub(mark_end, line).replace("\0", ".").splitlines()
+            # an end unless a small letter follows; " . " always is one
+            line = ENDS.sub(lambda m: m[0] if m[2].islower() and not re.match(r"\s", line[m.start() - 1:])
+                            else m[1] + "\n", line)
+            found += line.replace("\0", ".").splitlines()
     return [part.strip() for sentence in found if sentence.strip()
             for part in re.findall(rf"(?s).{{1,{LONGEST}}}(?:\s|$)|.{{{LONGEST}}}", sentence.strip())]
 
@@ -530,11 +522,6 @@ def write_report(folder, lines):
     write_text(folder / "report.md", "\n".join(lines))
 
 
-def curves_section(report, out):
-    draw(plot_curves, report["logs"], out / "loss_curves.png")
-    return ["## Loss curves (Figure 1)\n", "![Loss while training](loss_curves.png)\n"]
-
-
 def stages_section(report, out):
     stages = [(run, "in domain" if column == "val_ppl" else column.removeprefix("ppl_"), values)
               for run, columns in report["stages"].items() for column, values in columns.items()]
@@ -606,21 +593,19 @@ def memory_section(report, out):
                       *lines]
 
 
-def samples_section(report, out):
-    rows = [{"run": run} | row for run, rows in report["samples"].items() for row in rows]
-    return ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the first "
-            "is shown.\n", markdown_table(rows)]
-
-
 def draw_report(report, out):
     """report.md and its figures in the folder out, from what measure_runs returned or report.json holds."""
     lines = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines "
              "all at its top.\n"]
     if report["summary"]:
-        lines += ["## Summary\n", markdown_table(report["summary"])]
-        for section in (curves_section, stages_section, domains_section, frequencies_section, memory_section,
-                        samples_section):
+        draw(plot_curves, report["logs"], out / "loss_curves.png")
+        lines += ["## Summary\n", markdown_table(report["summary"]),
+                  "## Loss curves (Figure 1)\n", "![Loss while training](loss_curves.png)\n"]
+        for section in (stages_section, domains_section, frequencies_section, memory_section):
             lines += section(report, out)
+        rows = [{"run": run} | row for run, rows in report["samples"].items() for row in rows]
+        lines += ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the "
+                  "first is shown.\n", markdown_table(rows)]
     if report["rewards"]:
         draw(plot_frontier, report["frontier"], out / "frontier.png")
         lines += ["## Policies trained by PPO\n", markdown_table(report["rewards"]),
@@ -821,7 +806,8 @@ def main(argv=None):
         return draw_report(read_json(out / "report.json"), out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
-    folders = list(map(Path, config.runs)) or find_runs()
+    found = {path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")}
+    folders = list(map(Path, config.runs)) or sorted(found)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("two of these runs have the same name: they are one folder, name it once")
     runs = opened(folders, config.runs, open_run, device)

@@ -44,7 +44,7 @@ import torch
 
 import data
 from data import RANK, WORLD, UserError, option, prepend_eos, read_json, save_json
-from eval import (format_number, markdown_table, perplexities, plot_curves, read_log, run_options,
+from eval import (draw, format_number, markdown_table, perplexities, plot_curves, read_log, run_options,
                   write_report)
 from qwen_load import save_model
 from sample import (build_model, context_length, count_parameters, dtype_name, encode_prompt, generate,
@@ -144,9 +144,9 @@ def held_out(name, n):
 
 
 def retained_ids(name, tokenizer, most=20_000):
-    """Tokens from the beginning of a text's validation split, behind the end token."""
+    """Tokens from the beginning of a corpus's validation split, or of your own text, behind the end token."""
     ids = []
-    for text in data.documents(name, "valid"):
+    for text in data.documents(name, "valid" if name in data.CORPORA else "all"):
         ids += tokenizer.encode(text)
         if len(ids) >= most:
             break

@@ -465,9 +465,7 @@ def train_policy(task, checkpoint=None):
             elif run.due(1):
                 run.log()
             if run.stopping:                        # without an evaluation: nothing differs after a resume
-                if run.step:
-                    run.save(policy, tokenizer, optimizer, **kept)
-                run.leave()
+                run.leave(policy, tokenizer, optimizer, **kept)
             if run.step == run.steps:
                 break
 
@@ -764,9 +762,7 @@ def train_reward(config, device, dtype, checkpoint=None):
             elif run.due(config.log_every):
                 run.log()
             if run.stopping:                        # without an evaluation: nothing differs after a resume
-                if run.step:
-                    run.save(scorer, scorer.tokenizer, optimizer, fingerprint=fingerprint)
-                run.leave()
+                run.leave(scorer, scorer.tokenizer, optimizer, fingerprint=fingerprint)
             if run.step == run.steps:
                 break
 

@@ -421,9 +421,8 @@ def main(argv=None):
     if config.chat and not config.prompt:
         return chat(model, tokenizer, config)
     asked, eos = config.prompt, tokenizer.stops if qwen2 or config.stop else []
-    if asked.startswith("file:"):
-        asked = "".join(data.read_lines(asked.removeprefix("file:")))
-    asked = asked.replace("\\n", "\n").replace("\\t", "\t")
+    asked = ("".join(data.read_lines(asked.removeprefix("file:"))) if asked.startswith("file:")
+             else asked.replace("\\n", "\n").replace("\\t", "\t"))
     if config.chat:
         eos = [*eos, tokenizer.added["<|im_end|>"]]
         asked = system_message(tokenizer) + MESSAGE.format(role="user", text=asked) + ANSWER

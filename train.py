@@ -233,9 +233,7 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
             elif run.due(config.log_every):
                 run.log()
             if run.stopping:                        # without an evaluation: nothing differs after a resume
-                if run.step:
-                    run.save(model, tokenizer, optimizer, state, **kept)
-                run.leave()
+                run.leave(model, tokenizer, optimizer, state, **kept)
             if run.step == run.steps:
                 break
 
@@ -586,7 +584,10 @@ class Run:
         return (f"The last checkpoint is kept in {self.folder}. Resume with: {command} --resume --run "
                 f"{data.quoted(self.folder)}")
 
-    def leave(self):
+    def leave(self, *what, **kept):
+        """End the process, with last.pt as it is."""
+        if self.step:
+            self.save(*what, **kept)
         data.live(f"stopped at step {self.step}. {self.resume_hint()}", "\n")
         leave_processes()
         raise SystemExit(130)

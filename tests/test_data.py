@@ -787,6 +787,11 @@ def test_packed_text_and_lines_of_json_are_read(tmp_path):
     texts = [f"document {k}\nof two lines" for k in range(50)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": each, "id": 1}) + "\n" for each in texts))
     assert list(data.documents(str(tmp_path / "mine.jsonl"), "all")) == [each + data.SEPARATOR for each in texts]
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for name in ("train.txt.gz", "test.v2.txt.gz"):
+        (folder / name).write_bytes(gzip.compress((name + "\\n").encode() * 99))
+    assert "".join(data.documents(str(folder), "train")).startswith("train.txt.gz") and "v2" not in "".join(data.documents(str(folder), "all"))
     (tmp_path / "short.txt.gz").write_bytes(gzip.compress(text.encode())[:40])
     (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "list.json").write_text('[{"text":\n "x"}]\n')

@@ -842,6 +842,12 @@ def test_whole_weights_are_read_beside_an_index_of_shards_that_are_not_there(who
     assert model.embed_tokens.weight.shape[0] == 300
 
 
+def test_a_mistyped_run_is_said_to_be_missing_and_the_hub_to_have_been_asked(hub):
+    hub()
+    with pytest.raises(UserError, match="there is no run at run/w; and as a name on the hub: .*run/w"):
+        sample.load_run("run/w")
+
+
 def test_a_list_of_templates_has_a_default(whole):
     _, folder = whole
     listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATES["Qwen2.5"]}]
