@@ -96,17 +96,15 @@ def option(default, help, choices=None, group=None, **limits):
 
 
 def parse_args(Config, argv=None, epilog=None):
-    """The command line as a Config, a dataclass whose fields are made by `option`; -> (config, names that
-    were typed). A field's name is its option (`batch_size`: --batch-size), its annotation the type: bool is a
-    switch, list[...] takes one or more values. Config's docstring heads --help, in which the options of a
-    base class come last."""
+    """The command line as a Config, a dataclass of `option`s; -> (config, names that were typed). A field's
+    annotation is its type: bool is a switch, list[...] takes several. Config's docstring heads --help."""
     def error(message):                 # one line like every other error, without the usage above it
         more = "; of several files, name their folder" * bool(re.match("unrecognized arg.*: [^-]", message))
         raise UserError(f"{message}{more} (python {parser.prog} --help lists what there is)")
 
     group = parser = argparse.ArgumentParser(
         description=inspect.cleandoc(Config.__doc__), epilog=epilog, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = error
     for f in sorted(fields(Config), key=lambda f: f.name not in Config.__annotations__):
         name = "--" + f.name.replace("_", "-")
@@ -197,9 +195,8 @@ def word_pieces(chunk, known=()):
 
 
 class WordTokenizer:
-    """A closed word-level vocabulary. Unknown words become <unk>, or a UserError where there is no <unk>;
-    punctuation that the vocabulary does not have is dropped. New lines (in text with document separators: the
-    separator) become one <eos>."""
+    """A closed word-level vocabulary. Unknown words become <unk>, or a UserError where there is none; unknown
+    punctuation is dropped. New lines (in text with document separators: these) become one <eos>."""
     kind = "word"
 
     def __init__(self, words):
@@ -317,10 +314,9 @@ def rows_at(ids, starts, block_size):
 
 
 class ContiguousBatches:
-    """Batches for recurrent training. The text is cut into batch_size rows; step after step, every row is
-    read on, so the state at the end of one batch is the state at the start of the next. `batch(step)` depends
-    on nothing but (seed, step); at `is_epoch_start(step)` an epoch begins, with a new state, a random number
-    of tokens (below block_size) from the start of the text, so that the cuts fall elsewhere."""
+    """Batches for recurrent training: batch_size rows of the text, each read on from batch to batch, and the
+    state with it. `batch(step)` depends on (seed, step) only; an epoch begins, `is_epoch_start(step)`, with a
+    new state, up to block_size tokens from the start of the text, so that the cuts fall elsewhere."""
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
@@ -628,14 +624,6 @@ class Source:
     has_test: bool = True               # else its validation split is what stands in for one
 
 
-def embedded_texts(name, split):
-    return (" ".join(words[:-1]) + "\n" for words, _ in embedded_documents(name, split))
-
-
-def embedded_labelled(name, split):
-    return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents(name, split)]
-
-
 def lines(name, split):
     return read_lines(source_file(name, split))
 
@@ -688,15 +676,14 @@ def imdb_labelled(name, split):
     return imdb_reviews(path, path.stat().st_mtime_ns)[split]
 
 
-def imdb_texts(name, split):
-    return (text + SEPARATOR for text, _ in imdb_labelled(name, split))
-
-
 # A corpus is an entry here and the function that reads it.
-EMBEDDED = Source(embedded_texts, vocabulary=embedded_vocabulary, floor=embedded_floor)
+EMBEDDED = Source(lambda name, split: (" ".join(doc[:-1]) + "\n" for doc, _ in
+                                       embedded_documents(name, split)), vocabulary=embedded_vocabulary,
+                  floor=embedded_floor)
 CORPORA = {
     "finance": EMBEDDED, "climate": EMBEDDED, "stories": EMBEDDED,
-    "reviews": replace(EMBEDDED, labelled=embedded_labelled),
+    "reviews": replace(EMBEDDED, labelled=lambda name, split: [
+        (detokenize(doc[:-1]), 1 - mood) for doc, mood in embedded_documents(name, split)]),
     "ptb": Source(lines, "ptb.{}.txt", PTB, tokenized=True, sha256={
         "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
         "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
@@ -707,7 +694,8 @@ CORPORA = {
         "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
         "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}),
     "tinystories": Source(tinystories, "TinyStories-{}.txt", TINYSTORIES, test_file="TinyStories-valid.txt"),
-    "imdb": Source(imdb_texts, "aclImdb_v1.tar.gz", IMDB, labelled=imdb_labelled),
+    "imdb": Source(lambda name, split: (text + SEPARATOR for text, _ in imdb_labelled(name, split)),
+                   "aclImdb_v1.tar.gz", IMDB, labelled=imdb_labelled),
 }
 
 
@@ -716,11 +704,11 @@ CORPORA = {
 SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
             "test": "test"}                                     # by the name of a file
 TEXT_FILE = r"\.(txt|jsonl)(\.gz)?$"
-# what ends a document: separators, where there are any; else blank lines; else lines
-DOCUMENT_ENDS = re.escape(SEPARATOR), r"\n(?:[^\S\n]*\n)+", r"\n"
 # where no token of GPT-2 or Qwen2 crosses, and no word: where a line begins behind one that is not blank, and
 # before the space between two letters
-BETWEEN_TOKENS = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
+BETWEEN_TOKENS = r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
+# what ends a document: separators, where there are any; else blank lines; else lines
+DOCUMENT_ENDS = re.escape(SEPARATOR), r"\n(?:[^\S\n]*\n)+", r"\n"
 
 
 def text_files(path):
@@ -786,25 +774,15 @@ def own_splits(name, changed):
     return splits | {"all": everything}
 
 
-def own_texts(name, split):
-    stats = [file.stat() for file in text_files(source_file(name, split))]
-    splits = own_splits(name, tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
-    return filter(None, splits.get(split, splits["valid"]))
-
-
-def blocks(texts, size=1 << 16):
-    """The same text in pieces of about so many characters, whose tokens, joined, are those of the text."""
-    rest = ""
-    for text in texts:
-        rest += text
-        while len(rest) > size and not text.endswith(SEPARATOR):
-            cut = max((place.end() for place in BETWEEN_TOKENS.finditer(rest, 1, size)), default=size)
-            yield rest[:cut]
-            rest = rest[cut:]
-        if text.endswith(SEPARATOR):
-            yield rest
-            rest = ""
-    yield rest
+def blocks(text, size=1 << 16):
+    """A text in parts of at least so many characters, whose tokens, joined, are those of the text."""
+    last, at = text.rfind(SEPARATOR), 0                         # what stands behind it stays with it
+    between = re.compile(BETWEEN_TOKENS if last < 0 else re.escape(SEPARATOR))
+    while at < len(text):
+        cut = between.search(text, at + size)
+        end = cut.end() if cut and (last < 0 or cut.end() <= last) else len(text)
+        yield text[at:end]
+        at = end
 
 
 def article(title):
@@ -855,7 +833,11 @@ def source_file(name, split):
 def documents(name, split):
     """The documents of a split, each with its end: a new line, or the separator; of your own text, its
     pieces. A path or an article has a split `all`, too."""
-    return CORPORA[name].texts(name, split) if name in CORPORA else own_texts(name, split)
+    if name in CORPORA:
+        return CORPORA[name].texts(name, split)
+    stats = [file.stat() for file in text_files(source_file(name, split))]
+    splits = own_splits(name, tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    return filter(None, splits.get(split, splits["valid"]))
 
 
 def labelled(name, split):
@@ -909,7 +891,7 @@ def encode_split(name, split, tokenizer):
 
     def encoded():
         texts = documents(name, split)
-        for k, text in enumerate(texts if name in CORPORA else blocks(texts)):
+        for k, text in enumerate(texts if name in CORPORA else blocks("".join(texts))):
             if k % 1000 == 0:
                 live(f"encoding {name} ({split}): {k:,} texts")
             yield np.array(tokenizer.encode(text), dtype)
@@ -927,7 +909,7 @@ def encode_split(name, split, tokenizer):
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):                          # a shared, read-only data folder
-        folder = Path(tempfile.gettempdir()) / f"tokens-{os.getuid()}"
+        folder = Path(tempfile.gettempdir()) / f"tokens-{os.path.basename(os.path.expanduser('~'))}"
     path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
     if not path.exists():
         print(f"encoding {source.name} ({split}) once into {path}", file=sys.stderr)
@@ -1018,7 +1000,7 @@ def data_dir():
 
 def file_name(name):
     """A corpus's or a model's name as part of a folder's: no path, nothing that Windows forbids in names."""
-    return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).name.removesuffix(".txt"))
+    return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).absolute().name.removesuffix(".txt"))
 
 
 def quoted(path):

@@ -35,7 +35,6 @@ word of |z| > 2 differs significantly. The distance between the two distribution
 divergence in bits: 0 if equal, 1 if they share no word.
 """
 import csv
-import json
 import math
 import os
 import re
@@ -59,9 +58,8 @@ from train import LONGEST_WINDOW, perplexity_of, token_losses
 class Config:
     """Compare trained models across domains: tables, figures, one report."""
     runs: list[str] = option([], "folders of runs (default: all under runs/)")
-    domains: list[str] = option([], f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, or a UTF-8 "
-                                    "file (default: the other embedded languages; for runs on real text, "
-                                    "wikitext2 if it is on disk)")
+    domains: list[str] = option([], f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, a file "
+                                    "(default: other embedded languages; for real text wikitext2, if there)")
     out: str = option("runs/report", "folder of the report")
     redraw: bool = option(False, "draw the report in --out again from its report.json; no model is needed")
     sentences: int = option(200, "sentences read of each domain")
@@ -177,9 +175,8 @@ def sentences(text):
 
 
 def read_domain(name):
-    """The sentences, as raw text, of the test split of an embedded language (its documents: only these can be
-    scored independently, because they begin by saying who they are about), of the validation split of another
-    corpus, or of a complete file or article. UserError if there is none."""
+    """Sentences as raw text: the documents of an embedded language's test split (only these begin by saying
+    who they are about); sentences of another corpus's validation split, or of a complete file or article."""
     embedded = name in data.DOMAINS
     split = "test" if embedded else "valid" if name in data.CORPORA else "all"
     parts = [part.strip() for part in data.documents(name, split)] if embedded else \
@@ -793,8 +790,7 @@ def opened(names, chosen, opener, *args):
 
 
 def main(argv=None):
-    config, _ = data.parse_args(Config, argv, 'examples:\n  python eval.py --domains wikitext2 my.txt\n'
-                                '  python eval.py --run runs/lstm-ptb --text "the market fell"')
+    config, _ = data.parse_args(Config, argv, "examples:\n" + __doc__.split("\n\n")[1])
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if (config.run is None) != (config.text is None):

@@ -70,8 +70,7 @@ def by_base(name, defaults=DEFAULTS):
 class Config(RunOptions):
     """Fine-tune all parameters of a trained model on other text, and show what changed."""
     script = "python finetune.py"
-    base: str = option("Qwen/Qwen2-0.5B", "a run of train.py; or Qwen2's weights: a folder, or their name on "
-                                          "the hub, downloaded once (1 GB)")
+    base: str = option("Qwen/Qwen2-0.5B", "a run; or Qwen2's weights: a folder, or their name on the hub")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     epochs: float = option(2.0, "passes over the training text")
     steps: int = option(None, "optimizer steps, instead of --epochs")
@@ -93,9 +92,7 @@ class Config(RunOptions):
     held_out: int = option(200, "documents of the test split", group="before and after")
     retain: str = option(None, "a text that is not trained on (default: what the base was trained on; "
                                "wikitext2 for Qwen2)")
-    prompts: list[str] = option([], "to continue (default: a knight's journey and the climate; for an "
-                                    "embedded language the beginnings of a document of --data and of another "
-                                    "one)")
+    prompts: list[str] = option([], "to continue (default: one like the text of --data, another one)")
     sample_tokens: int = option(60, "of a continuation")
     temperature: float = option(0.7, "of the continuations", at_least=0)
 
@@ -368,9 +365,7 @@ def open_base(config, device, checkpoint):
 
 def main(argv=None):
     # 1 options
-    config, given = data.parse_args(Config, argv, "examples:\n"
-        "  python finetune.py --base runs/transformer-finance --data stories\n"
-        "  python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --epochs 2 --run runs/stories")
+    config, given = data.parse_args(Config, argv, "examples:\n" + __doc__.split("\n\n")[1])
     if config.shard and WORLD < 2:
         raise UserError("--shard splits a model across processes; start them with: "
                         "torchrun --nproc-per-node 2 --standalone -- finetune.py --shard")

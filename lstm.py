@@ -76,11 +76,9 @@ def cell_backward(gates, grad_h, from_next, c_before, c, da, dc):
 
 
 class LSTMFunction(torch.autograd.Function):
-    """All T steps of one layer. x [T, B, I], h0, c0 [B, H] -> h_1..h_T [T, B, H] and c_T [B, H].
-
-    `cells` are cell_forward and cell_backward, or the same in C (the last section of this file). Matmuls run
-    in x's dtype; the cell is kept in c0's: float32 under bf16 matmuls, because c is a long sum.
-    """
+    """All T steps of one layer. x [T, B, I], h0, c0 [B, H] -> h_1..h_T [T, B, H] and c_T [B, H]. cells:
+    cell_forward and cell_backward, or the same in C. Matmuls run in x's dtype; the cell is kept in c0's:
+    float32 under bf16 matmuls, because c is a long sum."""
 
     @staticmethod
     def forward(ctx, x, h0, c0, w_ih, w_hh, bias, cells):
@@ -113,10 +111,8 @@ class LSTMFunction(torch.autograd.Function):
 
 
 class LSTM(RNN):
-    """One layer; parameters have the names, shapes, gate order and initial distribution of `torch.nn.LSTM`.
-
-    forward(x [B, T, I], state (h, c) or None) -> (out [B, T, H], state (h, c)), h and c [B, H].
-    """
+    """One layer; parameters as torch.nn.LSTM's, without `_l0`. forward(x [B, T, I], state (h, c) or None) ->
+    (out [B, T, H], state (h, c)), h and c [B, H]."""
     n_gates = 4
 
     def forward(self, x, state=None):

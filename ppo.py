@@ -88,11 +88,9 @@ class Config(RunOptions):
     (--train-reward trains a scorer instead: python ppo.py --train-reward --help.)"""
     script = "python ppo.py"
     train_reward: bool = option(False, "train a scorer instead; it has options of its own")
-    base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run of train.py or finetune.py, or "
-                                          "Qwen2's weights, a folder or their name on the hub (1 GB)")
-    scorer: str = option("lvwerra/distilbert-imdb", "the reward model: what --train-reward wrote, or a "
-                                                    "DistilBERT sentiment classifier, a folder or its name "
-                                                    "on the hub (0.3 GB)")
+    base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run, or Qwen2's weights (1 GB)")
+    scorer: str = option("lvwerra/distilbert-imdb", "what --train-reward wrote, or a DistilBERT sentiment "
+                                                    "classifier, a folder or its name on the hub (0.3 GB)")
     data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, "
                              "else imdb)", choices=REVIEWS)
     held_out: int = option(256, "prompts that the policy is evaluated on")
@@ -105,10 +103,8 @@ class Config(RunOptions):
     update_epochs: int = option(None, f"times that each response is used {by_base('update_epochs')}")
     response_tokens: int = option(24, "longest response")
     kl_coef: float = option(None, f"what a nat of KL to the reference costs {by_base('kl_coef')}", at_least=0)
-    kl_target: float = option(0.0, "adapt the coefficient so that a response has so many nats of KL; 0: it "
-                                   "is fixed", at_least=0)
-    max_update_kl: float = option(0.1, "end an iteration's updates when the policy has moved by so many nats "
-                                       "a token")
+    kl_target: float = option(0.0, "adapt the coefficient to so many nats a response; 0: fixed", at_least=0)
+    max_update_kl: float = option(0.1, "end an iteration's updates at so many nats of KL a token")
     clip_coef: float = option(0.2, "clip the ratio, and the values, to within this")
     value_coef: float = option(0.1, "weight of the value loss", at_least=0)
     gamma: float = option(1.0, "discount", at_least=0, at_most=1)
@@ -219,11 +215,9 @@ class Task:
 
 
 def rollout(task, model, prompts, seed=None):
-    """Continue each prompt at temperature 1, from all of the distribution. seed None: torch's own generator.
-
-    Detail: prompts of unequal length are stepped together, so nothing is padded on the left and no position
-    is shifted; a response ends with its end token, whose probability is part of it.
-    """
+    """Continue each prompt at temperature 1, from all of the distribution. Detail: prompts of unequal length
+    are stepped together, so nothing is padded on the left and no position is shifted; a response ends with
+    its end token, whose probability is part of it."""
     stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.tokenizer.stops, seed=seed,
                              suppressed_tokens=task.tokenizer.suppressed)
     new, log_probs, _ = (torch.stack(v, 1) for v in zip(*stream))     # [B, S]; -1: of a prompt, or nothing
@@ -658,9 +652,8 @@ class RewardConfig(RunOptions):
 
 
 class TextBatches:
-    """Batches of texts of like length, to save padding; in every epoch, each text is read once: as much of it
-    as fits, or (every other time) a crop of 4 to 60 pieces from anywhere in it, because what PPO has scored
-    is short. `batch(step)` depends on nothing but (seed, step). texts: [(ids, label 0 or 1)]."""
+    """Batches of texts of like length; in every epoch each text is read once, or, every other time, a crop of
+    4 to 60 pieces of it, as short as what PPO has scored. `batch(step)` depends on (seed, step) only."""
 
     def __init__(self, scorer, texts, batch_size, seed):
         self.scorer, self.texts, self.batch_size, self.seed = scorer, texts, batch_size, seed

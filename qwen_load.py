@@ -240,9 +240,8 @@ def weight_files(folder):
 
 
 def fill(model, folder, prefix, device, dtype, new=()):
-    """Give a model on the meta device the weights of a hub folder, whose names have a prefix; dtype None
-    keeps that of the files. What begins with one of `new` is passed over in the files and gets BERT's initial
-    weights. UserError unless the files have exactly the model's parameters, each in its shape."""
+    """Give a model on the meta device the weights of a hub folder, under its names without a prefix; what
+    begins with one of `new`, BERT's initial ones. UserError unless there is every parameter, in its shape."""
     wanted, state = model.state_dict(), {}
     for path in weight_files(folder):
         try:
@@ -357,12 +356,10 @@ def byte_letters():
 
 
 class Qwen2Tokenizer:
-    """Qwen2's byte-pair encoding, through tiktoken, of the text in Unicode's NFC form; added tokens
-    (<|endoftext|>, <|im_start|>, ...) are found before anything else. vocab {token in byte letters: id},
-    merges ["a b", ...] in the order in which pairs are merged, added {text: id}, vocab_size: of the model,
-    which may have ids that stand for nothing; stops: ids that end a text (None: <|endoftext|>), special: the
-    added tokens that its files call so (None: all), chat_template: an instruction-tuned model's, or None.
-    UserError if the ids are not in the order of the merges, as tiktoken needs them."""
+    """Qwen2's byte-pair encoding, through tiktoken, in Unicode's NFC form. vocab {token in byte letters: id},
+    merges ["a b", ...] in their order, added {text: id}: tokens found before anything else, special: those
+    that its files call so, vocab_size: the model's, which may have ids that stand for nothing, stops: ids
+    that end a text (None: <|endoftext|>)."""
     kind = "qwen2"
 
     def __init__(self, vocab, merges, added, vocab_size, stops=None, special=None, chat_template=None):
@@ -592,9 +589,8 @@ def scorer_config(folder, new_head=False):
 
 
 def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
-    """A DistilBERT with a classification head of two labels: a folder in the hub's layout (what
-    --train-reward writes is one) or the name of a repository, as lvwerra/distilbert-imdb. -> Scorer in eval
-    mode. new_head: any DistilBERT, as distilbert-base-uncased, under a head with initial weights."""
+    """A DistilBERT with two labels, of a folder in the hub's layout (--train-reward writes one) or a
+    repository. -> Scorer in eval mode. new_head: any DistilBERT, under a head with initial weights."""
     if not is_pretrained(name) and not str(name).startswith("distilbert-"):
         raise UserError(f"there is no scorer at {name}. "
                         f"Train one first: python ppo.py --train-reward --data reviews --run {name}")

@@ -126,11 +126,8 @@ class RNNFunction(torch.autograd.Function):
 
 
 class RNN(nn.Module):
-    """One Elman layer; parameters have the names (without `_l0`), shapes and initial distribution of
-    `torch.nn.RNN`.
-
-    forward(x [B, T, I], state h [B, H] or None) -> (out [B, T, H], state h [B, H]).
-    """
+    """One Elman layer; parameters as torch.nn.RNN's, without `_l0`. forward(x [B, T, I], state h [B, H] or
+    None) -> (out [B, T, H], state h [B, H])."""
     n_gates = 1                                     # blocks of hidden_size rows in the weights; an LSTM has 4
 
     def __init__(self, input_size, hidden_size):

@@ -45,23 +45,19 @@ MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
 @dataclass
 class Config:
     """Generate text from a trained run, or from Qwen2's pretrained weights."""
-    run: str = option("runs/lstm-finance", "folder of a run; or of Qwen2 weights in the hub's layout; or "
-                                           "their name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 "
-                                           "GB), into data/hub")
+    run: str = option("runs/lstm-finance", "folder of a run, or of Qwen2's weights; or their name on the "
+                                           "hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB)")
     prompt: str = option("", "what the text begins with; \\n is a new line, file:PATH what a file holds")
     chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it; "
                                "without a prompt, a conversation")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
     top_k: int = option(None, "draw from the N likeliest tokens only")
-    top_p: float = option(None, "draw from the likeliest tokens that have probability X together", above=0,
-                          at_most=1)
-    repetition_penalty: float = option(1.0, "above 1: tokens that the text already has become less likely; "
-                                            "1.1 is much")
+    top_p: float = option(None, "draw from the likeliest with probability X together", above=0, at_most=1)
+    repetition_penalty: float = option(1.0, "above 1: what was said is less likely; 1.1 is much")
     tokens: int = option(100, "at most so many new tokens")
     n: int = option(1, "how many samples")
     stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
-    seed: int = option(None, "the same seed gives the same text (default: another one every time)",
-                       at_least=0, below=2 ** 62)
+    seed: int = option(None, "the same seed, the same text (default: random)", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else "
                                 "float32, twice as large", choices=["auto", "float32", "bfloat16"])
@@ -244,14 +240,11 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 @torch.no_grad()
 def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=(),
                     seed=None, suppressed_tokens=(), repetition_penalty=1.0, state=None):
-    """Generate for all prompts together, one token a step; prompts: non-empty lists of ids of any lengths.
-
-    Yields (token [B], log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new:
-    its prompt is not yet read, or it is done. A row is done after one of the end tokens eos (yielded) or
-    max_new_tokens. log_prob is under the distribution the token was drawn from (temperature, truncation and
-    penalty included), 0 for temperature 0. seed None: torch's own generator. suppressed_tokens: ids that are
-    never drawn. state: of one row, which the prompt continues.
-    """
+    """Generate for all prompts (non-empty lists of ids) together, one token a step. Yields (token [B],
+    log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new: its prompt is not
+    yet read, or it is done, after one of the end tokens eos (yielded) or max_new_tokens. log_prob is under
+    the distribution that the token was drawn from, 0 for temperature 0. seed None: torch's own generator.
+    suppressed_tokens: ids that are never drawn. state: of one row, which the prompt continues."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
     use_decode_kernels(model)
@@ -302,9 +295,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of a prompt, behind what every text begins with (the end token; nothing for Qwen2, but an
-    empty prompt needs a token). Unknown characters, and unknown words where there is no <unk>, are left out
-    with a warning."""
+    """Token ids of a prompt, behind what every text begins with; an empty one has the end token. What the
+    vocabulary does not know is left out with a warning where it has no <unk>."""
     if tokenizer.kind == "char" or tokenizer.kind == "word" and tokenizer.unk is None:
         pieces = tokenizer.normalize(text)
         if unknown := [piece for piece in pieces if piece not in tokenizer.ids]:

@@ -196,10 +196,10 @@ EXACT = 100_000             # at the end, a recurrent model reads a text of up t
 
 def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint=None, prompt=(),
           warmup_steps=0, **kept):
-    """Train a model, into the folder config.run; -> its Run, with the best weights in best.pt. texts: {name:
-    ids} to evaluate on; "valid" decides which weights are the best. steps: inf where --minutes plans them.
-    checkpoint: of the run that is resumed; the model has its weights. prompt: ids that the model continues at
-    evaluations. kept: what else checkpoints hold."""
+    """Train a model, into the folder config.run; -> its Run. texts: {name: ids} to evaluate on; "valid"
+    decides which weights are the best. steps: inf where --minutes plans them. checkpoint: of the run that is
+    resumed; the model has its weights. prompt: what the model continues at evaluations. kept: what else
+    checkpoints hold."""
     # 5 optimizer
     optimizer = configure_optimizer(model, config.lr, config.weight_decay)
 
@@ -343,14 +343,14 @@ OVERLAP, LONGEST_WINDOW = 256, 4096                 # tokens
 
 @torch.no_grad()
 def token_losses(model, ids, pieces=1, window=None, stride=None, dtype=None):
-    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout. ids[0] is context only (put
-    <eos> first). All processes of a split model call this together.
+    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout; ids[0] is context only
+    (<eos>).
 
     A recurrent model reads the text from start to end, or, faster, in `pieces` side by side. Each piece but
     the first begins with the state after the first OVERLAP tokens of the text and reads the OVERLAP tokens
-    before its own, which do not count: from zeros in mid-text a recurrent network may settle among states
-    that it never meets in reading on. The Transformer reads windows of `window` tokens that advance by
-    `stride`; only a window's last `stride` predictions count (all of the first window's).
+    before its own, which do not count: from zeros in mid-text a network may settle among states that it never
+    meets. The Transformer reads windows of `window` tokens that advance by `stride`; only a window's last
+    `stride` predictions count (all of the first window's).
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.long)
@@ -729,9 +729,8 @@ def draw(config, given, rng):
 def search(config, given, corpora, device, dtype):
     """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
     each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
-    Trial 0 has the defaults, so that the table says whether searching paid. Each training is complete, with
-    its own schedule: a half-finished one says little. Only the validation split is looked at. trials.csv has
-    a row for each training; none is repeated."""
+    Trial 0 has the defaults. Each training has a schedule of its own: a half-finished one says little. Only
+    the validation split is looked at. trials.csv has a row for each training; none is repeated."""
     rng, table, rows, finished = random.Random(config.seed), Path(config.run, "trials.csv"), [], []
     drawn = [draw(config, given, rng) for _ in range(config.search)]
     trials = [{name: getattr(config, name) for name in drawn[0]}, *drawn]
@@ -846,7 +845,8 @@ def resume_or_refuse(config, given, files=("last.pt", "result.json")):
                             f"{data.quoted(folder)}; or choose another folder with --run")
         return None, config
     checkpoint = read_checkpoint(folder / "last.pt", script, mmap=getattr(config, "shard", False))
-    saved, here = checkpoint.get("options", {}), asdict(config)
+    # an option that is newer than the run has its default
+    saved, here = asdict(type(config)()) | checkpoint.get("options", {}), asdict(config)
     if saved.keys() != here.keys() or not {"run", "state", "optimizer"} <= checkpoint.keys():
         raise UserError(f"{folder} is not a run of {script}, or one of another version, and is not resumed")
     check_same(saved, here, given - ANEW, folder)

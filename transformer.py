@@ -312,18 +312,13 @@ class FeedForward(nn.Module):
         return self.dropout(self.lin2(F.gelu(self.lin1(x))))
 
 
-def layer_norm(dim):
-    """(x - mean) / sqrt(variance + 1e-12) * weight + bias, over the last dimension."""
-    return nn.LayerNorm(dim, eps=1e-12)
-
-
 class EncoderLayer(nn.Module):
     """Post-norm: x <- norm(x + Attention(x)), x <- norm(x + FeedForward(x))."""
 
     def __init__(self, c):
         super().__init__()
-        self.attention, self.sa_layer_norm = EncoderAttention(c), layer_norm(c.dim)
-        self.ffn, self.output_layer_norm = FeedForward(c), layer_norm(c.dim)
+        self.attention, self.sa_layer_norm = EncoderAttention(c), nn.LayerNorm(c.dim, eps=1e-12)
+        self.ffn, self.output_layer_norm = FeedForward(c), nn.LayerNorm(c.dim, eps=1e-12)
 
     def forward(self, x, mask):
         x = self.sa_layer_norm(x + self.attention(x, mask))
@@ -335,7 +330,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(c.vocab_size, c.dim)
         self.position_embeddings = nn.Embedding(c.max_position_embeddings, c.dim)
-        self.LayerNorm, self.dropout = layer_norm(c.dim), nn.Dropout(c.dropout)
+        self.LayerNorm, self.dropout = nn.LayerNorm(c.dim, eps=1e-12), nn.Dropout(c.dropout)
 
     def forward(self, tokens):
         x = self.word_embeddings(tokens) + self.position_embeddings.weight[:tokens.shape[1]]
@@ -542,10 +537,9 @@ def use_layer_kernels(model):
 
 # --------------------------------------------- products without a gradient on a CPU (skip in a first reading)
 #
-# Generation reads every weight for every token and is as fast as memory. Two cores read so many GB/s of a
-# large matrix, in bfloat16: F.linear 15 to 26, with the matrix as the left operand 19 to 22, packed by oneDNN
-# 40 (8 rows) to 22 (32 rows), csrc/decode.c (one row) 28; in float32 on an AMD processor, 1, 8, 32, 64 rows:
-# F.linear 27, 7, 5, 3, the left operand 29, 8, 6, 4, oneDNN 47, 11, 5, 4, packed 49, 20, 6, 4.
+# Generation reads every weight for every token and is as fast as memory. Two cores of an AMD EPYC with
+# AVX512-BF16 read so many GB/s of a large matrix, for 1, 8, 32, 128 rows: in bfloat16 F.linear 17, 14, 8, 3,
+# packed by oneDNN 25, 25, 12, 3.3, csrc/decode.c (one row) 33; in float32 14, 8, 5, 2, packed 28, 26, 12, 3.
 
 @functools.lru_cache(None)
 def compiled_linear():
@@ -576,7 +570,7 @@ class DecodeLinear(nn.Linear):
     """nn.Linear, as the comment above says where no gradient is asked for."""
 
     def forward(self, x):
-        rows, bf16 = x.numel() // x.shape[-1], x.dtype == torch.bfloat16
+        rows, bf16, onednn = x.numel() // x.shape[-1], x.dtype == torch.bfloat16, torch.ops.mkldnn
         known = rows and (bf16 or AMD and x.dtype == torch.float32) and x.device.type == "cpu"
         if torch.is_grad_enabled() or not known or not compute_dtype(x) == x.dtype == self.weight.dtype:
             return super().forward(x)
@@ -586,21 +580,14 @@ class DecodeLinear(nn.Linear):
             pointers = x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr()
             linear(self.out_features, self.in_features // 2, *pointers)
             return y
-        onednn = torch.ops.mkldnn
-        step = 1 < rows == len(x) <= 32         # one token of each row
-        if PACKED is not None and step and (not bf16 or onednn._is_mkldnn_bf16_supported()):
-            if self not in PACKED:
-                PACKED[self] = onednn._reorder_linear_weight(self.weight, rows)
-            return onednn._linear_pointwise(x, PACKED[self], self.bias, "none", [], "")
-        if rows == 1 and not bf16:
+        if rows == 1 and not bf16:              # as fast as packed
             return onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        if rows <= 128 and bf16:
-            x_t = x.reshape(rows, -1).t()
-            # a vector is multiplied faster than a column
-            y = self.weight @ (x_t[:, 0] if rows == 1 else x_t)
-            y = y.t().reshape(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
-        return product(x, self.weight, self.bias)
+        step = rows == len(x) <= 128            # one token of each row
+        if PACKED is None or not step or bf16 and not onednn._is_mkldnn_bf16_supported():
+            return product(x, self.weight, self.bias)
+        if self not in PACKED:
+            PACKED[self] = onednn._reorder_linear_weight(self.weight, rows)
+        return onednn._linear_pointwise(x, PACKED[self], self.bias, "none", [], "")
 
 
 def use_decode_kernels(model):
