@@ -33,6 +33,7 @@ Where each is:
     python train.py --model rnn                      # trains it; see train.py
 """
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +52,11 @@ def compute_dtype(x):
 # ----------------------------------------------------------------------------------------------- the products
 
 # On AMD's processors, oneDNN multiplies few rows of float32 up to three times as fast as MKL, torch's choice;
-# with AVX512, all of them twice as fast
+# from Zen 5 (family 26) on, all of them twice as fast
 CPUINFO = Path("/proc/cpuinfo")
-AMD = (torch.backends.mkldnn.is_available() and
-       "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor()))
-ONEDNN = AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"
+CPU = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
+AMD = torch.backends.mkldnn.is_available() and "AuthenticAMD" in CPU
+ONEDNN = AMD and re.search(r"(?i)family\s*:? (2[6-9]|[3-9]\d)\b", CPU) is not None
 
 
 def product(x, w, bias=None):
@@ -76,12 +77,14 @@ def packed_linear(w, rows, times, plus=False):
     onednn, mkl = torch.ops.mkldnn, torch.ops.mkl
     several = times > 1 and w.device.type == "cpu" and torch.backends.mkldnn.is_available()
     wide, low = (several and w.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
-    if (wide and (ONEDNN or AMD and not plus and w.numel() > 1 << 18)
-            or low and not plus and onednn._is_mkldnn_bf16_supported()):
+    large = w.numel() >= (1 << 16 if ONEDNN else 1 << 18)
+    if wide and AMD and large or low and onednn._is_mkldnn_bf16_supported():
         packed = onednn._reorder_linear_weight(w.contiguous(), rows)
-        if plus:
-            return lambda x, y: onednn._linear_pointwise(x, y, packed, None, "add")
-        return lambda x: onednn._linear_pointwise(x, packed, None, "none", [], "")
+
+        def linear(x, y=None):
+            out = onednn._linear_pointwise(x, packed, None, "none", [], "")
+            return out.add_(y) if plus else out                 # faster than its own sum
+        return linear
     if wide and not plus and not AMD and torch.backends.mkl.is_available():
         packed = mkl._mkl_reorder_linear_weight(w := w.contiguous(), rows)
         return lambda x: mkl._mkl_linear(x, packed, w, None, rows)
