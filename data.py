@@ -1059,9 +1059,13 @@ def read_json(path, default=None):
         raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
 
 
-NO_TEXT = {b"%PDF": "a PDF: save it as text", b"PAR1": "a parquet file: write its texts as lines of JSON",
-           b"PK\3\4": "a zip archive, or a document that is one: unpack it, or save it as text",
-           b"\x1f\x8b": "packed by gzip: call it .gz"}                   # by its first bytes
+OTHER_KINDS = {                                                 # of files, by their first bytes
+    "a PDF, an Office document or rich text: save it as text": rb"%PDF|\xd0\xcf\x11\xe0|\{\\rtf",
+    "a zip archive, or a document that is one: unpack it, or save it as text": rb"PK\x03\x04",
+    "a parquet or arrow file: write its texts as lines of JSON": rb"PAR1|ARROW1",
+    "packed by gzip: call it .gz": rb"\x1f\x8b",
+    "packed: unpack it": rb"BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!",
+    "no text but an image or an array": rb"\x89PNG|\xff\xd8\xff|GIF8|\x93NUMPY|\x89HDF"}
 
 
 def read_lines(path):
@@ -1071,8 +1075,8 @@ def read_lines(path):
     try:
         with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as f:
             for raw in f:
-                for magic, what in NO_TEXT.items():
-                    if not offset and raw.startswith(magic):
+                for what, begin in OTHER_KINDS.items():
+                    if not offset and re.match(begin, raw):
                         raise UserError(f"{path} is {what}")
                 line = raw.decode("utf-8" if offset else "utf-8-sig")
                 if "\0" in line:

@@ -96,10 +96,12 @@ class Trained:
 
 def read_log(path):
     """The rows of log.csv as {column: float}, up to the last new line: a kill may cut a row off."""
-    if not path.exists():
+    try:
+        lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
+    except (ValueError, TypeError) as e:                                    # changed by hand, or by a program
+        print(f"left out: {path} is not as it was written ({e})", file=sys.stderr)
         return []
-    lines = path.read_text(errors="replace").split("\n")[:-1]
-    return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
 
 
 def run_options(folder):
@@ -120,11 +122,12 @@ def open_run(folder, device):
 
 def distinct_names(names):
     """{name of a run or a text: its last part, behind as many more as tell it from the others}."""
-    for n in range(1, 1 + max((len(Path(name).parts) for name in names), default=0)):
-        found = {name: "/".join(Path(name).parts[-n:]).encode(errors="replace").decode() for name in names}
-        if len(set(found.values())) == len(found):
-            break
-    return found if names else {}
+    shown = {name: str(name).encode(errors="replace").decode() for name in names}
+    for n in range(1, 20):
+        parts = {name: "/".join(Path(text).parts[-n:]) for name, text in shown.items()}
+        if len(set(parts.values())) == len(parts):
+            return parts
+    return shown
 
 
 # ----------------------------------------------------------------------------------------- numbers: sentences
@@ -748,7 +751,7 @@ def token_table(run, text, dtype):
     if not ids:
         raise UserError("nothing in this text is a word of the run's vocabulary")
     losses = per_document_nll(model, [ids], tokenizer.eos, dtype)[0]
-    inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(len(ids), context_length(model))]])
+    inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(len(ids), 1024, context_length(model))]])
     with torch.no_grad():
         hidden, _ = model(inputs.to(next(model.parameters()).device))
         guesses = model.logits(hidden)[0].argmax(-1).tolist()

@@ -50,8 +50,8 @@ from qwen_load import save_model
 from sample import (build_model, context_length, count_parameters, dtype_name, encode_prompt, generate,
                     kind_of, load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
 from train import (SHOWN, RunOptions, check_rows, check_same, check_text, environment, everyone,
-                   join_processes, leave_processes, perplexity, perplexity_of, resume_or_refuse, shard_as,
-                   train, warn_of_unknown)
+                   how_computed, join_processes, leave_processes, perplexity, perplexity_of,
+                   resume_or_refuse, shard_as, train, warn_of_unknown)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -242,7 +242,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, b
 
     # 5 to 7: as from random weights
     data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, "
-              f"{device.type} {dtype_name(dtype)}, {config.run}", "\n")
+              f"{device.type} {dtype_name(dtype)}{how_computed(device)}, {config.run}", "\n")
     run = train(config, model, tokenizer, batches, {"valid": valid}, steps, device, dtype, checkpoint,
                 encode_prompt(tokenizer, config.prompts[0]), min(config.warmup_steps, max(1, steps // 10)),
                 fingerprint=corpus.fingerprint())

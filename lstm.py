@@ -190,12 +190,11 @@ def compile_c(name, *flags):
     ($CC chooses it). What is written in C is written in torch operations too: a compiler is never needed."""
     source = Path(__file__).resolve().parent / "csrc" / f"{name}.c"
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *flags, str(source), "-o"]
-    compiler = shlex.split(os.environ.get("CC", "cc"))
     for own in (["-march=native", "-fopenmp"], ["-march=native"], []):      # not every compiler has them
         try:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 library = str(Path(folder, "code.so"))
-                command = [*compiler, *own, *flags, library]
+                command = [*shlex.split(os.environ.get("CC", "cc")), *own, *flags, library]
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 return ctypes.CDLL(library)
         except (OSError, ValueError, subprocess.SubprocessError):

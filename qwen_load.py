@@ -107,8 +107,6 @@ def read_safetensors(path):
     tensors = {}
     try:
         with open(path, "rb") as f:
-            need(f.read(11) != b"version htt", "it is git-lfs's pointer to one: git lfs pull")
-            f.seek(0)
             header, _ = read_header(f)
             for name, (dtype, shape, begin, end) in header.items():
                 tensors[name] = torch.empty(shape, dtype=dtype)
@@ -236,6 +234,8 @@ def weight_files(folder):
             if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
                 raise UserError(f"{index} does not list the files of the weights; fetch it again")
             return [folder / name for name in names]
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):           # their index got lost
+        return shards
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 
@@ -245,6 +245,8 @@ def fill(model, folder, prefix, device, dtype, new=()):
     wanted, state = model.state_dict(), {}
     for path in weight_files(folder):
         try:
+            with open(path, "rb") as f:
+                need(f.read(11) != b"version htt", f"{path} is git-lfs's pointer to one: git lfs pull")
             tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
                 torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as e:

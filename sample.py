@@ -348,21 +348,22 @@ class Printer:
 
 
 def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
-    """Print `shown` and what the model writes after ids, as it grows; -> the last token, None if there is
-    none. state: of a conversation, which Ctrl-C does not end."""
-    printer, token = Printer(tokenizer, shown), None
+    """Print `shown` and what the model writes after ids, as it grows; -> its tokens. state: of a
+    conversation, which Ctrl-C does not end."""
+    printer, new = Printer(tokenizer, shown), []
     try:
         for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
                                            config.top_p, stops, seed, tokenizer.suppressed,
                                            config.repetition_penalty, state):
-            if token.item() not in stops:
-                printer.add(token.item())
+            new.append(token.item())
+            if new[-1] not in stops:
+                printer.add(new[-1])
     except KeyboardInterrupt:
         if state is None:
             raise
     printer.show(last=True)                                                 # a character cut off by the end
     print()
-    return None if token is None else token.item()
+    return new
 
 
 def chat(model, tokenizer, config):
@@ -393,11 +394,12 @@ def chat(model, tokenizer, config):
                 print("(this message is too long; shorten it)", file=sys.stderr)
                 ids = []
                 continue
-        room = replace(config, tokens=min(config.tokens, limit - state.length - len(ids)))
-        token = write(model, tokenizer, ids, room, stops, config.seed, state=state)
-        ids = [] if token is None else [token]                              # drawn, but not read yet
-        new = "\n" if token in stops else "<|im_end|>\n"
-        if token not in stops:
+        before = state.length + len(ids)
+        room = replace(config, tokens=min(config.tokens, limit - before))
+        answer = write(model, tokenizer, ids, room, stops, config.seed, state=state)
+        ids = answer[state.length - before:]                                # drawn, but not read yet
+        new = "\n" if answer and answer[-1] in stops else "<|im_end|>\n"
+        if new != "\n":
             print("(cut off)", file=sys.stderr)
 
 

@@ -882,8 +882,7 @@ def check_rows(config, model):
 
 def main(argv=None):
     # 1 options
-    example = "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2"
-    config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
+    config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n" + __doc__.split("\n\n")[1])
     if len(given & LENGTHS) > 1:
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
     if config.search and (not config.minutes or "n_hidden" in given or WORLD > 1):

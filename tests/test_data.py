@@ -712,7 +712,7 @@ def test_windows_read_everything_once_an_epoch_in_another_order(n, rows, block):
         assert (text.diff(dim=1) == 1).all() and len(text.flatten().unique()) == text.numel()
         assert text.numel() >= n - (rows + 2) * block and all(torch.equal(y, x + 1) for x, y in xs)
         orders.append(text[:, 0].tolist())
-    assert n == 200 or orders[0] != orders[1]
+    assert n == 200 or orders[0] != orders[1] and all(order != sorted(order) for order in orders)
     fresh = data.WindowBatches(ids, rows, block, seed=3)
     assert torch.equal(fresh.batch(2)[0], batches.batch(2)[0])      # no matter what was asked before
 
@@ -771,7 +771,8 @@ def test_text_that_the_terminal_cannot_show_is_replaced():
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"%PDF-1.7 text", "is a PDF"), (b"PK\3\4 text", "is a zip archive"), (b"PAR1 text", "is a parquet file"),
+    (b"%PDF-1.7 text", "is a PDF"), (b"{\\rtf1 text", "is a PDF, an Office document or rich text"), (b"BZh91AY", "is packed: unpack it"),
+    (b"\x89PNG\r\n", "is no text but an image"), (b"PK\3\4 text", "is a zip archive"), (b"PAR1 text", "is a parquet or arrow file"),
     (gzip.compress(b"text"), "is packed by gzip: call it .gz")])
 def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, content, message):
     (tmp_path / "mine.txt").write_bytes(content)

@@ -474,6 +474,18 @@ def test_special_characters_of_the_text_itself_have_a_row(tokenizer, capsys):
     assert "\ufffd" in capsys.readouterr().out
 
 
+def test_a_log_that_was_changed_by_hand_is_left_out_with_a_line(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("step,val_ppl\n1,12,5\n2;13\n")
+    assert evaluation.read_log(tmp_path / "log.csv") == [] and "is not as it was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, shown", [
+    (["runs/a", "runs/b"], ["a", "b"]), (["x/a", "y/a", "y/b"], ["x/a", "y/a", "y/b"]), (["finance", "./finance"], ["finance", "./finance"]),
+    (["caf\udce9"], ["caf?"]), ([], [])])
+def test_names_are_as_long_as_tells_them_apart(names, shown):
+    assert list(evaluation.distinct_names(names).values()) == shown
+
+
 # ---------------------------------------------------------------------------------------------------------- Wikipedia
 
 @pytest.fixture

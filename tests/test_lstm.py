@@ -97,3 +97,9 @@ def test_a_packed_matrix_gives_the_same_product(monkeypatch, dtype, rows, n_in, 
         x = torch.randn(rows, n_in).to(dtype)
         torch.testing.assert_close(linear(x).double(), x.double() @ weight.double().t(), atol=1e-4 if dtype == torch.float32 else 0.02,
                                    rtol=1e-5 if dtype == torch.float32 else 2 ** -8)
+
+
+@pytest.mark.parametrize("compiler", ["", "'unbalanced", "false", "/no/such/compiler"])
+def test_a_compiler_that_is_none_leaves_the_equations(monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    assert lstm.compile_c.__wrapped__("lstm") is None

@@ -848,6 +848,20 @@ def test_a_mistyped_run_is_said_to_be_missing_and_the_hub_to_have_been_asked(hub
         sample.load_run("run/w")
 
 
+def test_shards_whose_index_got_lost_are_read(whole):
+    _, folder = whole
+    tensors = qwen_load.read_safetensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for k, part in enumerate((names[:5], names[5:]), 1):
+        write_safetensors({name: tensors[name] for name in part}, folder / f"model-0000{k}-of-00002.safetensors")
+    model, _ = qwen_load.load_model(folder)
+    assert torch.equal(model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+    (folder / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="git-lfs's pointer to one: git lfs pull"):
+        qwen_load.load_model(folder)
+
+
 def test_a_list_of_templates_has_a_default(whole):
     _, folder = whole
     listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATES["Qwen2.5"]}]

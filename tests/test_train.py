@@ -953,3 +953,32 @@ def test_the_first_line_says_how_layers_are_computed(capsys, monkeypatch):
     monkeypatch.setattr(train, "compile_c", lambda *_: None)
     train.main(tiny("rnn", "--steps", "2", "--run", "a"))
     assert ", 4 threads on 1 cores: slow, no C compiler (cc, or $CC): slow, a" in capsys.readouterr().err
+
+
+def test_gradients_are_scaled_to_the_limit_and_never_up():
+    p = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(1))]
+    for scale in (0.01, 1.0, 30.0):
+        p[0].grad, p[1].grad = torch.tensor([1.0, -2.0, 2.0]) * scale, torch.tensor([[4.0, 0.0], [0.0, 4.0]]) * scale
+        before = [p[0].grad.clone(), p[1].grad.clone()]
+        norm = math.sqrt(9 + 32) * scale
+        assert train.clip_grad_norm(p, 1.0) == pytest.approx(norm)
+        for parameter, grad in zip(p, before):
+            torch.testing.assert_close(parameter.grad, grad * min(1, 1 / norm), atol=1e-6, rtol=1e-5)
+    p[0].grad[0] = math.nan
+    assert math.isnan(train.clip_grad_norm(p, 1.0)) and p[1].grad.isnan().all()
+
+
+def test_a_recurrent_state_is_carried_within_an_epoch_and_begins_anew_with_the_next(monkeypatch):
+    """Batch k + 1 continues what batch k read, but for the first of an epoch, which knows nothing; in all of its rows."""
+    states, forward = [], LSTMLM.forward
+
+    def watched(self, tokens, state=None, **more):
+        if self.training:
+            states.append([torch.zeros(1)] if state is None else [part.clone() for layer in state for part in layer])
+        return forward(self, tokens, state, **more)
+    monkeypatch.setattr(LSTMLM, "forward", watched)
+    monkeypatch.setattr(train, "begin_texts", lambda state, *_: state)
+    train.main(tiny("lstm", "--steps", "40", "--batch-size", "32", "--run", "r"))
+    empty = [not any(part.any() for part in state) for state in states]
+    epoch = empty[1:].index(True) + 1
+    assert len(states) == 40 and 1 < epoch < 20 and empty == [step % epoch == 0 for step in range(40)]
