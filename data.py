@@ -1065,7 +1065,7 @@ OTHER_KINDS = {                                                 # of files, by t
     "a parquet or arrow file: write its texts as lines of JSON": rb"PAR1|ARROW1",
     "packed by gzip: call it .gz": rb"\x1f\x8b",
     "packed: unpack it": rb"BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!",
-    "no text but an image or an array": rb"\x89PNG|\xff\xd8\xff|GIF8|\x93NUMPY|\x89HDF"}
+    "not UTF-8 text but an image or an array": rb"\x89PNG|\xff\xd8\xff|GIF8|\x93NUMPY|\x89HDF"}
 
 
 def read_lines(path):

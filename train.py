@@ -847,7 +847,7 @@ def resume_or_refuse(config, given, files=("last.pt", "result.json")):
     checkpoint = read_checkpoint(folder / "last.pt", script, mmap=getattr(config, "shard", False))
     # an option that is newer than the run has its default
     saved, here = asdict(type(config)()) | checkpoint.get("options", {}), asdict(config)
-    if saved.keys() != here.keys() or not {"run", "state", "optimizer"} <= checkpoint.keys():
+    if saved.keys() != here.keys() or not {"run", "state", "optimizer", "options"} <= checkpoint.keys():
         raise UserError(f"{folder} is not a run of {script}, or one of another version, and is not resumed")
     check_same(saved, here, given - ANEW, folder)
     checkpoint["extended"] = bool(given & LENGTHS)
@@ -882,7 +882,8 @@ def check_rows(config, model):
 
 def main(argv=None):
     # 1 options
-    config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n" + __doc__.split("\n\n")[1])
+    example = "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2"
+    config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
     if len(given & LENGTHS) > 1:
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
     if config.search and (not config.minutes or "n_hidden" in given or WORLD > 1):

@@ -772,7 +772,7 @@ def test_text_that_the_terminal_cannot_show_is_replaced():
 
 @pytest.mark.parametrize("content, message", [
     (b"%PDF-1.7 text", "is a PDF"), (b"{\\rtf1 text", "is a PDF, an Office document or rich text"), (b"BZh91AY", "is packed: unpack it"),
-    (b"\x89PNG\r\n", "is no text but an image"), (b"PK\3\4 text", "is a zip archive"), (b"PAR1 text", "is a parquet or arrow file"),
+    (b"\x89PNG\r\n", "is not UTF-8 text but an image"), (b"PK\3\4 text", "is a zip archive"), (b"PAR1 text", "is a parquet or arrow file"),
     (gzip.compress(b"text"), "is packed by gzip: call it .gz")])
 def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, content, message):
     (tmp_path / "mine.txt").write_bytes(content)
