@@ -1135,7 +1135,8 @@ def download(url, path, sha256=None):
                     return path
                 except (requests.RequestException, ConnectionError) as e:
                     code = getattr(getattr(e, "response", None), "status_code", 0)
-                    reason = f"HTTP {code}" if code else str(e).partition("\n")[0][:200]
+                    offline = "no connection" if isinstance(e, requests.ConnectionError) else str(e)
+                    reason = f"HTTP {code}" if code else offline.partition("\n")[0][:200]
                 if 400 <= code < 500 and code not in (408, 416, 429):
                     break
     finally:

@@ -865,8 +865,7 @@ def check_same(saved, here, names, run):
 def check_text(corpus, checkpoint=None, run=""):
     for split, ids in corpus.ids.items():
         if len(ids) < 2 and split != "train":
-            raise UserError(f"{corpus.name} is too short: its {split} part (5 %, cut between lines) holds "
-                            f"{len(ids)} tokens")
+            raise UserError(f"{corpus.name} is too short: its {split} part holds {len(ids)} tokens")
     if checkpoint and checkpoint.get("fingerprint") != corpus.fingerprint():
         raise UserError(f"{corpus.name} is no longer the text that the run in {run} was started with; "
                         "restore it, or start a new run with --run")
