@@ -80,7 +80,7 @@ def test_splits_are_the_same_every_time_and_do_not_overlap():
     assert again.strip() == data.embedded_text("stories", "test", 200).strip()
     texts = {s: {" ".join(w) for w, _ in data.embedded_documents("finance", s)} for s in ("train", "valid", "test")}
     long = {s: {t for t in texts[s] if len(t.split()) > 25} for s in texts}
-    assert not long["train"] & long["test"] and not long["train"] & long["valid"]
+    assert not long["train"] & long["test"] and not long["train"] & long["valid"] and not long["valid"] & long["test"]
 
 
 def test_vocabulary_is_shared_and_closed():
@@ -835,3 +835,9 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr(data.fcntl, "flock", flock)
     monkeypatch.setattr(data, "fetch", lambda url, part, headers, sha256: part.write_text("there"))
     assert data.download("http://localhost/x", tmp_path / "x").read_text() == "there"
+
+
+def test_every_epoch_of_a_stream_begins_elsewhere_within_a_block():
+    batches = data.ContiguousBatches(np.arange(5000), 4, 20, seed=1)
+    starts = [int(batches.batch(epoch * batches.steps_per_epoch)[0][0, 0]) for epoch in range(40)]
+    assert len(set(starts)) > 10 and 0 <= min(starts) and max(starts) < 20

@@ -982,3 +982,19 @@ def test_a_recurrent_state_is_carried_within_an_epoch_and_begins_anew_with_the_n
     empty = [not any(part.any() for part in state) for state in states]
     epoch = empty[1:].index(True) + 1
     assert len(states) == 40 and 1 < epoch < 20 and empty == [step % epoch == 0 for step in range(40)]
+
+
+def test_best_pt_has_the_weights_of_the_lowest_validation_loss(monkeypatch):
+    losses = iter([3.0, 2.0, 1.0, 1.5, 2.5])                    # at steps 0, 2, 4, 6, 8
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses), "val_ppl": 9.0})
+    train.main(tiny("rnn", "--steps", "8", "--eval-every", "2", "--no-sample", "--run", "r"))
+    assert sample.read_checkpoint("r/best.pt")["step"] == 4 and json.loads(Path("r/result.json").read_text())["best_step"] == 4
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_hundredth():
+    lr = [train.get_lr(step, 110, 2.0, 10) for step in range(111)]
+    assert lr[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)]) and lr[10] == pytest.approx(2.0)
+    for k in range(101):
+        assert lr[10 + k] == pytest.approx(2.0 * (0.01 + 0.99 * (1 + math.cos(math.pi * k / 100)) / 2))
+    assert lr[110] == pytest.approx(0.02) == train.get_lr(500, 110, 2.0, 10)
+    assert [train.get_lr(step, math.inf, 2.0, 2) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
