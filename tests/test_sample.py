@@ -275,3 +275,16 @@ def test_a_device_whose_kernels_torch_does_not_have_is_one_line(monkeypatch):
     monkeypatch.setattr(sample.torch, "zeros", zeros)
     with pytest.raises(data.UserError, match="--device cuda is not available here; try --device cpu"):
         sample.pick_device()
+
+
+def test_samples_of_one_command_differ_and_each_is_that_of_its_own_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"w{k % 13} w{k % 7} w{k % 5}\n" for k in range(400)))
+    train.main(["--model", "rnn", "--data", "text.txt", "--tokenizer", "char", "--n-embd", "8", "--batch-size", "2", "--block-size", "8", "--steps", "2", "--run", "r"])
+    capsys.readouterr()
+
+    def written(*options):
+        sample.main(["--run", "r", "--tokens", "30", *options])
+        return capsys.readouterr().out
+    assert written("--n", "2", "--seed", "5") == written("--seed", "5") + "\n" + written("--seed", "6")
+    assert written("--seed", "5") != written("--seed", "6")
