@@ -902,8 +902,8 @@ def encode_split(name, split, tokenizer):
     stats = [] if generated else [file.stat() for file in text_files(source)]
     if sum(stat.st_size for stat in stats) <= IN_MEMORY_BYTES:
         return np.concatenate([np.zeros(0, dtype), *encoded()])
-    # 2: of how text is read, so that files of an earlier way are not taken
-    identity = 2, str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
+    # 3: of how text is read, so that files of an earlier way are not taken
+    identity = 3, str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
     folder = data_dir() / "tokens"
     with contextlib.suppress(OSError):
@@ -1010,13 +1010,13 @@ def quoted(path):
 
 def replace_file(temporary, path, tries=4):
     """Rename temporary to path. On Windows a virus scanner may hold either for a moment: then try again."""
-    try:
-        os.replace(temporary, path)
-    except PermissionError:
-        if tries == 1:
-            raise
-        time.sleep(0.8 / 2 ** tries)
-        replace_file(temporary, path, tries - 1)
+    for k in range(tries):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if k + 1 == tries:
+                raise
+            time.sleep(0.1 * 2 ** k)
 
 
 def write_atomically(path, write, own=""):

@@ -397,7 +397,8 @@ def chat(model, tokenizer, config):
         before = state.length + len(ids)
         room = replace(config, tokens=min(config.tokens, limit - before))
         answer = write(model, tokenizer, ids, room, stops, config.seed, state=state)
-        ids = answer[state.length - before:]                                # drawn, but not read yet
+        if state.length >= before:                                          # else nothing was read
+            ids = answer[state.length - before:]                            # drawn, but not read yet
         new = "\n" if answer and answer[-1] in stops else "<|im_end|>\n"
         if new != "\n":
             print("(cut off)", file=sys.stderr)

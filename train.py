@@ -343,8 +343,7 @@ OVERLAP, LONGEST_WINDOW = 256, 4096                 # tokens
 
 @torch.no_grad()
 def token_losses(model, ids, pieces=1, window=None, stride=None, dtype=None):
-    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout; ids[0] is context only
-    (<eos>).
+    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout; ids[0] is context only.
 
     A recurrent model reads the text from start to end, or, faster, in `pieces` side by side. Each piece but
     the first begins with the state after the first OVERLAP tokens of the text and reads the OVERLAP tokens

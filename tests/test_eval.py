@@ -407,7 +407,7 @@ def test_inputs_that_share_a_name_are_told_apart_everywhere(runs, few_documents)
     assert {name: set(domain["runs"]) for name, domain in js["domains"].items()} == dict.fromkeys(
         ("a/x.txt", "b/x.txt"), {"a/own-rnn", "b/own-rnn"})
     found = {tuple(each["texts"]): {row["word"] for row in each["words"] if row["per million here"]} for each in js["frequencies"].values()}
-    assert found.keys() == {("own.txt", "a/x.txt"), ("own.txt", "b/x.txt")} or {t[1].split("/")[-2] for t in found} == {"a", "b"}
+    assert {texts[1] for texts in found} == {"a/x.txt", "b/x.txt"}
     assert "hale" not in next(words for texts, words in found.items() if "a/x.txt" in texts[1])
 
 
@@ -423,8 +423,6 @@ def test_a_text_whose_name_is_not_utf8_is_read_and_named(runs, few_documents):
 def test_a_figure_that_cannot_be_drawn_is_left_out_with_a_line(runs, few_documents, monkeypatch, capsys):
     evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r", "--sentences", "5"])
     assert Path("r/loss_curves.png").exists()
-    broken = evaluation.plot_curves
-
     def plot_curves(*args):
         raise ZeroDivisionError("division by zero")
     monkeypatch.setattr(evaluation, "plot_curves", plot_curves)
@@ -432,7 +430,7 @@ def test_a_figure_that_cannot_be_drawn_is_left_out_with_a_line(runs, few_documen
     evaluation.main(["--redraw", "--out", "r"])
     md = Path("r/report.md").read_text()
     assert "plot_curves is left out: ZeroDivisionError" in capsys.readouterr().err
-    assert "loss_curves.png" not in md and "](domains.png)" in md and broken
+    assert "loss_curves.png" not in md and "](domains.png)" in md
 
 
 def test_figures_are_drawn_whatever_backend_a_shell_names(runs, few_documents, tmp_path):

@@ -906,6 +906,46 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(whole, capsys, monkeypa
     assert len(drawn) == 3 + 5
 
 
+@pytest.mark.parametrize("stopped_at", ["read", "draw"])
+def test_after_ctrl_c_a_conversation_has_each_token_once(whole, monkeypatch, stopped_at):
+    """Whether it comes while a prompt is read, or after a token of the answer was read and before the next is drawn."""
+    _, folder = whole
+    model, tokenizer = qwen_load.load_model(folder, dtype=torch.float32)
+    said, read, drawn = iter(["one", "two"]), [], []
+    forward, draw = type(model).forward, sample.sample_token
+
+    def ask(prompt=""):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    def watched(self, tokens, *rest, **more):
+        if stopped_at == "read" and not read and not drawn:
+            drawn.append(None)                                  # once
+            raise KeyboardInterrupt
+        out = forward(self, tokens, *rest, **more)
+        read.extend(tokens[0].tolist())
+        return out
+
+    def interrupted(*args):
+        if stopped_at == "draw" and len(drawn) == 2:
+            drawn.append(None)
+            raise KeyboardInterrupt
+        token, log_p = draw(*args)
+        drawn.append(token.item())
+        return token, log_p
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(type(model), "forward", watched)
+    monkeypatch.setattr(sample, "sample_token", interrupted)
+    sample.main(["--run", str(folder), "--chat", "--tokens", "5", "--dtype", "float32", "--temperature", "0"])
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    first = tokenizer.encode(sample.system_message(tokenizer) + turn.format("one"))
+    answer = drawn[:2] if stopped_at == "draw" else []
+    head = first + answer + tokenizer.encode("<|im_end|>\n" + turn.format("two"))
+    assert read[:len(head)] == head
+
+
 @pytest.mark.slow
 def test_a_real_pretrained_model_is_transformers_to_the_last_bit():
     """The folder that holds a real language model in Qwen2's layout; random weights hide what only trained ones show."""
