@@ -6,8 +6,8 @@ Corpora (`--data`):
     tinystories imdb
     wikipedia:TITLE                     an article, as plain text through Wikipedia's API
     a path                              a UTF-8 text file: 90 % for training, 5 % validation, 5 % test; or a
-                                        folder of .txt files: train.txt, valid.txt and test.txt are its
-                                        splits, else the files, one behind the other, are split like one
+                                        folder of them: train.txt, valid.txt and test.txt are its splits,
+                                        else the files, one behind the other, are split like one
 
 The embedded languages. Each is a grammar in Greibach normal form: a rule says one word and then which symbols
 follow, and no two rules of a symbol say the same word. So a text determines its own derivation, and the exact
@@ -273,9 +273,8 @@ class GPT2Tokenizer:
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
         except (requests.RequestException, OSError) as e:
-            raise UserError("GPT-2's tokenizer files could not be downloaded. With a network they come by "
-                            f"themselves; without one, place tiktoken's cache in {cached} or set "
-                            "TIKTOKEN_CACHE_DIR") from e
+            raise UserError("GPT-2's tokenizer files could not be downloaded: place tiktoken's cache in "
+                            f"{cached} or set TIKTOKEN_CACHE_DIR") from e
         self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
         self.begin, self.stops, self.suppressed = [self.eos], [self.eos], []
 
@@ -508,16 +507,14 @@ class Language:
                     weight, said = said.strip().split(" ", 1)
                     for words, part in self.words_of(said):
                         self.add_rule(symbol, words, part * float(weight), follow.split())
-        for rules in self.rules.values():
-            totals = [sum(w[m] for w, _ in rules.values()) for m in range(len(self.moods))]
-            # push: the symbols that follow, the first one last, as a stack takes them
-            for word, (w, push) in rules.items():
-                rules[word] = tuple(v / t for v, t in zip(w, totals)), push[::-1]
         self.choices = {}           # symbol -> (words, cumulative weights for each mood, symbols that follow)
         for symbol, rules in self.rules.items():
-            weights, push = zip(*rules.values())
-            cumulative = [np.cumsum([w[m] for w in weights]).tolist() for m in range(len(self.moods))]
-            self.choices[symbol] = list(rules), cumulative, push
+            weights, follow = zip(*rules.values())
+            totals = [sum(w) for w in zip(*weights)]                            # for each mood
+            weights = [tuple(v / t for v, t in zip(w, totals)) for w in weights]
+            push = [after[::-1] for after in follow]                # the first one last, for a stack
+            self.rules[symbol] = dict(zip(rules, zip(weights, push)))
+            self.choices[symbol] = list(rules), [np.cumsum(w).tolist() for w in zip(*weights)], push
 
     def words_of(self, said):
         """What a rule says, as [(words, share of its weight)]: of a class, this domain's words have 90 %."""
@@ -566,9 +563,7 @@ class Language:
         return out
 
 
-@lru_cache(None)
-def language(domain):
-    return Language(domain)
+language = lru_cache(None)(Language)
 
 
 @lru_cache(None)
@@ -618,8 +613,6 @@ class Source:
     sha256: dict = field(default_factory=dict)      # of the files that never change
     test_file: str = ""                 # where it has another name
     tokenized: bool = False             # words are apart already, and the vocabulary keeps all of them
-    vocabulary: Callable = None         # () -> its words, where they are known without reading it
-    floor: Callable = None              # (name, split) -> the perplexity of the true source, if that is known
     labelled: Callable = None           # (name, split) -> [(text, 1 positive or 0 negative)]
     has_test: bool = True               # else its validation split is what stands in for one
 
@@ -678,8 +671,7 @@ def imdb_labelled(name, split):
 
 # A corpus is an entry here and the function that reads it.
 EMBEDDED = Source(lambda name, split: (" ".join(doc[:-1]) + "\n" for doc, _ in
-                                       embedded_documents(name, split)), vocabulary=embedded_vocabulary,
-                  floor=embedded_floor)
+                                       embedded_documents(name, split)))
 CORPORA = {
     "finance": EMBEDDED, "climate": EMBEDDED, "stories": EMBEDDED,
     "reviews": replace(EMBEDDED, labelled=lambda name, split: [
@@ -822,11 +814,12 @@ def source_file(name, split):
     path = Path(name)
     if not path.exists():
         raise UserError(f"no corpus and no file is called {name!r}. Corpora: {', '.join(CORPORA)}; or give "
-                        "the path of a UTF-8 text file, or of a folder of .txt files")
+                        "the path of a UTF-8 text file, or of a folder of .txt or .jsonl files")
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{name} is a pipe or a device, which cannot be read twice: write it to a file first")
     if not any(file.stat().st_size for file in text_files(path)):
-        raise UserError(f"{name} is empty" if path.is_file() else f"{name} holds no .txt file with text")
+        raise UserError(f"{name} is empty" if path.is_file() else
+                        f"{name} holds no .txt or .jsonl file with text")
     return path
 
 
@@ -858,10 +851,10 @@ def build_char_tokenizer(name):
 def build_word_tokenizer(name, max_words=20_000):
     """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
     max_words most frequent that occur twice, the others <unk>."""
-    source, counts, chunks_read, changed = CORPORA.get(name), Counter(), 0, 0
-    tokenized = source and source.tokenized
-    if source and source.vocabulary:
-        return WordTokenizer(source.vocabulary())
+    if name in DOMAINS:
+        return WordTokenizer(embedded_vocabulary())
+    counts, chunks_read, changed = Counter(), 0, 0
+    tokenized = name in CORPORA and CORPORA[name].tokenized
     for k, text in enumerate(documents(name, "train")):
         if k % 1000 == 0:
             live(f"collecting the words of {name}: {k:,} texts")
@@ -871,7 +864,7 @@ def build_word_tokenizer(name, max_words=20_000):
         chunks_read += len(chunks)
         changed += sum("".join(said) != (chunk[0].lower() + chunk[1:]).replace("\u2019", "'")
                        for said, chunk in zip(words, chunks))
-    if RANK == 0 and not source and changed > chunks_read / 5:
+    if RANK == 0 and name not in CORPORA and changed > chunks_read / 5:
         print(f"{changed / chunks_read:.0%} of the words of {name} are not read as they are written "
               "(capitals become small, numbers N): --tokenizer char or gpt2 keeps all", flush=True)
     if not tokenized:
@@ -902,7 +895,7 @@ def encode_split(name, split, tokenizer):
     stats = [] if generated else [file.stat() for file in text_files(source)]
     if sum(stat.st_size for stat in stats) <= IN_MEMORY_BYTES:
         return np.concatenate([np.zeros(0, dtype), *encoded()])
-    # 3: of how text is read, so that files of an earlier way are not taken
+    # 3: the version of how text is read; files of an earlier one are not taken
     identity = 3, str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
     folder = data_dir() / "tokens"
@@ -927,9 +920,7 @@ class Corpus:
 
     def fingerprint(self):
         """Tells whether a run that resumes finds the text that it was started with."""
-        train = self.ids["train"]
-        first, last = (zlib.crc32(part.tobytes()) for part in (train[:1 << 20], train[-(1 << 20):]))
-        return f"{len(train)} {first:08x} {last:08x}"
+        return f"{len(self.ids['train'])} {zlib.crc32(self.ids['train']):08x}"
 
 
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
@@ -941,8 +932,8 @@ def load(name, tokenizer="word", splits=("train", "valid", "test")):
     elif isinstance(tokenizer, str):
         tokenizer = {"word": build_word_tokenizer, "char": build_char_tokenizer}[tokenizer](name)
     splits = [split for split in splits if split != "test" or has_test]
-    known = source and source.floor and tokenizer.kind == "word"
-    floor = {split: source.floor(name, split) if known else None for split in splits if split != "train"}
+    known = name in DOMAINS and tokenizer.kind == "word"
+    floor = {split: embedded_floor(name, split) if known else None for split in splits if split != "train"}
     return Corpus(name, tokenizer, {split: encode_split(name, split, tokenizer) for split in splits}, floor)
 
 
@@ -1065,6 +1056,7 @@ OTHER_KINDS = {                                                 # of files, by t
     "a parquet or arrow file: write its texts as lines of JSON": rb"PAR1|ARROW1",
     "packed by gzip: call it .gz": rb"\x1f\x8b",
     "packed: unpack it": rb"BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!",
+    "UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8": rb"\xff\xfe|\xfe\xff",
     "not UTF-8 text but an image or an array": rb"\x89PNG|\xff\xd8\xff|GIF8|\x93NUMPY|\x89HDF"}
 
 
@@ -1086,8 +1078,6 @@ def read_lines(path):
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path} cannot be unpacked ({e}): fetch or pack it again") from e
     except UnicodeDecodeError as e:
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8 {path}")
         raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
                         f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
                         "at the result") from e

@@ -24,8 +24,9 @@ A model that knows few words meets <unk> often and predicts it easily, so perple
 character does not: each unknown word is also charged its spelling, under a letter-bigram model fitted on the
 training vocabulary: p(word) = prod_k p(c_k | c_k-1), add-one smoothed, with an end mark; a letter that the
 vocabulary never has is charged 21 bits more (the size of Unicode). An <unk> in the text itself has no
-spelling to charge. Characters are those of the normalised words, one space after each; byte-pair tokenizers
-read, and are charged for, the text as it is.
+spelling to charge; a character that a model on characters does not have costs 21 bits. Characters are those
+of the normalised words, one space after each; byte-pair tokenizers read, and are charged for, the text as it
+is.
 
 Word frequencies (compare_frequencies) are compared by the log-odds of Monroe, Colaresi & Quinn ("Fightin'
 Words", 2008, section 3.4): counts y_w of n words in a text, plus a prior of a_w = 1000 * p(w in both texts
@@ -230,6 +231,8 @@ class Speller:
         self.letters = {b for _, b in self.pairs}
 
     def bits(self, word):
+        if not self.letters:                                                # the words are characters
+            return 21 * len(word)
         size = len(self.letters) + 1                                        # and one for all other letters
         return sum(-math.log2((self.pairs[a, b] + 1) / (self.firsts[a] + size)) + 21 * (b not in self.letters)
                    for a, b in zip("\n" + word, word + "\n"))
@@ -245,9 +248,9 @@ def in_words(tokenizer, sentence):
 def read_sentence(tokenizer, sentence):
     """-> (ids, unknown words, characters); UserError for an unknown word where there is no <unk>."""
     if tokenizer.kind != "word":
-        ids = tokenizer.encode(sentence)
-        unknown = ["<unk>"] * ids.count(tokenizer.unk) if tokenizer.kind == "char" else []
-        return ids, unknown, len(sentence) + 1
+        letters = tokenizer.normalize(sentence) if tokenizer.kind == "char" else ()
+        unknown = [ch for ch in letters if ch not in tokenizer.ids]
+        return tokenizer.encode(sentence), unknown, len(sentence) + 1
     words = in_words(tokenizer, sentence)
     unknown = [w for w in words if w not in tokenizer.ids or w == "<unk>"]
     if unknown and tokenizer.unk is None:
@@ -466,7 +469,7 @@ def measure_runs(runs, domains, prompt, n_sentences, dtype, searches):
     runs = [run for run in runs if run not in policies]
     report = {"prompt": prompt, "summary": summary(runs), "logs": {run.name: run.log for run in runs},
               "stages": {run.name: at_stages(run) for run in runs},
-              "vocabularies": len({run.tokenizer.vocab_size for run in runs}), "domains": {}, "memory": {},
+              "vocabularies": len({repr(run.tokenizer.state()) for run in runs}), "domains": {}, "memory": {},
               "samples": {}}
     scores = {}
     for name, sentence_list in domains.items():
@@ -514,12 +517,9 @@ def markdown_table(rows):
 
 
 def write_report(folder, lines):
-    """Lines of markdown as report.md, without those of figures that were not drawn."""
-    lines = [line for line in lines if not (found := re.fullmatch(r"!\[.*\]\((.+)\)\n", line))
-             or (folder / found[1]).exists()]
-    if not pyplot():
-        lines.append("No figures, because matplotlib is not installed: pip install matplotlib\n")
-    write_text(folder / "report.md", "\n".join(lines))
+    """Lines of markdown as report.md."""
+    more = [] if pyplot() else ["No figures, because matplotlib is not installed: pip install matplotlib\n"]
+    write_text(folder / "report.md", "\n".join([*lines, *more]))
 
 
 def stages_section(report, out):
@@ -529,11 +529,10 @@ def stages_section(report, out):
     rows = [{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]
     if not rows:
         return []
-    draw(plot_bars, {f"{run}, {text}": values for run, text, values in stages[:12]}, labels, "perplexity",
-         out / "stages.png", True)
+    bars = {f"{run}, {text}": values for run, text, values in stages[:12]}
     return ["## Perplexity at stages of the training (Figure 2)\n",
             "`--also climate`, say, logs another text's perplexity too.\n", markdown_table(rows),
-            "![Perplexity at stages](stages.png)\n"]
+            draw("Perplexity at stages", plot_bars, bars, labels, "perplexity", True, out / "stages.png")]
 
 
 def domains_section(report, out):
@@ -557,21 +556,20 @@ def domains_section(report, out):
         lines += [f"### {name}\n", floor * bool(domain["floor"]), markdown_table(rows),
                   f"The first {len(each)} of {len(domain['sentences'])} sentences:\n", markdown_table(each)]
     if bits:
-        draw(plot_bars, bits, [*distinct_names(report["domains"]).values()], "bits per character",
-             out / "domains.png")
-        lines.append("![Bits per character in each domain](domains.png)\n")
+        lines.append(draw("Bits per character in each domain", plot_bars, bits, [*distinct_names(
+            report["domains"]).values()], "bits per character", False, out / "domains.png"))
     return lines
 
 
 def frequencies_section(report, out):
     lines = ["## Word frequencies (Figure 3)\n"]
     for k, (name, found) in enumerate(report["frequencies"].items()):
-        draw(plot_frequencies, found, out / f"frequencies_{k + 1}.png")
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
         lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. "
                   "Correlation of a token's loss with how much rarer its word was in training than it is "
                   f"here: {runs}.\n",
-                  f"![Word frequencies](frequencies_{k + 1}.png)\n", markdown_table(found["words"])]
+                  draw("Word frequencies", plot_frequencies, found, out / f"frequencies_{k + 1}.png"),
+                  markdown_table(found["words"])]
     return lines
 
 
@@ -579,14 +577,13 @@ def memory_section(report, out):
     lines = []
     labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
     for corpus, memory in report["memory"].items():
-        draw(plot_memory, memory, labels, out / f"memory_{corpus}.png")
         any_run = next(iter(memory.values()))
         cells = [(run, 0, row) for run, row in memory.items()]
         cells += [("floor", 1, any_run), ("cases", 2, any_run)]
         rows = [{"run": name} | {label: cell and cell[k] for label, cell in zip(labels, row)}
                 for name, k, row in cells]
-        lines += [f"### {corpus}\n", markdown_table(rows),
-                  f"![Loss at the repeated name](memory_{corpus}.png)\n"]
+        lines += [f"### {corpus}\n", markdown_table(rows), draw(
+            "Loss at the repeated name", plot_memory, memory, labels, out / f"memory_{corpus}.png")]
     return lines and ["## Memory: the loss where a name must be repeated\n",
                       "Nats, by how many words ago the name was last said. The grammar leaves no choice "
                       "there: its own loss is the floor. A guess among the 20 names costs ln 20 = 3.00.\n",
@@ -598,23 +595,20 @@ def draw_report(report, out):
     lines = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines "
              "all at its top.\n"]
     if report["summary"]:
-        draw(plot_curves, report["logs"], out / "loss_curves.png")
-        lines += ["## Summary\n", markdown_table(report["summary"]),
-                  "## Loss curves (Figure 1)\n", "![Loss while training](loss_curves.png)\n"]
+        lines += ["## Summary\n", markdown_table(report["summary"]), "## Loss curves (Figure 1)\n",
+                  draw("Loss while training", plot_curves, report["logs"], out / "loss_curves.png")]
         for section in (stages_section, domains_section, frequencies_section, memory_section):
             lines += section(report, out)
         rows = [{"run": run} | row for run, rows in report["samples"].items() for row in rows]
         lines += ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the "
                   "first is shown.\n", markdown_table(rows)]
     if report["rewards"]:
-        draw(plot_frontier, report["frontier"], out / "frontier.png")
-        lines += ["## Policies trained by PPO\n", markdown_table(report["rewards"]),
-                  "![Reward against KL while training](frontier.png)\n"]
+        lines += ["## Policies trained by PPO\n", markdown_table(report["rewards"]), draw(
+            "Reward against KL while training", plot_frontier, report["frontier"], out / "frontier.png")]
     for name, rows in report["search"].items():
-        draw(plot_search, rows, out / f"{name}.png")
-        table = markdown_table([{k: v or None for k, v in row.items()} for row in rows])
-        lines += [f"## Search: {name}\n", table,
-                  f"![Validation perplexity against each hyperparameter]({name}.png)\n"]
+        lines += [f"## Search: {name}\n",
+                  markdown_table([{k: v or None for k, v in row.items()} for row in rows]),
+                  draw("Validation perplexity against each option", plot_search, rows, out / f"{name}.png")]
     write_report(out, lines)
 
 
@@ -650,12 +644,14 @@ def figure(path, panels=1, width=4.2, height=3.2):
         plt.close(drawn)
 
 
-def draw(plot, *args):
-    """plot(*args). What cannot be drawn is left out, with a line, and ends no training and no report."""
+def draw(title, plot, *args):
+    """plot(*args), the last one the figure's path; -> its line of markdown. What cannot be drawn is left out,
+    with a line, and ends no training and no report."""
     try:
         plot(*args)
     except Exception as e:                                                  # of matplotlib, of any kind
         print(f"{plot.__name__} is left out: {type(e).__name__}: {e}", file=sys.stderr)
+    return f"![{title}]({args[-1].name})\n" * args[-1].exists()
 
 
 def plot_curves(logs, path):
@@ -674,7 +670,7 @@ def plot_curves(logs, path):
         panels[0].legend()
 
 
-def plot_bars(groups, labels, ylabel, path, log_scale=False):
+def plot_bars(groups, labels, ylabel, log_scale, path):
     """groups: {series: [value or None per label]}."""
     for [axes] in figure(path, width=6.5):
         width = 0.8 / len(groups)

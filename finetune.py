@@ -12,7 +12,7 @@ their separator between them, as in nanoGPT, and a batch is windows of that text
 
 Precision. Weights and AdamW's two moments are float32, products are bfloat16 where the hardware has them
 (autocast casts the weights for each). bfloat16 has eight significant bits: an update of less than 1/512 of a
-weight would vanish if the weight were bfloat16, and with learning rates of 1e-5 nearly all are. In bytes per
+weight would vanish if the weight were bfloat16, as most would at these learning rates. In bytes per
 parameter: weights 4 + moments 8 + gradients 4 + what is cast 2 = 18.
 
 Several processes. Under torchrun every process has all weights and some rows of each batch, and the gradients
@@ -49,7 +49,7 @@ from eval import (draw, format_number, markdown_table, perplexities, plot_curves
 from qwen_load import save_model
 from sample import (build_model, context_length, count_parameters, dtype_name, encode_prompt, generate,
                     kind_of, load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
-from train import (SHOWN, RunOptions, check_rows, check_same, check_text, environment, everyone,
+from train import (SHOWN, RunOptions, check_rows, check_same, check_text, environment, evaluate, everyone,
                    how_computed, join_processes, leave_processes, perplexity, perplexity_of,
                    resume_or_refuse, shard_as, train, warn_of_unknown)
 
@@ -58,12 +58,12 @@ STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Writ
 OTHER_PROMPT = "Climate change is"
 
 # by base: pretrained (searched on SmolLM2-135M), a run of ours
-DEFAULTS = {True: dict(lr=1e-4, batch_size=8, block_size=256),
-            False: dict(lr=1e-3, batch_size=16, block_size=128)}
+DEFAULTS = {"qwen2": dict(lr=1e-4, batch_size=8, block_size=256),
+            "own": dict(lr=1e-3, batch_size=16, block_size=128)}
 
 
 def by_base(name, defaults=DEFAULTS):
-    return f"(default: {defaults[True][name]:g} for Qwen2, {defaults[False][name]:g} for a run of ours)"
+    return f"(default: {defaults['qwen2'][name]:g} for Qwen2, {defaults['own'][name]:g} for a run of ours)"
 
 
 @dataclass
@@ -198,14 +198,15 @@ def report(config, result):
         lines += [f"## Continuations, prompt {k + 1}{(' (Table 4)', ' (Table 5)', '')[min(k, 2)]}\n",
                   markdown_table([{"": when, b["prompt"]: sample["text"] or "(nothing)"}
                                   for when, sample in (("before", b), ("after", a))])]
-    draw(plot_curves, {run.name: read_log(run / "log.csv")}, run / "loss.png")
-    write_report(run, [*lines, "## Loss (Figure 4)\n", "![Loss while fine-tuning](loss.png)\n"])
+    log = {run.name: read_log(run / "log.csv")}
+    figure = draw("Loss while fine-tuning", plot_curves, log, run / "loss.png")
+    write_report(run, [*lines, "## Loss (Figure 4)\n", figure])
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
 
 def first_share(ids, fraction, eos):
-    """The first `fraction` of a text, to the end of a document."""
+    """The first `fraction` of a text, to the end of a document if one is near."""
     n = int(len(ids) * fraction)
     start = max(0, n - (1 << 16))                               # where a last document's end is looked for
     ends = np.flatnonzero(np.asarray(ids[start:n]) == eos)
@@ -217,7 +218,7 @@ def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, b
     or, of a run that resumes, what was saved; trained in place. before: the base's figures, if known."""
     folder = Path(config.run)
 
-    # 3 data: windows of the first share of the text; what is measured before
+    # 3 data: windows of the first share of the text; figures before
     train_ids = first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
     block_size = min(config.block_size, context_length(model))
     batches = data.batches_of(model, train_ids, config.batch_size, block_size, config.seed)
@@ -243,9 +244,9 @@ def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, b
     # 5 to 7: as from random weights
     data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, "
               f"{device.type} {dtype_name(dtype)}{how_computed(device)}, {config.run}", "\n")
-    run = train(config, model, tokenizer, batches, {"valid": valid}, steps, device, dtype, checkpoint,
-                encode_prompt(tokenizer, config.prompts[0]), min(config.warmup_steps, max(1, steps // 10)),
-                fingerprint=corpus.fingerprint())
+    run = train(config, model, tokenizer, batches, lambda: evaluate(model, {"valid": valid}, dtype), steps,
+                device, dtype, checkpoint, encode_prompt(tokenizer, config.prompts[0]),
+                min(config.warmup_steps, max(1, steps // 10)), fingerprint=corpus.fingerprint())
     if RANK:
         return None
 
@@ -317,7 +318,7 @@ def default_prompts(config, tokenizer):
 def resolve_defaults(config, model, tokenizer):
     """Fill in what depends on the base; UserError for what does not go with it."""
     qwen2 = tokenizer.kind == "qwen2"
-    for name, value in DEFAULTS[qwen2].items():
+    for name, value in DEFAULTS["qwen2" if qwen2 else "own"].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     if model.recurrent and config.checkpointing:
@@ -381,7 +382,7 @@ def main(argv=None):
     device = join_processes(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
 
-    # 3 data and base
+    # base and data
     if RANK:
         everyone()                                          # the first process downloads and encodes for all
     model, tokenizer = open_base(config, device, checkpoint)

@@ -41,8 +41,8 @@ from pathlib import Path
 
 import torch
 
-from data import (HUB, SEPARATOR, NotFound, UserError, data_dir, download, read_json, write_atomically,
-                  write_text)
+from data import (HUB, SEPARATOR, NotFound, UserError, data_dir, download, read_json, save_json,
+                  write_atomically, write_text)
 from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
 # ------------------------------------------------------------------------------------------------ safetensors
@@ -66,40 +66,32 @@ def no_duplicates(pairs):
 
 
 def read_header(f):
-    """Of an open file: -> ({name: (dtype, shape, begin, end)}, metadata), begin and end counted from the
-    start of the file. ValueError, saying what is wrong, unless everything holds that the format demands."""
+    """Of an open file: -> {name: (dtype, shape, begin, end)}, begin and end counted from the start of the
+    file. An error, saying what is wrong, unless everything holds that the format demands."""
     size = os.fstat(f.fileno()).st_size
     length = int.from_bytes(f.read(8), "little")
     need(8 <= size and length <= min(size - 8, MAX_HEADER),
          f"it should have a header of {length} bytes, but the file has {size}")
     raw = f.read(length)
     need(raw.startswith(b"{"), "its header does not begin with {")
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except RecursionError as e:
-        raise ValueError("its header is not JSON") from e
-    metadata = header.pop("__metadata__", {})
-    need(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()),
-         "its __metadata__ is not a table of texts")
+    header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    metadata = header.pop("__metadata__", {}).values()
+    need(all(isinstance(text, str) for text in metadata), "its __metadata__ is not a table of texts")
     found, at = {}, 8 + length
     for name, info in header.items():
-        need(isinstance(info, dict) and info.keys() == {"dtype", "shape", "data_offsets"},
+        need(info.keys() == {"dtype", "shape", "data_offsets"},
              f"{name!r} in its header is not described by dtype, shape and data_offsets")
-        kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-        need(isinstance(kind, str) and kind in DTYPES,
-             f"{name!r} has the dtype {kind!r}; known here are {' '.join(DTYPES)}")
-        for numbers in (shape, offsets):
-            need(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers),
-                 f"{name!r} has a shape or offsets that are not lists of whole numbers")
-        dtype = DTYPES[kind]
-        need(len(offsets) == 2 and offsets[1] - offsets[0] == math.prod(shape) * dtype.itemsize,
-             f"{name!r} lies at {offsets}, which its shape {shape} and dtype {kind} contradict")
-        found[name] = dtype, shape, at + offsets[0], at + offsets[1]
+        kind, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+        need(kind in DTYPES, f"{name!r} has the dtype {kind!r}; known here are {' '.join(DTYPES)}")
+        need(all(type(n) is int and n >= 0 for n in shape), f"{name!r} has the shape {shape}")
+        need(end - begin == math.prod(shape) * DTYPES[kind].itemsize,
+             f"{name!r} lies at {begin} to {end}, which its shape {shape} and dtype {kind} contradict")
+        found[name] = DTYPES[kind], shape, at + begin, at + end
     for name, (_, _, begin, end) in sorted(found.items(), key=lambda item: item[1][2:]):
         need(begin == at, f"the bytes of {name!r} begin at {begin}, but those before them end at {at}")
         at = end
     need(at == size, f"its last tensor ends at byte {at}, the file at {size}")
-    return found, metadata
+    return found
 
 
 def read_safetensors(path):
@@ -107,14 +99,14 @@ def read_safetensors(path):
     tensors = {}
     try:
         with open(path, "rb") as f:
-            header, _ = read_header(f)
-            for name, (dtype, shape, begin, end) in header.items():
+            for name, (dtype, shape, begin, end) in read_header(f).items():
                 tensors[name] = torch.empty(shape, dtype=dtype)
                 raw = tensors[name].view(-1).view(torch.uint8)
                 f.seek(begin)
                 need(f.readinto(raw.numpy()) == end - begin, f"it ends inside {name!r}")
                 need(dtype != torch.bool or not (raw > 1).any(), f"{name!r} has truth values beyond 0 and 1")
-    except (ValueError, RuntimeError) as e:                     # RuntimeError: shapes beyond torch's counting
+    # not what json or torch can count, or of other types than the format's
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path} is not a complete safetensors file: {e}. Fetch it again") from e
     return tensors
 
@@ -275,8 +267,7 @@ def fill(model, folder, prefix, device, dtype, new=()):
     tied = getattr(model.config, "tied", False) and "embed_tokens.weight" in state
     if tied and not torch.equal(state.setdefault("lm_head.weight", state["embed_tokens.weight"]),
                                 state["embed_tokens.weight"]):
-        raise UserError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is "
-                        "another matrix")
+        raise UserError(f"{folder}: config.json ties the head to the embedding, lm_head.weight differs")
     if missing := [name for name in wanted if name not in state]:
         raise UserError(f"{folder} lacks {len(missing)} parameters: {prefix}{', '.join(missing[:3])}")
     model.load_state_dict(state, assign=True)
@@ -287,6 +278,13 @@ def fill(model, folder, prefix, device, dtype, new=()):
 
 # ------------------------------------------------------------------------------------------------------ Qwen2
 
+# the options of a TransformerConfig, as config.json calls them
+HUB_NAMES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+             "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+             "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
+             "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tied": "tie_word_embeddings"}
+
+
 def hub_name(name):
     """A parameter's name in our Transformer -> its name on the hub."""
     return name if name.startswith("lm_head.") else f"model.{name}"
@@ -295,7 +293,7 @@ def hub_name(name):
 def read_config(folder):
     """config.json of a Qwen2 or Qwen2.5 checkpoint -> TransformerConfig. UserError, by name, for what is not
     implemented here: it would be wrong to ignore it."""
-    c = read_json(Path(folder) / "config.json")
+    c = {name: value for name, value in read_json(Path(folder) / "config.json").items() if value is not None}
     # transformers 5 writes the one, 4 the other
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
@@ -309,14 +307,10 @@ def read_config(folder):
             (c.get("head_dim") in head_dims, f"head_dim {c.get('head_dim')}")):
         if not implemented:
             raise UserError(f"{folder}/config.json says {what}, which is not implemented here")
+    c = {"num_key_value_heads": c.get("num_attention_heads"), "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+         "tie_word_embeddings": False} | c | rope
     try:
-        return TransformerConfig(
-            vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"],
-            n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
-            n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-            n_embd=c["hidden_size"], n_hidden=c["intermediate_size"], norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-            tied=bool(c.get("tie_word_embeddings", False)))
+        return TransformerConfig(**{ours: c[theirs] for ours, theirs in HUB_NAMES.items()})
     except KeyError as e:
         raise UserError(f"{folder}/config.json does not say {e}") from e
 
@@ -334,14 +328,11 @@ def save_weights(model, folder):
     tensors = {hub_name(name): p for name, p in model.state_dict().items()
                if not (c.tied and name == "lm_head.weight")}
     stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": c.vocab_size,
-              "hidden_size": c.n_embd, "intermediate_size": c.n_hidden, "num_hidden_layers": c.n_layer,
-              "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "hidden_act": "silu",
-              "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-              "tie_word_embeddings": c.tied, "use_sliding_window": False, "attention_dropout": 0.0,
-              "torch_dtype": stored}
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+              "use_sliding_window": False, "attention_dropout": 0.0, "torch_dtype": stored}
+    config |= {theirs: getattr(c, ours) for ours, theirs in HUB_NAMES.items()}
     write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    save_json(folder / "config.json", config)
 
 
 # Qwen2 cuts a text into these pieces before any pair is merged; a digit stands alone
@@ -426,7 +417,7 @@ def read_tokenizer(folder, vocab_size):
         special = sorted({t["content"] for t in described if t.get("special")}) if described else None
         added = {token["content"]: token["id"] for token in described} | more
         added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
-        stops = (generation or read_json(folder / "config.json", {})).get("eos_token_id")
+        stops = (read_json(folder / "config.json", {}) | generation).get("eos_token_id")
         template, written = config.get("chat_template"), folder / "chat_template.jinja"
         if isinstance(template, list):                                      # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
@@ -451,11 +442,10 @@ def save_tokenizer(tokenizer, folder):
                                        for text, i in tokenizer.added.items()}}
     if tokenizer.chat_template:
         config["chat_template"] = tokenizer.chat_template
-    for name, text in (("vocab.json", json.dumps(tokenizer.vocab, ensure_ascii=False)),
-                       ("merges.txt", "\n".join(tokenizer.merges) + "\n"),
-                       ("tokenizer_config.json", json.dumps(config, indent=2)),
-                       ("generation_config.json", json.dumps({"eos_token_id": tokenizer.stops}))):
-        write_text(folder / name, text)
+    save_json(folder / "vocab.json", tokenizer.vocab)
+    write_text(folder / "merges.txt", "\n".join(tokenizer.merges) + "\n")
+    save_json(folder / "tokenizer_config.json", config)
+    save_json(folder / "generation_config.json", {"eos_token_id": tokenizer.stops})
 
 
 def load_model(name, device="cpu", dtype=None):
@@ -562,8 +552,7 @@ def positive_label(config, folder):
     """Which of a classifier's two labels is the positive one, by its config's id2label."""
     labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
     if len(labels) != 2:
-        raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two, one of them "
-                        "positive")
+        raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two")
     positive = [int(i) for i, label in labels.items() if str(label).lower().startswith("pos")]
     if len(positive) != 1:
         raise UserError(f"{folder}: which of the labels {', '.join(map(str, labels.values()))} is the "
@@ -602,8 +591,7 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
         raise UserError(f"{vocab_file} is missing; fetch it again")
     vocab = vocab_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(vocab) > config.vocab_size:
-        raise UserError(f"{vocab_file} has {len(vocab):,} pieces, the model {config.vocab_size:,}: they do "
-                        "not belong together")
+        raise UserError(f"{vocab_file} and its model do not belong together: more pieces than embeddings")
     said = read_json(folder / "tokenizer_config.json", {})
     lower = said.get("do_lower_case", True)
     if said.get("strip_accents") not in (None, lower) or not said.get("tokenize_chinese_chars", True):
@@ -624,11 +612,10 @@ def save_scorer(scorer, folder):
               "label2id": {"POSITIVE": c.positive, "NEGATIVE": 1 - c.positive}} | asdict(c)
     config.pop("positive")
     lower = scorer.tokenizer.lower
-    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower, "strip_accents": lower}
-    for name, text in (("config.json", json.dumps(config, indent=2)),
-                       ("vocab.txt", "\n".join(scorer.tokenizer.vocab)),
-                       ("tokenizer_config.json", json.dumps(tokenizer_config))):
-        write_text(folder / name, text + "\n")
+    save_json(folder / "config.json", config)
+    save_json(folder / "tokenizer_config.json",
+              {"tokenizer_class": "BertTokenizer", "do_lower_case": lower, "strip_accents": lower})
+    write_text(folder / "vocab.txt", "\n".join(scorer.tokenizer.vocab) + "\n")
     tensors = {(name if "classifier" in name else f"distilbert.{name}"): p
                for name, p in scorer.state_dict().items()}
     write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})

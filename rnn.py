@@ -49,7 +49,7 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# ----------------------------------------------------------------------------------------------- the products
+# -------------------------------------------------------- the products, fast (skip in a first reading: x w^T)
 
 # On AMD's processors, oneDNN multiplies few rows of float32 up to three times as fast as MKL, torch's choice;
 # from Zen 5 (family 26) on, all of them twice as fast
@@ -60,7 +60,7 @@ ONEDNN = AMD and re.search(r"(?i)family\s*:? (2[6-9]|[3-9]\d)\b", CPU) is not No
 
 
 def product(x, w, bias=None):
-    """x w^T + b, for x [..., K], w [M, K], b [M]; without a gradient, which oneDNN's operations have not."""
+    """x w^T + b, for x [..., K], w [M, K], b [M]. No autograd: oneDNN's operations have none."""
     if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
@@ -105,7 +105,7 @@ class RNNFunction(torch.autograd.Function):
         h[0] = h0
         steps, linear = h.unbind(0), packed_linear(w_hh, B, T, plus=True)
         for t, a_t in enumerate(a.unbind(0)):
-            torch.tanh(linear(steps[t], a_t), out=steps[t + 1])
+            torch.tanh(linear(steps[t], a_t), out=steps[t + 1])             # tanh(W_hh h_{t-1} + a_t)
         ctx.save_for_backward(x, h, w_ih, w_hh)
         return h[1:]
 
@@ -120,7 +120,7 @@ class RNNFunction(torch.autograd.Function):
         dh, linear = grad_h[T - 1], packed_linear(w_hh.t(), B, T, plus=True)
         for t in reversed(range(T)):
             torch.mul(dh, slope[t], out=steps[t])
-            dh = linear(steps[t], grad_h[t - 1]) if t else steps[0] @ w_hh
+            dh = linear(steps[t], grad_h[t - 1]) if t else steps[0] @ w_hh  # W_hh^T da_t + grad_h_{t-1}
         da = da.view(T * B, H)
         dx = product(da, w_ih.t()).view_as(x)
         dw_ih = grad_product(da, x.reshape(T * B, -1))
@@ -174,7 +174,7 @@ class RNN(nn.Module):
 
 # ------------------------------------------------------------------------------------------- softmax and loss
 
-MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512         # of a chunk; each reads all of W, which few rows do not repay
+MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512         # of a chunk; for each all of W is read, so few rows are slow
 
 
 def logit_chunks(hidden, weight, bias, *others):

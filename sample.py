@@ -53,7 +53,7 @@ class Config:
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
     top_k: int = option(None, "draw from the N likeliest tokens only")
     top_p: float = option(None, "draw from the likeliest with probability X together", above=0, at_most=1)
-    repetition_penalty: float = option(1.0, "above 1: what was said is less likely; 1.1 is much")
+    repetition_penalty: float = option(1.0, "above 1: what was said (in a chat, in this turn) is less likely")
     tokens: int = option(100, "at most so many new tokens")
     n: int = option(1, "how many samples")
     stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
@@ -78,7 +78,7 @@ def pick_device(name="auto"):
 
 def pick_dtype(name, device):
     """The dtype matmuls run in. `auto` is bfloat16 where the hardware multiplies it (CUDA from capability
-    8.0; CPUs with AVX512-BF16 or AMX), float32 elsewhere. Weights are float32 always."""
+    8.0; CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":

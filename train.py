@@ -56,6 +56,7 @@ import torch.distributed as dist
 import data
 from data import RANK, WORLD, UserError, option, prepend_eos, save_json, write_atomically
 from lstm import compile_c
+from rnn import CPU
 from sample import (MODELS, autocast, build_model, count_parameters, dtype_name, generate, keep_memory,
                     kind_of, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
 from transformer import DecoderLayer, FastDecoderLayer
@@ -87,7 +88,8 @@ class RunOptions:
                       group="the run")
     resume: bool = option(False, "resume the run in --run, as it was started")
     grad_clip: float = option(1.0, "largest gradient norm")
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run; ppo.py: a 10th)")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run; ppo.py: "
+                                        "a 10th, at least 5)")
     seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of matmuls, weights are float32; auto: bfloat16 where the hardware has it",
@@ -169,22 +171,17 @@ def map_state(f, *states):
 
 
 def begin_texts(state, x, eos, seed, step):
-    """A text begins with its end token and no state, where it is written (sample.py) or read alone (eval.py):
-    so does half of the rows of x [B, T] that begin with it, drawn for all processes' rows together."""
+    """Half of the rows of x [B, T] that start with <eos> start from a zero state, as texts do in sample.py
+    and eval.py. Drawn for the rows of all processes together."""
     drawn = torch.from_numpy(np.random.default_rng((seed, step)).random(len(x)) < 0.5)
     keep = (x[:, 0] != eos) | ~drawn                                        # [B]
     return map_state(lambda s: s * own_rows(keep, s.device)[:, None], state)
 
 
 def clip_grad_norm(parameters, limit):
-    """Scale the gradients so that their common norm is at most limit; -> the norm before. (Most steps need no
-    scaling; torch's clip_grad_norm_ would pass over them twice all the same.)"""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of a sharded model
-    if not norm <= limit:                                           # also where it is not a number
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
+    """Scale the gradients so that their common norm is at most limit; -> the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()    # full: of a sharded model
 
 
 # ----------------------------------------------------------------------------------------------- the training
@@ -194,12 +191,14 @@ WHILE_TRAINING, AT_THE_END = 100_000, 300_000
 EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one piece
 
 
-def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint=None, prompt=(),
+def train(config, model, tokenizer, batches, evaluation, steps, device, dtype, checkpoint=None, prompt=(),
           warmup_steps=0, **kept):
-    """Train a model, into the folder config.run; -> its Run. texts: {name: ids} to evaluate on; "valid"
-    decides which weights are the best. steps: inf where --minutes plans them. checkpoint: of the run that is
-    resumed; the model has its weights. prompt: what the model continues at evaluations. kept: what else
-    checkpoints hold."""
+    """Train a model, into the folder config.run; -> its Run. evaluation(): figures for log.csv; its
+    "val_loss" decides which weights are the best. steps: inf where --minutes plans them. checkpoint: of the
+    run that is resumed; the model has its weights. prompt: what a language model continues at evaluations.
+    kept: what else checkpoints hold."""
+    # with one process, own_rows(x) is x.to(device), everyone(x) is [x], and RANK is 0
+
     # 5 optimizer
     optimizer = configure_optimizer(model, config.lr, config.weight_decay)
 
@@ -221,13 +220,13 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
             if run.steps == math.inf and run.step == MEASURED:
                 run.plan()
             if run.due(run.eval_every):
-                scores = everyone(evaluate(model, texts, dtype) if RANK == 0 or sharded else None)[0]
+                scores = everyone(evaluation() if RANK == 0 or sharded else None)[0]
                 run.check_finite(validation_loss=scores["val_loss"])
                 row = run.log(**scores)
                 if run.step:
                     better = run.save(model, tokenizer, optimizer, state, scores["val_loss"], **kept)
-                    ppl = [f"{name} {value:.2f}" for name, value in scores.items() if "ppl" in name]
-                    data.live(f"{run}  loss {row['train_loss']:.3f}  {'  '.join(ppl)}{' *' * better}", "\n")
+                    shown = [f"{name} {value:.2f}" for name, value in scores.items() if name != "val_loss"]
+                    data.live(f"{run}  loss {row['train_loss']:.3f}  {'  '.join(shown)}{' *' * better}", "\n")
                     if config.sample and RANK == 0 and not sharded:
                         data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             elif run.due(config.log_every):
@@ -245,7 +244,8 @@ def train(config, model, tokenizer, batches, texts, steps, device, dtype, checkp
             if not model.recurrent or batches.is_epoch_start(run.step):
                 state = None                                    # a recurrent state is carried within an epoch
             x, y = batches.batch(run.step)                          # [B, T] each, y one token later
-            state = begin_texts(state, x, tokenizer.eos, config.seed, run.step)
+            if state is not None:
+                state = begin_texts(state, x, tokenizer.eos, config.seed, run.step)
             x, y, loss = own_rows(x, device), own_rows(y, device), 0.0
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
                 with autocast(device, dtype):
@@ -285,8 +285,8 @@ def pretrain(config, corpora, device, dtype, checkpoint=None):
               f"{len(corpus.ids['train']):,} training tokens, {device.type} {dtype_name(dtype)}"
               f"{f' x {WORLD}' if WORLD > 1 else ''}{how_computed(device)}, {config.run}", "\n")
     prompt = texts["valid"][:min(9, config.block_size)].tolist()            # for the sample lines
-    run = train(config, model, tokenizer, batches, texts, steps, device, dtype, checkpoint, prompt,
-                config.warmup_steps, fingerprint=corpus.fingerprint())
+    run = train(config, model, tokenizer, batches, lambda: evaluate(model, texts, dtype), steps, device,
+                dtype, checkpoint, prompt, config.warmup_steps, fingerprint=corpus.fingerprint())
     if RANK:
         return None
 
@@ -302,8 +302,8 @@ def pretrain(config, corpora, device, dtype, checkpoint=None):
 
 
 def final_figures(model, corpus, dtype):
-    """Perplexity on the validation and test splits, each read through; the floor; the share of <unk>. None
-    for a test split that the corpus does not have."""
+    """Perplexity on the validation and test splits, up to AT_THE_END tokens of each; the floor; the share of
+    <unk>. None for a test split that the corpus does not have."""
     out = {"test_ppl": None, "floor_ppl": corpus.floor.get("test"), "test_tokens": None}
     for split in [split for split in corpus.ids if split != "train"]:
         ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
@@ -514,7 +514,7 @@ class Run:
                             f"({str(error).partition(chr(10))[0]}). {self.resume_hint()}") from error
 
     def due(self, every):
-        """Whether what is done every so many steps and at the end is due: not done before, no stop."""
+        """True every `every` steps and at the last one, once; not while stopping."""
         now = self.step % every == 0 or self.step == self.steps
         return now and self.step != self.logged and not self.stopping
 
@@ -637,8 +637,7 @@ def load_optimizer(optimizer, state):
 
 def environment(device):
     """What a result was computed with; the commit of this code is None where git has none."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search("model name\\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = re.search("model name\\s*: (.+)", CPU)
     processor = found[1] if found else platform.processor() or platform.machine()
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
@@ -819,15 +818,14 @@ def model_config(config, vocab_size):
             raise UserError(f"n_embd {config.n_embd} must be a multiple of twice n_head, {config.n_head}: "
                             f"type --n-embd {max(1, round(config.n_embd / pair)) * pair}, or other heads")
     elif config.n_layer == 1 and config.n_hidden != config.n_embd:
-        raise UserError("--n-hidden is the width of the layers below the last one, which is --n-embd wide; "
-                        "with one layer, set --n-embd alone")
+        raise UserError("--n-hidden is the width of the lower layers; with one layer, set --n-embd alone")
     for name in ("n_head", "dropout_hidden", "dropout_input", "dropout_embed"):
         if getattr(config, name) is not None and name not in names:
             raise UserError(f"--{name.replace('_', '-')} means nothing to --model {config.model}")
     return sizes
 
 
-# What a run that resumes may have anew: how long it is, which extends it; how it is computed and shown; the
+# Options that may change on --resume: the length, which extends the run; how it is computed and shown; the
 # places of what it reads, whose contents are checked; the learning rate.
 LENGTHS = {"steps", "epochs", "minutes"}
 SHOWN = {"run", "resume", "sample", "log_every", "eval_every", "device", "dtype", "compile", "shard"}
@@ -911,7 +909,7 @@ def main(argv=None):
     check_text(corpus, checkpoint, config.run)
     corpora = {"valid": corpus}
     for name in config.also:
-        whole = "valid" if name in data.CORPORA else "all"              # your own is read completely
+        whole = "valid" if name in data.CORPORA else "all"              # your own has no split to spare
         also = data.load(name, corpus.tokenizer, (whole,))
         also.ids["valid"] = also.ids.pop(whole)
         check_text(also)
@@ -924,7 +922,8 @@ def main(argv=None):
         return search(config, given, corpora, device, dtype)
     result = pretrain(config, corpora, device, dtype, checkpoint)
     if RANK == 0:
-        figures = (f", test {result['test_ppl']:.2f}" if result["test_ppl"] else
+        cut = f" (of its first {AT_THE_END:,} tokens)" * (result["test_tokens"] == AT_THE_END)
+        figures = (f", test {result['test_ppl']:.2f}{cut}" if result["test_ppl"] else
                    f" ({math.log(result['val_ppl']):.4f} nats per token), no test split")
         figures += f", floor {result['floor_ppl']:.2f}" if result["floor_ppl"] else ""
         figures += f", {result['val_unknown']:.1%} <unk>" if result["val_unknown"] else ""

@@ -350,14 +350,16 @@ class Scorer(nn.Module):
         self.pre_classifier, self.dropout = nn.Linear(c.dim, c.dim), nn.Dropout(c.dropout)
         self.classifier = nn.Linear(c.dim, 2)
 
-    def forward(self, tokens):
-        """tokens [B, T], [PAD] at the end of the shorter rows -> logits [B, 2]."""
+    def forward(self, tokens, state=None, targets=None):
+        """tokens [B, T], [PAD] at the end of the shorter rows -> logits [B, 2]; with targets, labels [B]:
+        (mean cross-entropy, state), as train.train wants it."""
         x = self.embeddings(tokens)                                         # [B, T, D]
         padding = (tokens == self.tokenizer.pad)[:, None, None]             # [B, 1, 1, T]
         mask = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -math.inf)
         for layer in self.transformer.layer:
             x = layer(x, mask)
-        return self.classifier(self.dropout(F.relu(self.pre_classifier(x[:, 0]))))
+        logits = self.classifier(self.dropout(F.relu(self.pre_classifier(x[:, 0]))))
+        return logits if targets is None else (F.cross_entropy(logits.float(), targets), state)
 
     def batch(self, texts):
         """Lists of ids -> tokens [B, T]: [CLS], what fits, [SEP], and [PAD] on the right."""

@@ -477,7 +477,7 @@ def rlhf(device):
             scorer.save_pretrained(folder / "scorer")
             (folder / "scorer/vocab.txt").write_text("\n".join(vocab) + "\n")
             for dtype_name, dtype in DTYPES.items():
-                args = ppo.Config(run=str(folder / "run"), data="imdb", lr=1e-6, **{k: v for k, v in ppo.DEFAULTS[False].items() if k != "lr"})
+                args = ppo.Config(run=str(folder / "run"), data="imdb", lr=1e-6, **{k: v for k, v in ppo.DEFAULTS["own"].items() if k != "lr"})
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
                 model, reference = (use_layer_kernels(qwen_load.load_weights(folder / "policy", dtype=torch.float32)) for _ in range(2))

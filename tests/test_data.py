@@ -445,7 +445,7 @@ def test_files_that_are_no_text_are_refused(tmp_path, content, message):
 def test_unknown_corpus_lists_what_there_is(tmp_path):
     with pytest.raises(UserError, match="finance, climate.*or give the path"):
         data.load("financ")
-    with pytest.raises(UserError, match="holds no .txt file"):
+    with pytest.raises(UserError, match="holds no .txt or .jsonl file"):
         data.load(str(tmp_path))
 
 
@@ -841,3 +841,10 @@ def test_every_epoch_of_a_stream_begins_elsewhere_within_a_block():
     batches = data.ContiguousBatches(np.arange(5000), 4, 20, seed=1)
     starts = [int(batches.batch(epoch * batches.steps_per_epoch)[0][0, 0]) for epoch in range(40)]
     assert len(set(starts)) > 10 and 0 <= min(starts) and max(starts) < 20
+
+
+def test_a_change_anywhere_changes_the_fingerprint():
+    ids = np.zeros(5 << 20, np.uint16)
+    before = data.Corpus("x", None, {"train": ids}, {}).fingerprint()
+    ids[5 << 19] = 1
+    assert data.Corpus("x", None, {"train": ids}, {}).fingerprint() != before

@@ -89,6 +89,13 @@ def test_an_unk_in_the_text_itself_is_unknown_but_has_no_spelling():
     assert got["bits_per_character"] == pytest.approx(sum(got["losses"]) / math.log(2) / len("wa <unk> wb "))
 
 
+def test_a_character_that_the_vocabulary_does_not_have_is_charged_21_bits():
+    tokenizer = data.CharTokenizer(["<unk>", "\n", *" abcdefghijklmnopqrstuvwxyzAB"])
+    got = evaluation.perplexities(make("rnn"), tokenizer, ["a b", "c \u4f60\u597d!"], None)
+    assert got["unknown"] == pytest.approx(3 / 8)
+    assert got["bits_per_character"] == pytest.approx((sum(got["losses"]) / math.log(2) + 3 * 21) / (4 + 6))
+
+
 def test_a_degree_sign_is_no_initial():
     tokenizer = WordTokenizer(["<eos>", "<unk>", "N", "c", "c."])
     assert evaluation.in_words(tokenizer, "at 1.1 °C. C. Lee") == ["at", "N", "c", "c.", "lee"]
@@ -291,6 +298,15 @@ def test_a_report_is_drawn_again_from_its_numbers_alone(runs, few_documents):
     assert {path.name: path.read_bytes() for path in Path("r").iterdir()} == files
     with pytest.raises(UserError, match="nowhere/report.json is not there"):
         evaluation.main(["--redraw", "--out", "nowhere"])
+
+
+def test_vocabularies_of_one_size_are_told_apart(few_documents):
+    def warned(*tokenizers):
+        runs = [evaluation.Trained(f"r{k}", make("rnn"), t, [], {}, {"data": "?"}) for k, t in enumerate(tokenizers)]
+        evaluation.draw_report(evaluation.measure_runs(runs, {}, "wa", 5, None, []), Path("r"))
+        return "different vocabularies" in Path("r/report.md").read_text()
+    one, same, other = (WordTokenizer(["<eos>", "<unk>", *(letter + str(k) for k in range(28)), "wa"]) for letter in "xxy")
+    assert not warned(one, same) and warned(one, other)
 
 
 def test_a_model_that_cannot_read_a_text_is_a_marked_gap(runs, few_documents):

@@ -322,7 +322,7 @@ def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
     sample.main(["--run", "ft", "--tokens", "3"])
     assert evaluation.samples(evaluation.open_run("ft", "cpu"), "the hen", None, n=2, tokens=3)[0]["text"].startswith("the hen")
     finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
-    assert json.load(open("again/result.json"))["options"]["lr"] == finetune.DEFAULTS[True]["lr"]      # a tuned Qwen2 is a Qwen2
+    assert json.load(open("again/result.json"))["options"]["lr"] == finetune.DEFAULTS["qwen2"]["lr"]      # a tuned Qwen2 is a Qwen2
 
 
 def test_a_folder_of_another_kind_is_no_base(hub_folder, tmp_path):

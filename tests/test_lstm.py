@@ -84,6 +84,18 @@ def test_without_a_compiler_and_elsewhere_the_equations_do_the_same(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cell_forward", "cell_backward"])
+def test_equations_that_were_changed_are_run_as_they_stand(monkeypatch, dtype, name):
+    as_written = getattr(lstm, name)
+
+    def changed(*v):
+        as_written(*v)
+        v[-1].mul_(0.9)                                         # the last thing that either writes: h, dc
+    monkeypatch.setattr(lstm, name, changed)
+    assert FAST_CELLS.__wrapped__("cpu", dtype) == (lstm.cell_forward, lstm.cell_backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, n_in, n_out", [(1, 1, 4), (3, 7, 28), (20, 65, 260), (64, 256, 1024)])
 @pytest.mark.parametrize("library", ["with", "without"])
 def test_a_packed_matrix_gives_the_same_product(monkeypatch, dtype, rows, n_in, n_out, library):

@@ -476,6 +476,8 @@ def test_the_end_tokens_are_those_of_the_files(whole):
         if file == "config.json":
             (folder / "generation_config.json").unlink(missing_ok=True)
         assert qwen_load.read_tokenizer(folder, 300).stops == expected
+    (folder / "generation_config.json").write_text('{"temperature": 0.7}')                     # says nothing: config.json does
+    assert qwen_load.read_tokenizer(folder, 300).stops == [end]
 
 
 def test_an_id_that_the_model_has_not_is_refused_when_the_folder_is_opened(whole):
