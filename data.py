@@ -300,8 +300,7 @@ def batches_of(model, ids, batch_size, block_size, seed):
     batches = (ContiguousBatches if model.recurrent else WindowBatches)(ids, batch_size, block_size, seed)
     if batches.steps_per_epoch < 1:
         raise UserError(f"the training text has {len(ids):,} tokens, too few for one batch of {batch_size} "
-                        f"rows of {block_size} tokens. Take a longer text, or smaller --batch-size and "
-                        "--block-size")
+                        f"rows of {block_size} tokens: take smaller --batch-size and --block-size")
     return batches
 
 

@@ -321,9 +321,7 @@ def frequency_and_loss(train, domain, tokenizer, scored):
 
 def train_counts(corpus, tokenizer):
     """Counter of the words that a run was trained on; UserError if its text cannot be read."""
-    ids = data.encode_split(corpus, "train", tokenizer)
-    counts = sum(np.bincount(part, minlength=tokenizer.vocab_size)
-                 for part in np.array_split(ids, len(ids) // (1 << 24) + 1))
+    counts = np.bincount(data.encode_split(corpus, "train", tokenizer), minlength=tokenizer.vocab_size)
     return Counter({w: int(c) for w, c in zip(tokenizer.words, counts) if c and w != "<eos>"})
 
 

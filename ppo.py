@@ -89,8 +89,7 @@ class Config(RunOptions):
     script = "python ppo.py"
     train_reward: bool = option(False, "train a scorer instead; it has options of its own")
     base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run, or Qwen2's weights (1 GB)")
-    scorer: str = option("lvwerra/distilbert-imdb", "what --train-reward wrote, or a DistilBERT sentiment "
-                                                    "classifier, a folder or its name on the hub (0.3 GB)")
+    scorer: str = option("lvwerra/distilbert-imdb", "what --train-reward wrote, or a DistilBERT (0.3 GB)")
     data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, "
                              "else imdb)", choices=REVIEWS)
     held_out: int = option(256, "prompts that the policy is evaluated on", at_least=2)
@@ -111,9 +110,8 @@ class Config(RunOptions):
     gamma: float = option(1.0, "discount", at_least=0, at_most=1)
     gae_lambda: float = option(0.95, "GAE's lambda", at_least=0, at_most=1)
     whiten: bool = option(True, "advantages with mean 0 and variance 1")
-    repetition_coef: float = option(0.0, "take X times the share of bigrams that it or another response "
-                                         "repeats from a response's reward", at_least=0,
-                                    group="against degenerate texts")
+    repetition_coef: float = option(0.0, "price of a response whose bigrams are all said before or elsewhere",
+                                    at_least=0, group="against degenerate texts")
     sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0)
 
 
@@ -627,8 +625,7 @@ class RewardConfig(RunOptions):
     accumulate, weight_decay, sample = 1, 0.01, False               # what else train.train asks for
     train_reward: bool = option(False, "this")
     data: str = option("reviews", "the labelled texts", choices=REVIEWS)
-    encoder: str = option(None, "a DistilBERT to begin with, under a new head: a folder, or its name on the "
-                                "hub, as distilbert-base-uncased (0.3 GB; default: none, from scratch)")
+    encoder: str = option(None, "a DistilBERT to begin with, under a new head (default: none, from scratch)")
     epochs: float = option(None, "passes over the texts (default: 1, for imdb 3, with --encoder 2)")
     lr: float = option(None, "highest learning rate (default: 0.001, with --encoder 0.0001)")
     batch_size: int = option(32, "texts of a batch")
@@ -690,6 +687,7 @@ def train_reward(config, device, dtype, checkpoint=None):
     if checkpoint:
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
         scorer = Scorer(ScorerConfig(**checkpoint["config"]), tokenizer).to(device)
+        scorer.load_state_dict(checkpoint["model"])
     elif config.encoder:
         scorer = load_scorer(config.encoder, device, new_head=True)
     else:                       # embeddings as BERT's: wider ones learn too slowly; matrices by their inputs
@@ -704,9 +702,6 @@ def train_reward(config, device, dtype, checkpoint=None):
     fingerprint = f"{zlib.crc32(repr(texts['train']).encode()):08x}"
     if checkpoint and checkpoint.get("fingerprint") != fingerprint:
         raise UserError(f"{config.data} is not the text that the run in {config.run} was started with")
-
-    if checkpoint:
-        scorer.load_state_dict(checkpoint["model"])
 
     # 5 to 7: as a language model
     steps = max(1, round(config.epochs * batches.steps_per_epoch))

@@ -241,11 +241,9 @@ def fill(model, folder, prefix, device, dtype, new=()):
                 need(f.read(11) != b"version htt", f"{path} is git-lfs's pointer to one: git lfs pull")
             tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
                 torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as e:
-            raise UserError(f"{path} is missing; fetch it again") from e
         except Exception as e:                                              # damaged in any of many ways
-            named = str(e) if path.name in str(e) else f"{path} cannot be read ({type(e).__name__})"
-            raise UserError(named) from e
+            what = "is missing" if not path.exists() else f"cannot be read ({type(e).__name__})"
+            raise UserError(str(e) if f"{path} is" in str(e) else f"{path} {what}; fetch it again") from e
         for name in list(tensors):
             tensor = tensors.pop(name)                          # converted one by one: never two whole copies
             ours = name.removeprefix(prefix)

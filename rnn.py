@@ -29,6 +29,7 @@ Where each is:
     dx, dW_ih, dW_hh, db                RNNFunction.backward, after the loop
     the loss and softmax - onehot       softmax_loss, LinearCrossEntropy; token_nll (evaluation)
     words, masks, elements dropped      embedded_dropout, locked_dropout, dropout
+    x W^T, g^T x, many x W^T + y        product, grad_product, packed_linear (last: how a CPU is fast)
 
     python train.py --model rnn                      # trains it; see train.py
 """
@@ -47,49 +48,6 @@ def compute_dtype(x):
     """The dtype matmuls should run in: autocast's where it is on, else that of the tensor x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-# -------------------------------------------------------- the products, fast (skip in a first reading: x w^T)
-
-# On AMD's processors, oneDNN multiplies few rows of float32 up to three times as fast as MKL, torch's choice;
-# from Zen 5 (family 26) on, all of them twice as fast
-CPUINFO = Path("/proc/cpuinfo")
-CPU = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
-AMD = torch.backends.mkldnn.is_available() and "AuthenticAMD" in CPU
-ONEDNN = AMD and re.search(r"(?i)family\s*:? (2[6-9]|[3-9]\d)\b", CPU) is not None
-
-
-def product(x, w, bias=None):
-    """x w^T + b, for x [..., K], w [M, K], b [M]. No autograd: oneDNN's operations have none."""
-    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
-    return F.linear(x, w, bias)
-
-
-def grad_product(g, x):
-    """g^T x, the gradient of a weight, for g [N, M], x [N, K]."""
-    return product(x.t(), g.t()).t() if ONEDNN else g.t() @ x
-
-
-def packed_linear(w, rows, times, plus=False):
-    """The function x [rows, K] -> x w^T, for w [M, K]; plus: (x, y [rows, M]) -> x w^T + y. In every product
-    the library reorders w for its kernels; where there are several, that is done once here."""
-    onednn, mkl = torch.ops.mkldnn, torch.ops.mkl
-    several = times > 1 and w.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    wide, low = (several and w.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
-    large = w.numel() >= (1 << 16 if ONEDNN else 1 << 18)
-    if wide and AMD and large or low and onednn._is_mkldnn_bf16_supported():
-        packed = onednn._reorder_linear_weight(w.contiguous(), rows)
-
-        def linear(x, y=None):
-            out = onednn._linear_pointwise(x, packed, None, "none", [], "")
-            return out.add_(y) if plus else out                 # faster than its own sum
-        return linear
-    if wide and not plus and not AMD and torch.backends.mkl.is_available():
-        packed = mkl._mkl_reorder_linear_weight(w := w.contiguous(), rows)
-        return lambda x: mkl._mkl_linear(x, packed, w, None, rows)
-    w_t = w.t().contiguous() if wide else w.t()                 # MKL is 1.3 times as fast with it
-    return (lambda x, y: torch.addmm(y, x, w_t)) if plus else (lambda x: x @ w_t)
 
 
 # -------------------------------------------------------------------------------------------------- the layer
@@ -336,3 +294,46 @@ class RNNLM(nn.Module):
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., V]."""
         return self.lm_head(hidden)
+
+
+# -------------------------- the products, as fast as this processor has them (skip in a first reading: x w^T)
+
+# On AMD's processors, oneDNN multiplies few rows of float32 up to three times as fast as MKL, torch's choice;
+# from Zen 5 (family 26) on, all of them twice as fast
+CPUINFO = Path("/proc/cpuinfo")
+CPU = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
+AMD = torch.backends.mkldnn.is_available() and "AuthenticAMD" in CPU
+ONEDNN = AMD and re.search(r"(?i)family\s*:? (2[6-9]|[3-9]\d)\b", CPU) is not None
+
+
+def product(x, w, bias=None):
+    """x w^T + b, for x [..., K], w [M, K], b [M]. No autograd: oneDNN's operations have none."""
+    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+    return F.linear(x, w, bias)
+
+
+def grad_product(g, x):
+    """g^T x, the gradient of a weight, for g [N, M], x [N, K]."""
+    return product(x.t(), g.t()).t() if ONEDNN else g.t() @ x
+
+
+def packed_linear(w, rows, times, plus=False):
+    """The function x [rows, K] -> x w^T, for w [M, K]; plus: (x, y [rows, M]) -> x w^T + y. In every product
+    the library reorders w for its kernels; where there are several, that is done once here."""
+    onednn, mkl = torch.ops.mkldnn, torch.ops.mkl
+    several = times > 1 and w.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    wide, low = (several and w.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
+    large = w.numel() >= (1 << 16 if ONEDNN else 1 << 18)
+    if wide and AMD and large or low and onednn._is_mkldnn_bf16_supported():
+        packed = onednn._reorder_linear_weight(w.contiguous(), rows)
+
+        def linear(x, y=None):
+            out = onednn._linear_pointwise(x, packed, None, "none", [], "")
+            return out.add_(y) if plus else out                 # faster than its own sum
+        return linear
+    if wide and not plus and not AMD and torch.backends.mkl.is_available():
+        packed = mkl._mkl_reorder_linear_weight(w := w.contiguous(), rows)
+        return lambda x: mkl._mkl_linear(x, packed, w, None, rows)
+    w_t = w.t().contiguous() if wide else w.t()                 # MKL is 1.3 times as fast with it
+    return (lambda x, y: torch.addmm(y, x, w_t)) if plus else (lambda x: x @ w_t)

@@ -102,12 +102,10 @@ class Config(RunOptions):
     script = "python train.py"
     model: str = option("lstm", "which of the models", choices=list(MODELS))
     data: str = option("finance", f"{', '.join(data.CORPORA)}, or the path of a text file or a folder")
-    tokenizer: str = option("word", "whole words (capitals become small, numbers N), characters, or GPT-2's "
-                                    "byte-pair encoding",
+    tokenizer: str = option("word", "words (capitals become small, numbers N), characters, or GPT-2's pieces",
                             choices=["word", "char", "gpt2"])
     also: list[str] = option([], "other corpora to log the perplexity of")
-    search: int = option(None, "try N random configurations and the default one within --minutes, narrowed "
-                               "by thirds, on the validation split; what else you type is held fixed")
+    search: int = option(None, "try N random configurations within --minutes; what you type is held fixed")
     epochs: float = option(None, "passes over the training text")
     steps: int = option(None, "optimizer steps, instead of --epochs")
     minutes: float = option(None, "instead: plan as many steps as fit, after the first 20")
@@ -122,8 +120,7 @@ class Config(RunOptions):
     n_layer: int = option(None, "layers")
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "width")
-    n_hidden: int = option(None, "width inside: of recurrent layers but the last (default: n_embd), of the "
-                                 "Transformer's MLP (default: 3 n_embd)")
+    n_hidden: int = option(None, "width of lower recurrent layers (n_embd), or of the MLP (3 n_embd)")
     dropout: float = option(None, "after the last recurrent layer, or half a layer", at_least=0, below=1)
     dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1)
     dropout_input: float = option(None, "on the embedded input", at_least=0, below=1)
@@ -595,8 +592,7 @@ class Run:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NotFinite(f"the {name.replace('_', ' ')} is not finite at step {self.step} ({value}). "
-                                f"What was saved is kept in {self.folder}; train again with a smaller --lr "
-                                "and another --run")
+                                f"What was saved is kept in {self.folder}; train anew with a smaller --lr")
 
     def result(self, model, device, dtype):
         """What every result.json holds."""

@@ -1,5 +1,5 @@
-/* What stands between the matrix products of a decoder layer, and its derivatives: transformer.py, LayerFunction. Each is
-   one pass over the rows. */
+/* What stands between the matrix products of a decoder layer, and its derivatives: transformer.py,
+   LayerFunction. Each is one pass over the rows. */
 #include "numbers.h"
 
 #ifdef WIDE                                     /* what the layers pass on is float32, whatever scalar_t is */

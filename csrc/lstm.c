@@ -1,5 +1,5 @@
-/* The LSTM's cell, one step, and its derivative: what lstm.py has as cell_forward and cell_backward. A dozen operations on
-   small vectors become one pass over memory. */
+/* The LSTM's cell, one step, and its derivative: what lstm.py has as cell_forward and cell_backward. A dozen
+   operations on small vectors become one pass over memory. */
 #include "numbers.h"
 
 static inline float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
