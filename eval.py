@@ -386,16 +386,16 @@ def summary(runs):
 
 
 def at_stages(run):
-    """{column: [perplexity at each of STAGES]} from the log: the evaluation nearest to that share of the
-    planned steps, None where there is none within 3 %."""
+    """{column: [perplexity at each of STAGES]} from the log: that of an evaluation at this share of the
+    planned steps, or on the line between the losses of two; None more than 3 % outside of all evaluations."""
     rows = [r for r in run.log if r["step"] > 0]
     end = run.steps or max((r["step"] for r in rows), default=0)
     out = {}
     columns = {c for row in rows for c in row if c == "val_ppl" or c.startswith("ppl_")}
     for column in sorted(columns, reverse=True):
-        logged = [(r["step"] / end, r[column]) for r in rows if column in r]
-        nearest = [min((abs(at - share), value) for at, value in logged) for share in STAGES]
-        out[column] = [value if distance <= 0.03 else None for distance, value in nearest]
+        at, nats = zip(*((r["step"] / end, math.log(r[column])) for r in rows if column in r))
+        out[column] = [math.exp(np.interp(share, at, nats)) if at[0] - 0.03 < share < at[-1] + 0.03 else None
+                       for share in STAGES]
     return out
 
 
@@ -796,7 +796,8 @@ def main(argv=None):
         return token_table(open_run(config.run, device), config.text, dtype)
     out = Path(config.out)
     if config.redraw:
-        return draw_report(read_json(out / "report.json"), out)
+        draw_report(read_json(out / "report.json"), out)
+        return print(f"written to {out}/report.md")
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
     found = {path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")}

@@ -344,6 +344,13 @@ def test_an_unfinished_run_is_marked_and_its_stages_are_shares_of_the_plan(runs,
     assert [v is None for v in js["stages"]["lstm"]["val_ppl"]] == [True, True, True, False, True]
 
 
+def test_a_stage_between_two_evaluations_lies_on_the_line_of_their_losses():
+    log = [{"step": k, "val_ppl": math.exp(5 - k / 150)} for k in range(0, 151, 10)]       # 15 evaluations, and one before
+    stages = evaluation.at_stages(evaluation.Trained("r", None, None, log, {}, {}, 150))["val_ppl"]
+    assert stages == pytest.approx([math.exp(5 - share) for share in (1 / 15, 0.1, 0.25, 0.5, 1)])
+    assert evaluation.at_stages(evaluation.Trained("r", None, None, log[:9], {}, {}, 150))["val_ppl"][3:] == [pytest.approx(math.exp(4.5), rel=0.04), None]
+
+
 def test_a_prompt_longer_than_the_context_is_a_marked_gap(runs, few_documents):
     evaluation.main(["--runs", "runs/transformer", "--domains", "climate", "--out", "r", "--prompt", "the " * 30])
     assert "the model's context is 16" in Path("r/report.md").read_text()
