@@ -529,7 +529,8 @@ def stages_section(report, out):
         return []
     bars = {f"{run}, {text}": values for run, text, values in stages[:12]}
     return ["## Perplexity at stages of the training (Figure 2)\n",
-            "`--also climate`, say, logs another text's perplexity too.\n", markdown_table(rows),
+            "A stage between two evaluations is on the line of their losses. `--also climate`, say, logs "
+            "another text's perplexity too.\n", markdown_table(rows),
             draw("Perplexity at stages", plot_bars, bars, labels, "perplexity", True, out / "stages.png")]
 
 

@@ -170,7 +170,7 @@ class LSTMLM(RNNLM):
 @functools.lru_cache(None)
 def fast_cells(device_type, dtype):
     """The fastest form of (cell_forward, cell_backward) here: in C for float32 and bf16 on a CPU where there
-    is a compiler and the C computes what they say; else, and where you have changed them, as they are."""
+    is a compiler and the C computes what they say (to 2 %); else, as where you changed them, as they are."""
     library = None
     if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         library = compile_c("lstm", *["-DBF16"] * (dtype == torch.bfloat16))

@@ -609,6 +609,10 @@ def open_task(config, device, dtype, checkpoint):
     if checkpoint and checkpoint.get("fingerprint") != task.fingerprint:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
                         f"{config.run} was started with; restore them, or start a new run")
+    n = count_parameters(reference)
+    if (needed := n * (26 if dtype == torch.bfloat16 else 20)) > 1e9:
+        print(f"{n:,} parameters: PPO needs {needed / 1e9:.0f} GB of memory for the policy, its moments and "
+              "gradients, and the reference, beside what a minibatch keeps", file=sys.stderr)
     if config.sft_every:
         ids = data.load(config.data, tokenizer, splits=("train",)).ids["train"]
         block_size = min(context_length(reference), 8 + config.response_tokens)
