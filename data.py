@@ -106,7 +106,8 @@ def parse_args(Config, argv=None, epilog=None):
         description=inspect.cleandoc(Config.__doc__), epilog=epilog, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = error
-    for f in sorted(fields(Config), key=lambda f: f.name not in Config.__annotations__):
+    own = list(Config.__annotations__)                          # a script's own options come first
+    for f in sorted(fields(Config), key=lambda f: own.index(f.name) if f.name in own else len(own)):
         name = "--" + f.name.replace("_", "-")
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
@@ -318,7 +319,7 @@ class ContiguousBatches:
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
-        self.tokens = batch_size * block_size                   # of a batch
+        self.tokens, self.train_tokens = batch_size * block_size, len(ids)      # of a batch; of the text
         self.row = (len(ids) - block_size) // batch_size        # up to a block is left for the random start
         self.steps_per_epoch = (self.row - 1) // block_size
 
@@ -338,7 +339,7 @@ class WindowBatches:
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
-        self.tokens = batch_size * block_size                   # of a batch
+        self.tokens, self.train_tokens = batch_size * block_size, len(ids)      # of a batch; of the text
         self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
         self.steps_per_epoch = self.n_windows // batch_size
 
@@ -917,10 +918,6 @@ class Corpus:
     ids: dict
     floor: dict
 
-    def fingerprint(self):
-        """Tells whether a run that resumes finds the text that it was started with."""
-        return f"{len(self.ids['train'])} {zlib.crc32(self.ids['train']):08x}"
-
 
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
     """Open a corpus. tokenizer: `word` or `char` (of its own), `gpt2`, or one that is open already."""
@@ -957,12 +954,17 @@ def run_main(main):
         status = 1
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full; take a smaller --batch-size or another --device"
+    except RuntimeError as e:
+        if WORLD == 1:
+            raise
+        message = ("another process of this job was gone, or this one failed "
+                   f"({str(e).partition(chr(10))[0]}). The last checkpoint is kept in the run's folder. "
+                   "Resume with: the same torchrun command and --resume --run FOLDER")
     except (UserError, OSError) as e:                           # OSError: a full disk, a read-only folder
         message = str(e)
     if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):     # what torchrun shows at its end
-            Path(report).write_text(json.dumps({"message": message}))
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     if WORLD > 1 and isinstance(status, int):                   # gloo's threads may abort a slow exit
         sys.stdout.flush()
         sys.stderr.flush()
@@ -973,11 +975,12 @@ def run_main(main):
 def live(text, end="\r"):
     """The live line on stderr of the first process: rewritten in place on a terminal, at most ten times a
     second; elsewhere, only what ends with a new line is printed."""
-    terminal = sys.stderr.isatty()
+    terminal = not sys.stderr.closed and sys.stderr.isatty()
     if RANK or not terminal and end != "\n":
         return
     if end == "\n" or not text or time.monotonic() - live.last > 0.1:
-        print("\r\033[K" * terminal + text, end=end, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):          # a terminal or a pipe that has gone ends no training
+            print(("\r\033[K" if terminal else "") + text, end=end, file=sys.stderr, flush=True)
         live.last = time.monotonic()
 
 

@@ -50,7 +50,7 @@ import torch
 
 import data
 from data import UserError, option, read_json, save_json, write_atomically, write_text
-from sample import (autocast, context_length, count_parameters, encode_prompt, generate, load_run,
+from sample import (autocast, context_length, count_parameters, device_of, encode_prompt, generate, load_run,
                     pick_device, pick_dtype, read_checkpoint)
 from train import LONGEST_WINDOW, perplexity_of, token_losses
 
@@ -114,9 +114,10 @@ def run_options(folder):
     return {}, checkpoint.get("options", {}), checkpoint.get("run", {}).get("steps", 0)
 
 
-def open_run(folder, device):
+def open_run(folder, device, product_dtype=torch.float32):
     """UserError if there is no complete run in folder."""
     model, tokenizer, _ = load_run(folder, device, torch.float32)
+    model.product_dtype = product_dtype
     log = read_log(Path(folder) / "log.csv")
     return Trained(Path(folder).name, model, tokenizer, log, *run_options(folder))
 
@@ -194,10 +195,9 @@ def read_domain(name):
 # -------------------------------------------------------------------------------------------- numbers: losses
 
 @torch.no_grad()
-def per_document_nll(model, texts, eos, dtype=None, group=32):
+def per_document_nll(model, texts, eos, group=32):
     """[-log p of every token, float64 array] of texts (lists of ids), each scored independently after the end
     token. Those of like length are read side by side, padded where a causal model cannot see it."""
-    device = next(model.parameters()).device
     limit = min(LONGEST_WINDOW, context_length(model))
     out, order = [None] * len(texts), sorted(range(len(texts)), key=lambda k: -len(texts[k]))
     while order:
@@ -205,13 +205,13 @@ def per_document_nll(model, texts, eos, dtype=None, group=32):
         longest = len(texts[order[0]])
         if longest > limit:
             k = order.pop(0)
-            out[k] = token_losses(model, [eos, *texts[k]], dtype=dtype).numpy()
+            out[k] = token_losses(model, [eos, *texts[k]]).numpy()
             continue
         n = min(group, (1 << 15) // max(1, longest))                        # long texts in smaller groups
         members, order = order[:n], order[n:]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor([eos, *texts[k]]) for k in members],
-                                              batch_first=True, padding_value=-1).to(device)
-        with autocast(device, dtype):
+                                              batch_first=True, padding_value=-1).to(device_of(model))
+        with autocast(model):
             nll = model(ids[:, :-1].clamp(min=0), targets=ids[:, 1:], reduction="none")[0]
         for k, row in zip(members, nll.cpu().double().numpy()):
             out[k] = row[:len(texts[k])]
@@ -258,7 +258,7 @@ def read_sentence(tokenizer, sentence):
     return [tokenizer.ids.get(w, tokenizer.unk) for w in words], unknown, sum(len(w) + 1 for w in words)
 
 
-def perplexities(model, tokenizer, sentence_list, dtype, ends=False):
+def perplexities(model, tokenizer, sentence_list, ends=False):
     """Of sentences under a model: the definitions at the top of this file. ends: the end token after each is
     predicted too, as documents have it. UserError if the vocabulary cannot spell them."""
     read = [read_sentence(tokenizer, s) for s in sentence_list]
@@ -266,7 +266,7 @@ def perplexities(model, tokenizer, sentence_list, dtype, ends=False):
     if not kept:
         raise UserError("nothing in it is a word of its vocabulary")
     texts = [read[k][0] + [tokenizer.eos] * ends for k in kept]
-    losses = per_document_nll(model, texts, tokenizer.eos, dtype)
+    losses = per_document_nll(model, texts, tokenizer.eos)
     unknown = [w for k in kept for w in read[k][1]]
     speller = Speller(w for w in getattr(tokenizer, "words", ()) if w not in ("<unk>", "<eos>"))
     spelling = sum(speller.bits(w) for w in unknown if w != "<unk>")
@@ -327,13 +327,13 @@ def train_counts(corpus, tokenizer):
 
 # ----------------------------------------------------------------------------------- numbers: memory, samples
 
-def name_memory(run, dtype):
+def name_memory(run):
     """[(mean loss in nats, the grammar's own, how many)] at names that must be repeated, for each range of
     DISTANCES to where the name was last said; for a run on an embedded language."""
     documents = [words for words, _ in data.embedded_documents(run.corpus, "test")]
     ids = [[run.tokenizer.ids[w] for w in words] for words in documents]
     names, found = set(data.NAMES.split()), defaultdict(list)
-    for words, loss in zip(documents, per_document_nll(run.model, ids, run.tokenizer.eos, dtype)):
+    for words, loss in zip(documents, per_document_nll(run.model, ids, run.tokenizer.eos)):
         source, last = data.language(run.corpus).nll(words), {}
         for at, word in enumerate(words):
             if word in last:
@@ -350,7 +350,7 @@ def distinct(texts, n):
     return len(set(grams)) / len(grams) if grams else None
 
 
-def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
+def samples(run, prompt, temperatures=(0.5, 1.2), n=16, tokens=40):
     """Continuations of a prompt at a low and a high temperature, how varied they are, and their perplexity
     under the model that wrote them. UserError for a prompt longer than the model's context."""
     tokenizer, out = run.tokenizer, []
@@ -359,7 +359,7 @@ def samples(run, prompt, dtype, temperatures=(0.5, 1.2), n=16, tokens=40):
     for temperature in temperatures:
         texts = generate(run.model, [prompt] * n, tokens, temperature, seed=1,
                          suppressed_tokens=tokenizer.suppressed)
-        losses = per_document_nll(run.model, [read + t for t in texts], tokenizer.eos, dtype)
+        losses = per_document_nll(run.model, [read + t for t in texts], tokenizer.eos)
         own = np.concatenate([v[len(read):] for v in losses])
         out.append({"temperature": temperature, "text": tokenizer.decode(read + texts[0]),
                     "distinct-1": distinct(texts, 1), "distinct-2": distinct(texts, 2),
@@ -421,18 +421,6 @@ def frequencies(runs, domains, scores):
     return out
 
 
-def search_trials(path):
-    """The trials of a search, from its table of trainings; those that reached the last rung first."""
-    trials = {}
-    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-        score = row.pop("val_ppl")
-        trials.setdefault(row["trial"], {}).update(row | {f"val_ppl_{row['rung']}": score})
-    names = {name for row in trials.values() for name in row}
-    rungs = sorted((name for name in names if name.startswith("val_ppl_")), reverse=True)
-    rows = [dict.fromkeys(rungs[::-1], "") | row for row in trials.values()]
-    return sorted(rows, key=lambda r: [float(r[k] or "inf") for k in rungs])
-
-
 def reward_at(points, kl):
     """The reward where KL first comes to this value, on the lines between points [(KL, reward)]."""
     for (k0, r0), (k1, r1) in zip(points, points[1:]):
@@ -460,7 +448,7 @@ def rewards(runs):
     return rows, points
 
 
-def measure_runs(runs, domains, prompt, n_sentences, dtype, searches):
+def measure_runs(runs, domains, prompt, n_sentences):
     """All numbers of a report, as report.json has them; the text of a UserError where there is no number.
     Policies of ppo.py have a part of their own and are in no other."""
     policies = [run for run in runs if "kl_coef" in run.options]
@@ -475,7 +463,7 @@ def measure_runs(runs, domains, prompt, n_sentences, dtype, searches):
         for run in runs:
             try:
                 scores[run.name, name] = perplexities(run.model, run.tokenizer, sentence_list[:n_sentences],
-                                                      dtype, ends=embedded)
+                                                      ends=embedded)
                 found[run.name] = {k: v for k, v in scores[run.name, name].items()
                                    if k not in ("ids", "losses")}
             except UserError as e:
@@ -485,13 +473,12 @@ def measure_runs(runs, domains, prompt, n_sentences, dtype, searches):
     report["frequencies"] = frequencies(runs, domains, scores)
     for run in runs:
         if run.corpus in data.DOMAINS and getattr(run.tokenizer, "words", None) == data.embedded_vocabulary():
-            report["memory"].setdefault(run.corpus, {})[run.name] = name_memory(run, dtype)
+            report["memory"].setdefault(run.corpus, {})[run.name] = name_memory(run)
         try:
-            report["samples"][run.name] = samples(run, prompt, dtype)
+            report["samples"][run.name] = samples(run, prompt)
         except UserError as e:                                              # longer than its context
             report["samples"][run.name] = [{"text": f"– ({e})"}]
     report["rewards"], report["frontier"] = rewards(policies) if policies else ([], {})
-    report["search"] = {path.parent.name: rows for path in searches if (rows := search_trials(path))}
     return report
 
 
@@ -604,10 +591,6 @@ def draw_report(report, out):
     if report["rewards"]:
         lines += ["## Policies trained by PPO\n", markdown_table(report["rewards"]), draw(
             "Reward against KL while training", plot_frontier, report["frontier"], out / "frontier.png")]
-    for name, rows in report["search"].items():
-        lines += [f"## Search: {name}\n",
-                  markdown_table([{k: v or None for k, v in row.items()} for row in rows]),
-                  draw("Validation perplexity against each option", plot_search, rows, out / f"{name}.png")]
     write_report(out, lines)
 
 
@@ -710,24 +693,6 @@ def plot_frequencies(found, path):
         apart.set_xlabel(f"log-odds z: {trained} < 0 < {read}")
 
 
-def plot_search(rows, path):
-    """The validation perplexity of each rung against each hyperparameter in which trials differ."""
-    others = "trial rung model data minutes params tokens seconds".split()
-    rungs = [c for c in rows[0] if c.startswith("val_ppl_")]
-    varied = [c for c in rows[0] if c not in (*others, *rungs) and len({r[c] for r in rows}) > 1] or ["trial"]
-    for panels in figure(path, len(varied), width=2.2):
-        for axes, column in zip(panels, varied):
-            for k, rung in enumerate(rungs):
-                points = [(float(r[column]), float(r[rung])) for r in rows if r[rung] not in ("", "inf")]
-                axes.scatter([x for x, _ in points], [y for _, y in points], s=18, marker=MARKERS[k],
-                             label=f"rung {k + 1}")
-            axes.set_xlabel(column)
-            if column in ("lr", "weight_decay"):
-                axes.set_xscale("log")
-        panels[0].set_ylabel("validation perplexity")
-        panels[0].legend()
-
-
 def plot_frontier(frontier, path):
     """Reward against KL: what a nat of KL buys."""
     for [axes] in figure(path, width=5):
@@ -739,16 +704,16 @@ def plot_frontier(frontier, path):
 
 # ----------------------------------------------------------------------------------------------- command line
 
-def token_table(run, text, dtype):
+def token_table(run, text):
     """Print the loss of every token of a sentence, and what the model would have said."""
     model, tokenizer = run.model, run.tokenizer
     ids, unknown, _ = read_sentence(tokenizer, text)
     if not ids:
         raise UserError("nothing in this text is a word of the run's vocabulary")
-    losses = per_document_nll(model, [ids], tokenizer.eos, dtype)[0]
+    losses = per_document_nll(model, [ids], tokenizer.eos)[0]
     inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(len(ids), 1024, context_length(model))]])
     with torch.no_grad():
-        hidden, _ = model(inputs.to(next(model.parameters()).device))
+        hidden, _ = model(inputs.to(device_of(model)))
         guesses = model.logits(hidden)[0].argmax(-1).tolist()
 
     def shown(i):
@@ -790,11 +755,11 @@ def opened(names, chosen, opener, *args):
 def main(argv=None):
     config, _ = data.parse_args(Config, argv, "examples:\n" + __doc__.split("\n\n")[1])
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    product_dtype = pick_dtype(config.dtype, device)
     if (config.run is None) != (config.text is None):
         raise UserError("--run and --text go together; for a report of some runs write --runs")
     if config.run:
-        return token_table(open_run(config.run, device), config.text, dtype)
+        return token_table(open_run(config.run, device, product_dtype), config.text)
     out = Path(config.out)
     if config.redraw:
         draw_report(read_json(out / "report.json"), out)
@@ -805,15 +770,14 @@ def main(argv=None):
     folders = list(map(Path, config.runs)) or sorted(found)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("two of these runs have the same name: they are one folder, name it once")
-    runs = opened(folders, config.runs, open_run, device)
+    runs = opened(folders, config.runs, open_run, device, product_dtype)
     if not runs:
         raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")
     for folder, run in runs.items():
         run.name = distinct_names(runs)[folder]
     runs = list(runs.values())
     domains = opened(config.domains or default_domains(runs), config.domains, read_domain)
-    searches = sorted(Path("runs").glob("*/trials.csv")) if not config.runs else []
-    report = measure_runs(runs, domains, config.prompt, config.sentences, dtype, searches)
+    report = measure_runs(runs, domains, config.prompt, config.sentences)
     save_json(out / "report.json", report)
     draw_report(report, out)
     for row in report["summary"] + report["rewards"]:

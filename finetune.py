@@ -33,9 +33,6 @@ Where each is:
 """
 import copy
 import itertools
-import math
-import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -46,12 +43,13 @@ import data
 from data import RANK, WORLD, UserError, option, prepend_eos, read_json, save_json
 from eval import (draw, format_number, markdown_table, perplexities, plot_curves, read_log, run_options,
                   write_report)
+from fast.layer import speed_up
 from qwen_load import save_model
-from sample import (build_model, context_length, count_parameters, dtype_name, encode_prompt, generate,
-                    kind_of, load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
-from train import (SHOWN, RunOptions, check_rows, check_same, check_text, environment, evaluate, everyone,
-                   how_computed, join_processes, leave_processes, perplexity, perplexity_of,
-                   resume_or_refuse, shard_as, train, warn_of_unknown)
+from sample import (build_model, context_length, count_parameters, encode_prompt, generate, kind_of, load_run,
+                    pick_device, pick_dtype, tokenizer_from)
+from train import (RunOptions, check_rows, check_text, claim_folder, environment, evaluate, finished_trial,
+                   first_process_first, join_processes, leave_processes, perplexity,
+                   perplexity_of, resume_or_refuse, shard_as, train, warn_of_unknown)
 
 STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Write the next sentence in "
                 "TinyStories style.")
@@ -62,7 +60,8 @@ DEFAULTS = {"qwen2": dict(lr=1e-4, batch_size=8, block_size=256),
             "own": dict(lr=1e-3, batch_size=16, block_size=128)}
 
 
-def by_base(name, defaults=DEFAULTS):
+def by_base(defaults, name):
+    """What --help says of a default that depends on the base."""
     return f"(default: {defaults['qwen2'][name]:g} for Qwen2, {defaults['own'][name]:g} for a run of ours)"
 
 
@@ -72,15 +71,15 @@ class Config(RunOptions):
     script = "python finetune.py"
     base: str = option("Qwen/Qwen2-0.5B", "a run; or Qwen2's weights: a folder, or their name on the hub")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
-    epochs: float = option(2.0, "passes over the training text")
-    steps: int = option(None, "optimizer steps, instead of --epochs")
+    epochs: float = option(None, "passes over the training text (default: 2)")
     data_fraction: float = option(0.9, "train on this first share of the text", above=0, at_most=1)
     ablate: bool = option(False, "a complete run for every pair of the next two, and a table")
     ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table")
     ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data of the table", above=0, at_most=1)
-    lr: float = option(None, f"highest learning rate {by_base('lr')}", group="the step")
-    batch_size: int = option(None, f"windows of a batch {by_base('batch_size')}")
-    block_size: int = option(None, f"tokens of a window, at most the base's context {by_base('block_size')}")
+    lr: float = option(None, f"highest learning rate {by_base(DEFAULTS, 'lr')}", group="the step")
+    batch_size: int = option(None, f"windows of a batch {by_base(DEFAULTS, 'batch_size')}")
+    block_size: int = option(None, "tokens of a window, at most the base's context "
+                                   f"{by_base(DEFAULTS, 'block_size')}")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
     checkpointing: bool = option(False, "keep the inputs of layers only, compute the rest twice: less memory")
     shard: bool = option(False, "under torchrun: weights and moments are split across the processes")
@@ -99,27 +98,19 @@ class Config(RunOptions):
 
 # ----------------------------------------------------------------------------------------- memory and shards
 
-def memory_text(model, config, device, dtype):
-    """A line on the memory that training needs, with a warning if the machine has less."""
-    n, there = count_parameters(model), math.inf
-    tokens = config.batch_size * config.block_size // config.accumulate // WORLD
-    needed = 18 * n / (WORLD if config.shard else 1) + tokens * model.config.vocab_size * dtype.itemsize
-    if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[1]
-    elif hasattr(os, "sysconf"):                                            # one memory for all processes
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD
-    text = f"{n:,} parameters: training needs about {needed / 1e9:.1f} GB of memory, and activations"
-    return text if needed <= there else text + (
-        f"; there are {there / 1e9:.1f} GB: it will fail or crawl. Take --accumulate, --checkpointing, a "
-        "smaller --block-size or base")
+def memory_line(model, shard):
+    """How much memory training needs in each process, by the sum at the top of this file."""
+    n, parts = count_parameters(model), WORLD if shard else 1
+    return (f"{n:,} parameters: training needs about {18 * n / parts / 1e9:.1f} GB of memory, and activations"
+            " (less with --accumulate, --checkpointing, a smaller --block-size)")
 
 
-def shard_model(model, weights, device, dtype):
+def shard_model(model, weights, device):
     """fully_shard a model on the meta device, layer by layer, and give it the first process's weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (WORLD,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=model.product_dtype, reduce_dtype=torch.float32)
     for module in (*model.layers, model):                           # what is gathered and released at a time
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
@@ -152,14 +143,14 @@ def retained_ids(name, tokenizer, most=20_000):
     return prepend_eos(tokenizer, ids[:most])
 
 
-def measure(model, tokenizer, config, dtype):
+def measure(model, tokenizer, config):
     """All figures of a model: held-out documents, the text from outside, continuations."""
     texts = held_out(config.data, config.held_out)
-    scores = perplexities(model, tokenizer, texts, dtype, ends=tokenizer.kind == "word")
+    scores = perplexities(model, tokenizer, texts, ends=tokenizer.kind == "word")
     out = {"documents": scores["sentences"], "retained": None, "samples": []}
     out |= {name: scores[name] for name in ("mean", "corpus", "tokens", "unknown")}
     if config.retain:
-        out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer), dtype=dtype)
+        out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer))
     for prompt in config.prompts:
         new = generate(model, [encode_prompt(tokenizer, prompt)], config.sample_tokens, config.temperature,
                        eos=tokenizer.stops, seed=config.seed, suppressed_tokens=tokenizer.suppressed)
@@ -213,49 +204,55 @@ def first_share(ids, fraction, eos):
     return ids[:n if len(ends) == 0 or fraction == 1 else start + int(ends[-1]) + 1]
 
 
-def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, before=None):
+def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
     """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base
     or, of a run that resumes, what was saved; trained in place. before: the base's figures, if known."""
-    folder = Path(config.run)
-
-    # 3 data: windows of the first share of the text; figures before
+    # 3 data: windows of the first share of the text
+    folder, device, product_dtype = Path(config.run), pick_device(config.device), model.product_dtype
     train_ids = first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
     block_size = min(config.block_size, context_length(model))
     batches = data.batches_of(model, train_ids, config.batch_size, block_size, config.seed)
     valid = prepend_eos(tokenizer, corpus.ids["valid"][:config.eval_tokens])
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
-    if RANK == 0:
-        print(memory_text(model, config, device, dtype), file=sys.stderr)
-        before = before or checkpoint and read_json(folder / "before.json", {})
-        if not before:
-            base = load_run(config.base, device, torch.float32)[0] if config.shard or checkpoint else model
-            before = measure(base, tokenizer, config, dtype)
-            del base
-        warn_of_unknown(before["unknown"], f"the held-out text of {config.data}")
-        save_json(folder / "before.json", before)
+    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
 
-    # 4 model
-    model.checkpointing = config.checkpointing
-    if config.shard:
-        base = checkpoint or RANK == 0 and {"model": load_run(config.base)[0].state_dict()}
-        shard_model(model, base and base["model"], device, dtype)
-        del base
+    with claim_folder(config):
+        data.live(memory_line(model, config.shard), "\n")
+        # figures before
+        if RANK == 0:
+            if config.resume:
+                before = read_json(folder / "before.json", {})
+            if not before:
+                base = open_as(config.base, device, product_dtype) if config.shard or checkpoint else model
+                before = measure(base, tokenizer, config)
+                del base
+            warn_of_unknown(before["unknown"], f"the held-out text of {config.data}")
+            save_json(folder / "before.json", before)
 
-    # 5 to 7: as from random weights
-    data.live(f"{config.base} on {config.data}: {len(train_ids):,} training tokens, {steps} steps, "
-              f"{device.type} {dtype_name(dtype)}{how_computed(device)}, {config.run}", "\n")
-    run = train(config, model, tokenizer, batches, lambda: evaluate(model, {"valid": valid}, dtype), steps,
-                device, dtype, checkpoint, encode_prompt(tokenizer, config.prompts[0]),
-                min(config.warmup_steps, max(1, steps // 10)), fingerprint=corpus.fingerprint())
+        # 4 model
+        model.checkpointing = config.checkpointing
+        if config.shard:
+            weights = None
+            if checkpoint:
+                weights = checkpoint["model"]
+            elif RANK == 0:
+                weights = load_run(config.base)[0].state_dict()
+            shard_model(model, weights, device)
+            del weights
+
+        # 5 to 7: as from random weights
+        prompt = encode_prompt(tokenizer, config.prompts[0]) if config.sample and not config.shard else ()
+        run = train(config, model, tokenizer, batches, lambda: evaluate(model, {"valid": valid}),
+                    warmup_steps, checkpoint, prompt)
     if RANK:
         return None
 
     # 8 results
-    model = load_run(folder, device)[0]                             # the best weights
+    model = open_as(folder, device, product_dtype)                  # the best weights
     if tokenizer.kind == "qwen2":
         save_model(model, tokenizer, folder)
-    after = measure(model, tokenizer, config, dtype)
-    result = run.result(model, device, dtype) | {
+    after = measure(model, tokenizer, config)
+    result = run.result(model) | {
         "base": config.base, "train_tokens": len(train_ids), "epochs": run.steps / batches.steps_per_epoch,
         "tokens_per_second": run.tokens_per_second, "val_ppl": perplexity_of(run.best),
         "floor": grammar_floor(config.data, config.held_out, tokenizer), "before": before, "after": after}
@@ -264,9 +261,9 @@ def finetune(config, model, tokenizer, corpus, device, dtype, checkpoint=None, b
     return result
 
 
-def ablate(config, base, tokenizer, corpus, device, dtype):
+def ablate(config, base, tokenizer, corpus):
     """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out
-    documents. A finished cell keeps its result and is not run again; one that was interrupted resumes."""
+    documents. A finished cell keeps its result and is not run again."""
     folder, rows, before = Path(config.run), [], None
     if (folder / "last.pt").exists() or "rows" not in read_json(folder / "result.json", {"rows": []}):
         raise UserError(f"{folder} already holds a run; choose another folder with --run")
@@ -279,18 +276,12 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
                 f"{config.retain or 'another text'}, not trained on": retained and retained["ppl"],
                 f"continues: {sample['prompt']}": sample["text"]}
     for epochs, fraction in itertools.product(config.ablate_epochs, config.ablate_fractions):
-        cell = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
-        one = replace(config, epochs=epochs, data_fraction=fraction, run=str(cell), ablate=False)
-        result = read_json(cell / "result.json", {})
-        checkpoint = read_checkpoint(cell / "last.pt") if not result and (cell / "last.pt").exists() else None
-        if result or checkpoint:
-            here = asdict(one)
-            same = here.keys() - SHOWN - {"ablate_epochs", "ablate_fractions"}
-            check_same((result or checkpoint)["options"], here, same, cell)
-        if not result:
-            model = saved_model(checkpoint, device) if checkpoint else copy.deepcopy(base)
-            result = finetune(one, model, tokenizer, corpus, device, dtype, checkpoint, before)
-        for file in (*cell.glob("*.pt"), *cell.glob("*.safetensors")):         # the figures are what is kept
+        path = folder / f"epochs-{epochs:g}-share-{100 * fraction:g}"
+        cell = replace(config, epochs=epochs, data_fraction=fraction, run=str(path), ablate=False)
+        result = finished_trial(cell)
+        if result is None:
+            result = finetune(cell, copy.deepcopy(base), tokenizer, corpus, before=before)
+        for file in (*path.glob("*.pt"), *path.glob("*.safetensors")):         # the figures are what is kept
             file.unlink()
         before = result["before"]
         rows.append(row(f"{epochs:g}", f"{100 * fraction:g} %", result["after"]))
@@ -300,7 +291,7 @@ def ablate(config, base, tokenizer, corpus, device, dtype):
     if floor := result["floor"]:
         lines.append(f"The grammar's corpus perplexity on these documents, the floor: {floor:.2f}.\n")
     write_report(folder, lines)
-    save_json(folder / "result.json", {"rows": rows, **environment(device), "options": asdict(config)})
+    save_json(folder / "result.json", {"rows": rows, **environment(base), "options": asdict(config)})
     print(markdown_table([dict(list(r.items())[:-1]) for r in rows]) + f"written to {folder}/report.md")
 
 
@@ -318,6 +309,8 @@ def default_prompts(config, tokenizer):
 def resolve_defaults(config, model, tokenizer):
     """Fill in what depends on the base; UserError for what does not go with it."""
     qwen2 = tokenizer.kind == "qwen2"
+    if not config.steps:
+        config.epochs = config.epochs or 2.0
     for name, value in DEFAULTS["qwen2" if qwen2 else "own"].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -331,35 +324,43 @@ def resolve_defaults(config, model, tokenizer):
     if config.retain is None:
         config.retain = "wikitext2" if qwen2 else run_options(config.base)[1].get("data", "")
         try:
-            if config.retain == config.data:
-                raise UserError("the base was trained on the same text; name another with --retain")
-            retained_ids(config.retain, tokenizer)
+            if config.retain != config.data:
+                return retained_ids(config.retain, tokenizer)
+            reason = "the base was trained on the same text; name another with --retain"
         except UserError as e:
-            print(f"nothing is measured from outside: {e}", file=sys.stderr)
-            config.retain = ""
+            reason = e
+        data.live(f"nothing is measured from outside: {reason}", "\n")
+        config.retain = ""
 
 
-def saved_model(checkpoint, device):
-    return build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device)
+def open_as(name, device, product_dtype):
+    """A run, or pretrained weights, as a float32 model that multiplies in product_dtype."""
+    model = load_run(name, device, torch.float32)[0]
+    model.product_dtype = product_dtype
+    return model
 
 
-def open_base(config, device, checkpoint):
-    """The model to train (with --shard, without memory) and its tokenizer: the base, or a checkpoint's."""
-    if checkpoint and not config.shard:
-        model, tokenizer = saved_model(checkpoint, device), tokenizer_from(checkpoint["tokenizer"])
-    elif checkpoint:
+def open_base(config, checkpoint):
+    """The model to train (with --shard on the meta device, without memory) and its tokenizer: the base, or
+    what a checkpoint holds."""
+    device = pick_device(config.device)
+    if checkpoint:
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
-        with torch.device("meta"):
-            model = build_model(checkpoint["kind"], checkpoint["config"])
+        kind, sizes = checkpoint["kind"], checkpoint["config"]
+        if not config.shard:
+            model = build_model(kind, sizes, checkpoint["model"]).to(device)
     else:
         where = ("cpu", None) if config.shard else (device, torch.float32)
         model, tokenizer, _ = load_run(config.base, *where)
+        kind, sizes = kind_of(model), asdict(model.config)
         resolve_defaults(config, model, tokenizer)
-        if config.shard:
-            with torch.device("meta"):
-                model = build_model(kind_of(model), asdict(model.config))
-    if config.shard and model.recurrent:
-        raise UserError("--shard needs a Transformer for a base")
+    if config.shard:
+        with torch.device("meta"):
+            model = build_model(kind, sizes)
+        if model.recurrent:
+            raise UserError("--shard needs a Transformer for a base")
+    speed_up(model)
+    model.product_dtype = pick_dtype(config.dtype, device)
     check_rows(config, model)
     return model, tokenizer
 
@@ -375,24 +376,20 @@ def main(argv=None):
     kind, checkpoint = "ablate" if config.ablate else "finetune", None
     config.run = config.run or f"runs/{kind}-{data.file_name(config.base)}-{data.file_name(config.data)}"
     if not config.ablate:
-        checkpoint, config = resume_or_refuse(config, given, ("last.pt", "config.json", "result.json"))
+        checkpoint, config = resume_or_refuse(config, given)
         config.shard = "shard" in given
 
     # 2 device and processes
-    device = join_processes(pick_device(config.device))
-    dtype = pick_dtype(config.dtype, device)
+    join_processes(pick_device(config.device))
 
-    # base and data
-    if RANK:
-        everyone()                                          # the first process downloads and encodes for all
-    model, tokenizer = open_base(config, device, checkpoint)
-    corpus = data.load(config.data, tokenizer, splits=("train", "valid"))
-    if RANK == 0:
-        everyone()
-    check_text(corpus, checkpoint, config.run)
+    # 3 base and data
+    with first_process_first():
+        model, tokenizer = open_base(config, checkpoint)
+        corpus = data.load(config.data, tokenizer, splits=("train", "valid"))
+    check_text(corpus)
     if config.ablate:
-        return ablate(config, model, tokenizer, corpus, device, dtype)
-    result = finetune(config, model, tokenizer, corpus, device, dtype, checkpoint)
+        return ablate(config, model, tokenizer, corpus)
+    result = finetune(config, model, tokenizer, corpus, checkpoint)
     if RANK == 0:
         before, after = result["before"], result["after"]
         retained = (f", {config.retain} {before['retained']['ppl']:.2f}, {after['retained']['ppl']:.2f}"

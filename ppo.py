@@ -34,7 +34,7 @@ Where each is:
     r_t                                 iterate, stage 7.4
     delta_t, A_t, R_t                   gae; whiten
     policy loss, value loss             policy_loss, value_loss; their step: update_policy
-    log pi and its gradient             TokenLogProb
+    log pi and its gradient             rnn.softmax_loss (rnn.TokenLoss)
     the reward model's training         train_reward
 
 Where the code follows one of the published details (Huang et al. 2023, "The N Implementation Details of RLHF
@@ -52,25 +52,26 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 import data
 from data import UserError, option, read_json, save_json
 from eval import COLOURS, distinct, draw, figure, markdown_table, read_log, write_report
+from fast.layer import speed_up
+from fast.products import keep_memory
 from finetune import by_base, is_embedded
 from qwen_load import build_wordpiece, load_scorer, save_model, save_scorer
-from rnn import compute_dtype
-from sample import (autocast, context_length, count_parameters, dtype_name, encode_prompt, generate_stream,
-                    keep_memory, load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
-from train import (NotFinite, Run, RunOptions, clip_grad_norm, get_lr, how_computed, load_optimizer,
-                   perplexity_of, resume_or_refuse, set_lr, step_seed, train)
+from rnn import row_chunks, softmax_loss
+from sample import (autocast, context_length, count_parameters, device_of, encode_prompt, generate_stream,
+                    load_run, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
+from train import (NotFinite, Run, RunOptions, check_rows, claim_folder, clip_grad_norm, get_lr, how_computed,
+                   load_optimizer, perplexity_of, resume_or_refuse, set_lr, step_seed, train)
 from transformer import Scorer, ScorerConfig
 
 REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
@@ -79,7 +80,6 @@ REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
 # responses), a run of ours
 DEFAULTS = {"qwen2": dict(steps=20, lr=5e-5, batch_size=256, minibatch=64, update_epochs=2, kl_coef=0.05),
             "own": dict(steps=100, lr=1e-4, batch_size=64, minibatch=16, update_epochs=4, kl_coef=0.2)}
-default_of = partial(by_base, defaults=DEFAULTS)
 
 
 @dataclass
@@ -94,14 +94,16 @@ class Config(RunOptions):
                              "else imdb)", choices=REVIEWS)
     held_out: int = option(256, "prompts that the policy is evaluated on", at_least=2)
     sample: bool = option(True, "print a response at every evaluation")
-    steps: int = option(None, f"iterations {default_of('steps')}", group="PPO")
-    lr: float = option(None, f"highest learning rate {default_of('lr')}")
+    log_every: int = option(1, "iterations between rows of log.csv")
+    eval_every: int = option(None, "iterations between evaluations (default: a 10th of the run, at least 5)")
+    steps: int = option(None, f"iterations {by_base(DEFAULTS, 'steps')}", group="PPO")
+    lr: float = option(None, f"highest learning rate {by_base(DEFAULTS, 'lr')}")
     warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
-    batch_size: int = option(None, f"responses of an iteration {default_of('batch_size')}")
-    minibatch: int = option(None, f"responses of an update {default_of('minibatch')}")
-    update_epochs: int = option(None, f"times that each response is used {default_of('update_epochs')}")
+    batch_size: int = option(None, f"responses of an iteration {by_base(DEFAULTS, 'batch_size')}")
+    minibatch: int = option(None, f"responses of an update {by_base(DEFAULTS, 'minibatch')}")
+    update_epochs: int = option(None, f"times that a response is used {by_base(DEFAULTS, 'update_epochs')}")
     response_tokens: int = option(24, "longest response")
-    kl_coef: float = option(None, f"price of a nat of KL to the reference {default_of('kl_coef')}",
+    kl_coef: float = option(None, f"price of a nat of KL to the reference {by_base(DEFAULTS, 'kl_coef')}",
                             at_least=0)
     kl_target: float = option(0.0, "adapt the coefficient to so many nats a response; 0: fixed", at_least=0)
     max_update_kl: float = option(0.1, "end an iteration's updates at so many nats of KL a token")
@@ -202,15 +204,13 @@ class Task:
     tokenizer: object
     scorer: object              # score(texts) -> float32 [N]
     prompts: dict               # {"train", "valid", "test": lists of lists of ids}
-    device: torch.device
-    dtype: torch.dtype          # of the matmuls
     text: object = None         # batches of real text, where --sft-every wants them
-    fingerprint: str = ""       # of the reference, the scorer and the prompts
+    checksum: str = ""          # of the weights of the reference and the scorer
 
     @property
     def suppressed(self):
         """Ids that have probability 0."""
-        return torch.tensor(self.tokenizer.suppressed, dtype=torch.long, device=self.device)
+        return torch.tensor(self.tokenizer.suppressed, dtype=torch.long, device=device_of(self.reference))
 
 
 def rollout(task, model, prompts, seed=None):
@@ -260,23 +260,25 @@ def response_hidden(model, r, rows):
 def evaluate_actions(task, policy, r, value_head=None):
     """The policy beside the reference at every token of the responses, without a gradient, float32 [B, T], 0
     outside the mask: log_prob, ref_log_prob, value; of the full distributions, in nats: kl, entropy."""
-    mask, models, parts = r.mask > 0, (policy, task.reference), []
-    suppressed, actions = task.suppressed, r.tokens[:, 1:][mask][:, None]   # [N, 1]
-    with autocast(task.device, task.dtype):                 # around all, so that weights are cast once
+    mask, parts = r.mask > 0, []
+    actions = r.tokens[:, 1:][mask][:, None]                                # [N, 1]
+
+    def log_softmax(model, hidden):
+        # -1e9 and not -inf for what is suppressed, because 0 * -inf is not a number
+        return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, task.suppressed, -1e9), -1)
+    with autocast(policy):                                  # around all, so that weights are cast once
         groups = torch.arange(len(mask)).split(task.config.minibatch)
-        hidden = [torch.cat([response_hidden(model, r, rows) for rows in groups]) for model in models]
-        few = max(1, (1 << 21) // policy.lm_head.out_features)      # distributions that stay in a CPU's cache
-        for action, *states in zip(*(v.split(few) for v in (actions, *hidden))):
-            # [few, V] each; -1e9 for what is suppressed, because 0 * -inf would be no number
-            log_p, log_q = (torch.log_softmax(model.logits(h).float().index_fill_(-1, suppressed, -1e9), -1)
-                            for model, h in zip(models, states))
+        hidden, ref_hidden = (torch.cat([response_hidden(model, r, rows) for rows in groups])
+                              for model in (policy, task.reference))        # [N, D]
+        for action, h, ref_h in row_chunks(policy.lm_head.out_features, actions, hidden, ref_hidden):
+            log_p, log_q = log_softmax(policy, h), log_softmax(task.reference, ref_h)           # [rows, V]
             p = log_p.exp()
             parts.append({"log_prob": log_p.gather(1, action)[:, 0],
                           "ref_log_prob": log_q.gather(1, action)[:, 0],
                           "kl": (p * (log_p - log_q)).sum(-1), "entropy": -(p * log_p).sum(-1)})
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if value_head:                                                          # outside autocast: in float32
-        values["value"] = value_head(hidden[0].float())[:, 0]
+        values["value"] = value_head(hidden.float())[:, 0]
     return {name: torch.zeros_like(r.mask).masked_scatter(mask, value) for name, value in values.items()}
 
 
@@ -323,16 +325,15 @@ def step_down(loss, optimizer, grad_clip):
 def update_policy(task, policy, value_head, optimizer, r, old):
     """Several epochs of minibatches over one rollout; -> the metrics of each update. old: evaluate_actions
     before the first, with advantages and returns."""
-    config, updates, head = task.config, [], policy.lm_head
+    config, updates = task.config, []
     for _ in range(config.update_epochs):
         for rows in torch.randperm(len(r.mask)).split(config.minibatch):
             token_mask = r.mask[rows] > 0
             part = {name: values[rows][token_mask] for name, values in old.items()}     # [N] each, N tokens
             actions = r.tokens[rows, 1:][token_mask]
-            with autocast(task.device, task.dtype):
+            with autocast(policy):
                 hidden = response_hidden(policy, r, rows)                               # [N, D]
-                low = hidden.to(compute_dtype(hidden))
-            log_prob = TokenLogProb.apply(low, head.weight, head.bias, actions, task.suppressed)
+                log_prob = -softmax_loss(hidden, policy.lm_head, actions, "none", task.suppressed)      # [N]
             pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"],
                                                        config.clip_coef)
             if approx_kl > config.max_update_kl:  # too far from what sampled these responses: no more updates
@@ -350,8 +351,8 @@ def supervised_steps(task, policy, optimizer, step):
     config, updates = task.config, []
     n = config.batch_size // config.minibatch
     for k in range(n):
-        x, y = (part.to(task.device) for part in task.text.batch(step * n + k))
-        with autocast(task.device, task.dtype):
+        x, y = (part.to(device_of(policy)) for part in task.text.batch(step * n + k))
+        with autocast(policy):
             loss, _ = policy(x, targets=y)                                  # nats per token
         grad_norm = step_down(loss, optimizer, config.grad_clip)
         updates.append({"sft_loss": loss.item(), "grad_norm": grad_norm})
@@ -378,7 +379,7 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     kl_estimate = old["log_prob"] - old["ref_log_prob"]                     # its mean over samples is the KL
     rewards = -kl_coef * kl_estimate
     last = r.mask.cumsum(1).argmax(1)                                       # [B]: the end of each response
-    rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(task.device)
+    rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(rewards.device)
 
     # 7.5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
     advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
@@ -417,51 +418,39 @@ def train_policy(task, checkpoint=None):
     # 4 model
     policy = copy.deepcopy(task.reference).requires_grad_(True).eval()     # no dropout: first ratios are 1
     # Detail: V(s) is linear in the hidden state, which has read prompt and response, and begins at zero
-    value_head = nn.Linear(policy.lm_head.in_features, 1).to(task.device)
-    value_head.load_state_dict({name: torch.zeros_like(p) for name, p in value_head.state_dict().items()})
-    in_bf16 = task.dtype == torch.bfloat16 and not policy.recurrent
-    sampler = copy.deepcopy(policy).to(task.dtype) if in_bf16 else policy   # half the bytes to read a token
+    value_head = nn.Linear(policy.lm_head.in_features, 1).to(device_of(policy))
+    for p in value_head.parameters():
+        nn.init.zeros_(p)
+    in_bf16 = policy.product_dtype == torch.bfloat16 and not policy.recurrent
+    sampler = policy
+    if in_bf16:                                                         # half the bytes to read for a token
+        sampler = copy.deepcopy(policy).to(torch.bfloat16)
+        speed_up(sampler)
 
     # 5 optimizer. Detail: epsilon 1e-5 damps Adam's first updates. The value head, at zero, learns faster
     groups = [{"params": list(policy.parameters()), "lr_scale": 1},
               {"params": list(value_head.parameters()), "lr_scale": 10}]
-    optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=task.device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=device_of(policy).type in ("cpu", "cuda"))
 
     # 6 resume
-    kl_coef = checkpoint["kl_coef"] if checkpoint else config.kl_coef
+    run, kl_coef = Run(config, checkpoint=checkpoint), config.kl_coef
     if checkpoint:
         policy.load_state_dict(checkpoint["model"])
         value_head.load_state_dict(checkpoint["value_head"])
         load_optimizer(optimizer, checkpoint["optimizer"])
+        kl_coef = checkpoint["kl_coef"]
 
     # 7 loop
     data.live(f"{config.base} rewarded by {config.scorer}: {len(task.prompts['train']):,} prompts, "
-              f"{config.steps} iterations, {task.device.type} {dtype_name(task.dtype)}"
-              f"{how_computed(task.device)}, {config.run}", "\n")
-    with Run(config, config.steps, checkpoint=checkpoint) as run:
-        while True:
-            # evaluate, log, save
-            kept = dict(value_head=value_head.state_dict(), kl_coef=kl_coef, fingerprint=task.fingerprint)
-            if run.due(run.eval_every):
-                scores = evaluate_policy(task, policy, task.prompts["valid"], config.seed)
-                run.log(**{f"eval_{name}": scores[name] for name in EVALUATED})
-                if run.step:                # the best policy has the highest reward - coefficient * KL
-                    worth = scores["reward"] - config.kl_coef * scores["kl"]
-                    better = run.save(policy, tokenizer, optimizer, loss=-worth, **kept)
-                    data.live(f"{run}  coefficient {kl_coef:.3f}  reward {scores['reward']:.2f}  KL "
-                              f"{scores['kl']:.2f}  distinct-2 {scores['distinct_2']:.2f}"
-                              + " *" * better, "\n")
-                    if config.sample:
-                        data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
-            elif run.due(1):
-                run.log()
-            if run.stopping:                        # without an evaluation: nothing differs after a resume
-                run.leave(policy, tokenizer, optimizer, **kept)
-            if run.step == run.steps:
-                break
+              f"{config.steps} iterations, {how_computed(policy)}, {config.run}", "\n")
+    with run:
+        if not run.rows:
+            scores = evaluate_policy(task, policy, task.prompts["valid"], config.seed)
+            run.log(**{f"eval_{name}": scores[name] for name in EVALUATED})
+        while run.step < run.steps:
+            started = time.perf_counter()
 
             # one iteration
-            started = time.perf_counter()
             torch.manual_seed(step_seed(config.seed, run.step))             # responses and minibatches
             lr = get_lr(run.step, run.steps, config.lr, config.warmup_steps)
             set_lr(optimizer, lr)
@@ -471,15 +460,32 @@ def train_policy(task, checkpoint=None):
             run.check_finite(gradient_norm=metrics.get("grad_norm", 0.0))
             if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL begins at 0
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
-            run.add(time.perf_counter() - started, lr=lr, **metrics)
+            run.step_done(time.perf_counter() - started)
             data.live(f"{run}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
+
+            # evaluate, log, save
+            more = {"value_head": value_head.state_dict(), "kl_coef": kl_coef, "checksum": task.checksum}
+            if run.step % run.eval_every == 0 or run.step == run.steps:
+                scores = evaluate_policy(task, policy, task.prompts["valid"], config.seed)
+                run.log(lr=lr, **metrics, **{f"eval_{name}": scores[name] for name in EVALUATED})
+                worth = scores["reward"] - config.kl_coef * scores["kl"]    # the best policy has the highest
+                better = run.save(policy, tokenizer, optimizer, val_loss=-worth, **more)
+                data.live(f"{run}  coefficient {kl_coef:.3f}  reward {scores['reward']:.2f}  KL "
+                          f"{scores['kl']:.2f}  distinct-2 {scores['distinct_2']:.2f}"
+                          f"{' *' if better else ''}", "\n")
+                if config.sample:
+                    data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
+            elif run.step % config.log_every == 0:
+                run.log(lr=lr, **metrics)
+            if run.stop_requested:
+                run.leave(policy, tokenizer, optimizer, **more)
 
     # 8 results
     policy.load_state_dict(read_checkpoint(folder / "best.pt")["model"])
     after = evaluate_policy(task, policy, task.prompts["test"], config.seed)
     if tokenizer.kind == "qwen2":
         save_model(policy, tokenizer, folder)
-    result = run.result(policy, task.device, task.dtype) | {
+    result = run.result(policy) | {
         "base": config.base, "scorer": config.scorer, "before": before, "after": after,
         "rise": (after["reward"] - before["reward"]) / before["reward_std"]}
     report(config, result)
@@ -555,8 +561,8 @@ def report(config, result):
 
 # ------------------------------------------------------------------------------------ what a run begins with
 
-def weights_fingerprint(*modules):
-    """Tells whether a run that resumes finds the weights that it was started with."""
+def weights_checksum(*modules):
+    """A checksum of all weights: a run that resumes needs those that it was started with."""
     crc = 0
     for p in (p for module in modules for p in module.parameters()):
         crc = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
@@ -592,27 +598,29 @@ def check_fit(task):
                         f"ppo.py --train-reward --data {config.data}")
 
 
-def open_task(config, device, dtype, checkpoint):
+def open_task(config, checkpoint):
     """UserError for what does not go together or, where a run resumes, is not what it was started with."""
-    # the reference's gradients stay on, though nobody asks for them: autocast casts such weights once
+    device = pick_device(config.device)
+    product_dtype = pick_dtype(config.dtype, device)
+    # requires_grad stays True, because autocast caches the cast of a weight only if that requires a gradient
     reference, tokenizer, _ = load_run(config.base, device, torch.float32)
+    reference.product_dtype = product_dtype
     if not checkpoint:
         resolve_defaults(config, tokenizer)
-    scorer = load_scorer(config.scorer, device, dtype)
+    scorer = load_scorer(config.scorer, device, product_dtype)
     prompts = {split: read_prompts(config.data, split, tokenizer) for split in ("train", "valid", "test")}
     named = [] if is_embedded(tokenizer) else [encode_prompt(tokenizer, text) for text in NAMED]
     prompts["test"] = (named + prompts["test"])[:config.held_out]
     prompts["valid"] = prompts["valid"][:config.held_out]
-    task = Task(config, reference, tokenizer, scorer, prompts, device, dtype)
+    task = Task(config, reference, tokenizer, scorer, prompts, checksum=weights_checksum(reference, scorer))
     check_fit(task)
-    task.fingerprint = f"{weights_fingerprint(reference, scorer)} {zlib.crc32(repr(prompts).encode()):08x}"
-    if checkpoint and checkpoint.get("fingerprint") != task.fingerprint:
+    if checkpoint and checkpoint["checksum"] != task.checksum:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
                         f"{config.run} was started with; restore them, or start a new run")
     n = count_parameters(reference)
-    if (needed := n * (26 if dtype == torch.bfloat16 else 20)) > 1e9:
-        print(f"{n:,} parameters: PPO needs {needed / 1e9:.0f} GB of memory for the policy, its moments and "
-              "gradients, and the reference, beside what a minibatch keeps", file=sys.stderr)
+    needed = n * (26 if product_dtype == torch.bfloat16 else 20)
+    data.live(f"{n:,} parameters: PPO needs {needed / 1e9:.1f} GB of memory for the policy, its moments and "
+              "gradients, and the reference, beside what a minibatch keeps", "\n")
     if config.sft_every:
         ids = data.load(config.data, tokenizer, splits=("train",)).ids["train"]
         block_size = min(context_length(reference), 8 + config.response_tokens)
@@ -626,14 +634,16 @@ def open_task(config, device, dtype, checkpoint):
 class RewardConfig(RunOptions):
     """Train a sentiment scorer for ppo.py: a small one from scratch, or a pretrained encoder."""
     script = "python ppo.py --train-reward"
-    accumulate, weight_decay, sample = 1, 0.01, False               # what else train.train asks for
     train_reward: bool = option(False, "this")
     data: str = option("reviews", "the labelled texts", choices=REVIEWS)
     encoder: str = option(None, "a DistilBERT to begin with, under a new head (default: none, from scratch)")
     epochs: float = option(None, "passes over the texts (default: 1, for imdb 3, with --encoder 2)")
     lr: float = option(None, "highest learning rate (default: 0.001, with --encoder 0.0001)")
     batch_size: int = option(32, "texts of a batch")
-    log_every: int = option(50, "steps between rows of log.csv")
+    accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
+    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
+    eval_every: int = option(None, "steps between evaluations (default: a 10th of the run)")
 
 
 class TextBatches:
@@ -642,6 +652,7 @@ class TextBatches:
 
     def __init__(self, scorer, texts, batch_size, seed):
         self.scorer, self.texts, self.batch_size, self.seed = scorer, texts, batch_size, seed
+        self.train_tokens = sum(len(ids) for ids, _ in texts)
         fits = scorer.config.max_position_embeddings - 2
         pieces = sum(min(len(ids), fits) + min(len(ids), 32) for ids, _ in texts) / len(texts) / 2
         self.steps_per_epoch, self.tokens = len(texts) // batch_size, batch_size * round(pieces)   # roughly
@@ -671,22 +682,23 @@ class TextBatches:
         return self.scorer.batch(texts), torch.tensor(labels)
 
 
-def evaluate_scorer(scorer, texts, device, dtype):
+def evaluate_scorer(scorer, texts):
     """The mean cross-entropy and the accuracy on [(ids, label)]."""
     data.live(f"scoring {len(texts):,} texts")
-    with autocast(device, dtype):
+    with autocast(scorer):
         logits = scorer.classify([ids for ids, _ in texts])
     labels = torch.tensor([label for _, label in texts])
     accuracy = (logits.argmax(-1) == labels).float().mean().item()
     return {"val_loss": F.cross_entropy(logits, labels).item(), "val_accuracy": accuracy}
 
 
-def train_reward(config, device, dtype, checkpoint=None):
+def train_reward(config, checkpoint=None):
     """Train a scorer on labelled reviews, into config.run: a folder in the hub's layout."""
     # 3 data
     reviews = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
 
     # 4 model
+    device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if checkpoint:
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
@@ -700,30 +712,26 @@ def train_reward(config, device, dtype, checkpoint=None):
         for name, p in scorer.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, 0.0, 0.02 if "embeddings" in name else p.shape[1] ** -0.5)
+    scorer.product_dtype = pick_dtype(config.dtype, device)
     texts = {split: [(scorer.tokenizer.encode(text), label) for text, label in pairs]
              for split, pairs in reviews.items()}
+    check_rows(config, scorer)
     batches = TextBatches(scorer, texts["train"], config.batch_size, config.seed)
-    fingerprint = f"{zlib.crc32(repr(texts['train']).encode()):08x}"
-    if checkpoint and checkpoint.get("fingerprint") != fingerprint:
-        raise UserError(f"{config.data} is not the text that the run in {config.run} was started with")
 
     # 5 to 7: as a language model
-    steps = max(1, round(config.epochs * batches.steps_per_epoch))
+    steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     config.eval_every = config.eval_every or -(-steps // 10)
-    data.live(f"a scorer of {count_parameters(scorer):,} parameters on {len(texts['train']):,} texts of "
-              f"{config.data}, {steps} steps, {device.type} {dtype_name(dtype)}{how_computed(device)}, "
-              f"{config.run}", "\n")
-    run = train(config, scorer, scorer.tokenizer, batches,
-                lambda: evaluate_scorer(scorer, texts["valid"], device, dtype), steps, device, dtype,
-                checkpoint, warmup_steps=min(100, max(1, steps // 10)), fingerprint=fingerprint)
+    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
+    run = train(config, scorer, scorer.tokenizer, batches, lambda: evaluate_scorer(scorer, texts["valid"]),
+                warmup_steps, checkpoint)
 
     # 8 results
     scorer.load_state_dict(read_checkpoint(run.folder / "best.pt")["model"])
     save_scorer(scorer, run.folder)
-    complete = evaluate_scorer(scorer, texts["test"], device, dtype)["val_accuracy"]
+    complete = evaluate_scorer(scorer, texts["test"])["val_accuracy"]
     short = [(ids[:32], label) for ids, label in texts["test"]]
-    beginning = evaluate_scorer(scorer, short, device, dtype)["val_accuracy"]
-    result = run.result(scorer, device, dtype) | {"held_out": len(short), "accuracy": complete,
+    beginning = evaluate_scorer(scorer, short)["val_accuracy"]
+    result = run.result(scorer) | {"held_out": len(short), "accuracy": complete,
                                                   "accuracy_first_32": beginning}
     save_json(run.folder / "result.json", result)
     for path in run.folder.glob("*.pt"):                            # the folder is the scorer now
@@ -731,35 +739,6 @@ def train_reward(config, device, dtype, checkpoint=None):
     print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
           f"texts {complete:.1%}, on their first 32 pieces {beginning:.1%}, {run.seconds:.0f} s")
     print(f"written to {config.run}")
-
-
-# -------------------------------------------------------------------------- log-probabilities in less memory
-
-class TokenLogProb(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[action], float32 [N], with its gradient: for the logits it is
-    onehot(action) - softmax, so softmax is all that is kept, in place of the logits. (A loss that needs all
-    of the distribution, as an entropy bonus, takes log_softmax of the same states' logits.)
-    hidden [N, D], weight [V, D], bias [V] or None, actions [N]; suppressed: ids that have probability 0.
-    Products and softmax are in hidden's dtype."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, actions, suppressed):
-        w = weight.to(hidden.dtype)
-        logits = F.linear(hidden, w, None if bias is None else bias.to(w.dtype))
-        p = torch.softmax(logits.index_fill_(1, suppressed, -math.inf), -1, out=logits)
-        ctx.save_for_backward(hidden, w, p, actions)
-        p_action = p.gather(1, actions[:, None])[:, 0].to(torch.promote_types(p.dtype, torch.float32))
-        return p_action.clamp(min=1e-38).log()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, w, p, actions = ctx.saved_tensors
-        grad = grad.to(p.dtype)
-        d_logits = p.mul_(-grad[:, None])                                   # usable once
-        d_logits[torch.arange(len(grad), device=grad.device), actions] += grad
-        d_bias = d_logits.sum(0) if ctx.needs_input_grad[2] else None
-        return d_logits @ w, d_logits.t() @ hidden, d_bias, None, None
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -775,17 +754,20 @@ def main(argv=None):
     default = f"scorer-{config.data}" if train_a_scorer else f"ppo-{data.file_name(config.base)}"
     config.run = config.run or f"runs/{default}"
     keep_memory()
-    checkpoint, config = resume_or_refuse(config, given, ("last.pt", "result.json", "config.json"))
+    checkpoint, config = resume_or_refuse(config, given)
     if train_a_scorer and not checkpoint:
         config.lr = config.lr or (1e-4 if config.encoder else 1e-3)         # 1e-4: searched on MiniLM-L6
-        config.epochs = config.epochs or (2.0 if config.encoder else 1.0 if config.data == "reviews" else 3.0)
+        if not config.steps:
+            usual = 2.0 if config.encoder else 1.0 if config.data == "reviews" else 3.0
+            config.epochs = config.epochs or usual
 
-    # 2 device
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    # 3 base and data, and all that follows
     if train_a_scorer:
-        return train_reward(config, device, dtype, checkpoint)
-    result = train_policy(open_task(config, device, dtype, checkpoint), checkpoint)
+        with claim_folder(config):
+            return train_reward(config, checkpoint)
+    task = open_task(config, checkpoint)
+    with claim_folder(config):
+        result = train_policy(task, checkpoint)
     before, after = result["before"], result["after"]
     print(f"{config.base} rewarded by {config.scorer}: reward {before['reward']:.2f} before, "
           f"{after['reward']:.2f} after ({result['rise']:+.2f} standard deviations), KL {after['kl']:.2f} "

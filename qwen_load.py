@@ -231,7 +231,7 @@ def weight_files(folder):
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 
-def fill(model, folder, prefix, device, dtype, new=()):
+def fill(model, folder, prefix, dtype, new=()):
     """Give a model on the meta device the weights of a hub folder, under its names without a prefix; what
     begins with one of `new`, BERT's initial ones. UserError unless there is every parameter, in its shape."""
     wanted, state = model.state_dict(), {}
@@ -258,9 +258,9 @@ def fill(model, folder, prefix, device, dtype, new=()):
             if tensor.shape != wanted[ours].shape:
                 raise UserError(f"{path} has {name} in the shape {list(tensor.shape)}; by its config.json it "
                                 f"should be {list(wanted[ours].shape)}")
-            state[ours] = tensor.to(device=device, dtype=dtype)
+            state[ours] = tensor.to(dtype)
     if new:
-        state |= {name: torch.randn(p.shape, device=device) * 0.02 * (p.dim() == 2)
+        state |= {name: torch.randn(p.shape) * 0.02 * (p.dim() == 2)
                   for name, p in model.named_parameters() if name.startswith(new)}
     tied = getattr(model.config, "tied", False) and "embed_tokens.weight" in state
     if tied and not torch.equal(state.setdefault("lm_head.weight", state["embed_tokens.weight"]),
@@ -313,11 +313,11 @@ def read_config(folder):
         raise UserError(f"{folder}/config.json does not say {e}") from e
 
 
-def load_weights(folder, device="cpu", dtype=None):
-    """The model of a hub folder, in eval mode; dtype None keeps that of the file."""
+def load_weights(folder, dtype=None):
+    """The model of a hub folder on the CPU, in eval mode; dtype None keeps that of the file."""
     with torch.device("meta"):
         model = Transformer(read_config(folder))                   # no memory yet: the file's tensors move in
-    return fill(model, folder, "model.", device, dtype)
+    return fill(model, folder, "model.", dtype)
 
 
 def save_weights(model, folder):
@@ -449,7 +449,7 @@ def save_tokenizer(tokenizer, folder):
 def load_model(name, device="cpu", dtype=None):
     """A Qwen2 repository or folder -> (model in eval mode, tokenizer). dtype None keeps that of the files."""
     folder = repo_folder(name, read_config)
-    model = load_weights(folder, device, dtype)
+    model = load_weights(folder, dtype).to(device)
     return model, read_tokenizer(folder, model.config.vocab_size)
 
 
@@ -597,7 +597,8 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
                         "tokenize_chinese_chars false, are not implemented")
     with torch.device("meta"):
         scorer = Scorer(config, WordPiece(vocab, lower))
-    return fill(scorer, folder, "distilbert.", device, dtype, HEADS * new_head).requires_grad_(new_head)
+    scorer = fill(scorer, folder, "distilbert.", dtype, HEADS if new_head else ())
+    return scorer.to(device).requires_grad_(new_head)
 
 
 def save_scorer(scorer, folder):

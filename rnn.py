@@ -5,43 +5,49 @@ The layer (Elman 1990), for t = 1..T, with x_t in R^I, h_t in R^H:
     h_t = tanh(a_t),    a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
 
 Back-propagation through time (Werbos 1990). Let dh_t be the derivative of the loss with respect to h_t. It
-has two parts: what the layers above send down at time t (grad_h[t] in the code), and what the next step sends
-back:
+has two parts: what the layers above send down at time t, called grad_h_t, and what the next step sends back:
 
     dh_t = grad_h_t + W_hh^T da_{t+1}        da_t = dh_t * (1 - h_t^2)        (tanh' = 1 - tanh^2)
 
-The recursion runs from T down to 1 and only it is sequential. Everything else is one product over all steps:
+Only this recursion, from T down to 1, is sequential. Everything else is one product over all steps:
 
     dx_t = W_ih^T da_t     dW_ih = sum_t da_t x_t^T     dW_hh = sum_t da_t h_{t-1}^T     db = sum_t da_t
 
-`RNN.plain` is the textbook loop (autograd finds the gradient); `RNNFunction` is the same forward with the
-recursion above written out, the input product hoisted out of the loop and the weight gradients taken in one
-matmul each. A test holds them equal to each other and to `torch.nn.RNN`.
+`RNN.plain` is the textbook's loop, and autograd finds its gradient. `RNNFunction` is the same loop with the
+gradient written out. It is a torch.autograd.Function: autograd calls `forward`, which keeps in ctx what the
+gradient needs, and later `backward`, which is given the gradient of each output and returns the gradient of
+each input, in their order. A test holds the two equal to each other and to torch.nn.RNN.
 
-The language model `RNNLM` predicts the next token: embedding -> layers -> softmax over the vocabulary, with
-the regularisation that word-level corpora need (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf
-2017): whole words dropped from the embedding, one dropout mask for all time steps, embedding and softmax
-weights shared.
+The language model `RNNLM` predicts the next token. The shapes on the way, for B rows of T tokens:
+
+    tokens [B, T] -> embedded [B, T, D] -> time-major [T, B, D] -> h [T, B, H] -> hidden [B, T, H] -> loss
+
+Word-level corpora need regularisation (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf 2017): words
+are dropped from the embedding, one dropout mask serves all time steps, and embedding and softmax share their
+weights.
 
 Where each is:
     h_t                                 RNN.plain; RNNFunction.forward, the loop
     dh_t, da_t                          RNNFunction.backward, the loop
     dx, dW_ih, dW_hh, db                RNNFunction.backward, after the loop
-    the loss and softmax - onehot       softmax_loss, LinearCrossEntropy; token_nll (evaluation)
+    the loss that is trained            softmax_loss, softmax_gradient, LinearCrossEntropy
+    each token's loss (PPO, evaluation) TokenLoss; without a gradient token_nll
     words, masks, elements dropped      embedded_dropout, locked_dropout, dropout
-    x W^T, g^T x, many x W^T + y        product, grad_product, packed_linear (last: how a CPU is fast)
+
+Three functions of fast/products.py are matrix products: product(x, W) is x W^T, grad_product(g, x) is g^T x,
+and packed_linear(W, ...) returns the function x -> x W^T.
 
     python train.py --model rnn                      # trains it; see train.py
 """
-import platform
-import re
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from fast.products import grad_product, packed_linear, product
 
 
 def compute_dtype(x):
@@ -52,43 +58,9 @@ def compute_dtype(x):
 
 # -------------------------------------------------------------------------------------------------- the layer
 
-class RNNFunction(torch.autograd.Function):
-    """All T steps of one layer. x [T, B, I], h0 [B, H] -> h_1..h_T [T, B, H] (the last one is the state)."""
-
-    @staticmethod
-    def forward(ctx, x, h0, w_ih, w_hh, bias):
-        T, B, _ = x.shape
-        a = product(x, w_ih, bias)                              # every input product at once  [T, B, H]
-        h = x.new_empty(T + 1, B, w_hh.shape[0])
-        h[0] = h0
-        steps, linear = h.unbind(0), packed_linear(w_hh, B, T, plus=True)
-        for t, a_t in enumerate(a.unbind(0)):
-            torch.tanh(linear(steps[t], a_t), out=steps[t + 1])             # tanh(W_hh h_{t-1} + a_t)
-        ctx.save_for_backward(x, h, w_ih, w_hh)
-        return h[1:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_h):
-        x, h, w_ih, w_hh = ctx.saved_tensors
-        T, B, H = grad_h.shape
-        slope = 1 - h[1:] * h[1:]                               # tanh' for all steps at once
-        da = torch.empty_like(slope)
-        grad_h, slope, steps = grad_h.unbind(0), slope.unbind(0), da.unbind(0)
-        dh, linear = grad_h[T - 1], packed_linear(w_hh.t(), B, T, plus=True)
-        for t in reversed(range(T)):
-            torch.mul(dh, slope[t], out=steps[t])
-            dh = linear(steps[t], grad_h[t - 1]) if t else steps[0] @ w_hh  # W_hh^T da_t + grad_h_{t-1}
-        da = da.view(T * B, H)
-        dx = product(da, w_ih.t()).view_as(x)
-        dw_ih = grad_product(da, x.reshape(T * B, -1))
-        dw_hh = grad_product(da, h[:-1].reshape(T * B, H))
-        return dx, dh, dw_ih, dw_hh, da.sum(0)
-
-
 class RNN(nn.Module):
-    """One Elman layer; parameters as torch.nn.RNN's, without `_l0`. forward(x [B, T, I], state h [B, H] or
-    None) -> (out [B, T, H], state h [B, H])."""
+    """One Elman layer. forward(x [B, T, I], state h [B, H] or None) -> (out [B, T, H], state h [B, H]). The
+    parameters are those of torch.nn.RNN, without `_l0` in their names."""
     n_gates = 1                                     # blocks of hidden_size rows in the weights; an LSTM has 4
 
     def __init__(self, input_size, hidden_size):
@@ -102,23 +74,8 @@ class RNN(nn.Module):
         for p in self.parameters():
             nn.init.uniform_(p, -hidden_size ** -0.5, hidden_size ** -0.5)
 
-    def operands(self, x):
-        """x time-major, the weights and the sum of the biases, all in the dtype to compute in."""
-        if x.shape[1] == 0:
-            raise ValueError("a recurrent layer needs at least one time step")
-        x = x.transpose(0, 1).contiguous()             # a matmul of strided rows takes up to 30 times as long
-        dtype, bias = compute_dtype(x), self.bias_ih + self.bias_hh
-        return [v.to(dtype) for v in (x, self.weight_ih, self.weight_hh, bias)]
-
-    def forward(self, x, state=None):
-        state = self.zero_state(x.shape[0]) if state is None else state
-        x, w_ih, w_hh, bias = self.operands(x)
-        with torch.autocast(x.device.type, enabled=False):
-            out = RNNFunction.apply(x, state.to(x.dtype), w_ih, w_hh, bias)
-        return out.transpose(0, 1), out[-1].to(state.dtype)
-
     def plain(self, x, state=None):
-        """The same as forward, the way a textbook writes it; autograd does the backward pass."""
+        """The layer as a textbook writes it; autograd finds the gradient."""
         h = self.zero_state(x.shape[0]) if state is None else state
         out = []
         for x_t in x.unbind(1):                                 # [B, I]
@@ -126,52 +83,121 @@ class RNN(nn.Module):
             out.append(h)
         return torch.stack(out, 1), h
 
+    def forward(self, x, state=None):
+        """The same as plain, by RNNFunction, with its gradient written out."""
+        h0 = self.zero_state(x.shape[0]) if state is None else state
+        x, w_ih, w_hh, bias = self.operands(x)
+        with torch.autocast(x.device.type, enabled=False):
+            out = RNNFunction.apply(x, h0.to(x.dtype), w_ih, w_hh, bias)        # [T, B, H]
+        return out.transpose(0, 1), out[-1].to(h0.dtype)
+
+    def operands(self, x):
+        """x in time-major order [T, B, I], the weights and the sum of the biases, all in the dtype of the
+        products."""
+        if x.shape[1] == 0:
+            raise ValueError("a recurrent layer needs at least one time step")
+        x = x.transpose(0, 1).contiguous()             # a matmul of strided rows takes up to 30 times as long
+        dtype, bias = compute_dtype(x), self.bias_ih + self.bias_hh
+        return [v.to(dtype) for v in (x, self.weight_ih, self.weight_hh, bias)]
+
     def zero_state(self, batch_size):
         return self.weight_hh.new_zeros(batch_size, self.hidden_size)
 
 
+class RNNFunction(torch.autograd.Function):
+    """All T steps of one layer. x [T, B, I], h0 [B, H] -> h_1..h_T [T, B, H] (the last one is the state)."""
+
+    @staticmethod
+    def forward(ctx, x, h0, w_ih, w_hh, bias):
+        T, B, _ = x.shape
+        input_part = product(x, w_ih, bias).unbind(0)       # W_ih x_t + b, for all t at once: T of [B, H]
+        h = x.new_empty(T + 1, B, w_hh.shape[0])
+        h[0] = h0
+        hs, times_w_hh = h.unbind(0), packed_linear(w_hh, B, T)     # hs[0] is the state before the first step
+        for t in range(T):
+            a = times_w_hh(hs[t]).add_(input_part[t])           # W_hh h + W_ih x + b
+            torch.tanh(a, out=hs[t + 1])
+        ctx.save_for_backward(x, h, w_ih, w_hh)
+        return h[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_h):
+        x, h, w_ih, w_hh = ctx.saved_tensors
+        T, B, H = grad_h.shape
+        slope = 1 - h[1:] * h[1:]                               # tanh' for all steps at once
+        da = torch.empty_like(slope)
+        grad_hs, slopes, das = grad_h.unbind(0), slope.unbind(0), da.unbind(0)
+        dh, times_w_hh_transposed = grad_hs[T - 1], packed_linear(w_hh.t(), B, T)
+        for t in reversed(range(T)):
+            torch.mul(dh, slopes[t], out=das[t])
+            dh = times_w_hh_transposed(das[t])                  # W_hh^T da: what this step sends back
+            if t:
+                dh.add_(grad_hs[t - 1])                         # and what the layers above send to this h
+        # after the loop, dh is the gradient of h0
+        da = da.view(T * B, H)
+        dx = product(da, w_ih.t()).view_as(x)
+        dw_ih = grad_product(da, x.reshape(T * B, -1))
+        dw_hh = grad_product(da, h[:-1].reshape(T * B, H))
+        return dx, dh, dw_ih, dw_hh, da.sum(0)
+
+
 # ------------------------------------------------------------------------------------------- softmax and loss
 
-MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512         # of a chunk; for each all of W is read, so few rows are slow
+# The size of a chunk of logits. Every chunk's product reads all of W, so chunks of few rows would be slow.
+MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512
 
 
-def logit_chunks(hidden, weight, bias, *others):
-    """Rows of hidden [N, D] and of the tensors in `others`, a chunk at a time, each with its logits
-    hidden W^T + b. Yields (logits, hidden, *others)."""
-    N, V, most = len(hidden), len(weight), MOST_LOGITS * (32 if hidden.is_cuda else 1)
-    n = max(1, min(-(-N * V // most), N // FEWEST_ROWS))
-    for h, *parts in zip(*(v.chunk(n) for v in (hidden, *others))):
-        yield product(h, weight, bias), h, *parts
+def row_chunks(vocab_size, *tensors):
+    """The rows of tensors [N, ...] in chunks, so that the logits [rows, vocab_size] of one chunk fit memory.
+    Yields a tuple of parts, views of the tensors, for each chunk."""
+    N, most = len(tensors[0]), MOST_LOGITS * (32 if tensors[0].is_cuda else 1)
+    n = max(1, min(-(-N * vocab_size // most), N // FEWEST_ROWS))
+    return zip(*(tensor.chunk(n) for tensor in tensors))
+
+
+def softmax_gradient(logits, targets):
+    """-log softmax(logits)[target] of each row, and its gradient with respect to the logits, softmax -
+    onehot(target), in the logits' dtype. logits [N, V], which may be overwritten, targets [N].
+
+    Both are formed in float32 (float64 for float64) and rounded last: bfloat16 would round p = 0.997 to
+    0.996, and then 1 - p would be 0.004 instead of 0.003. The clamp keeps the loss finite, below 88 nats."""
+    row = torch.arange(len(targets), device=targets.device)
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    torch.softmax(p, -1, out=p)
+    p_target = p[row, targets]
+    p[row, targets] = p_target - 1                                      # p is now softmax - onehot
+    return -p_target.clamp(min=1e-38).log(), p.to(logits.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, in chunks of rows.
 
-    The gradient with respect to the logits is softmax - onehot(target), so it can be formed in the forward
-    pass and multiplied out at once: the [N, V] logits of a large batch or vocabulary never exist together.
-    hidden [N, D], weight [V, D], bias [V] or None, targets [N] (-1: ignored) -> float32 scalar, in nats.
-    Matmuls run in hidden's dtype; sums and the softmax in float32 (float64 where hidden is).
+    The gradient with respect to the logits needs nothing from the layers above but a factor. So forward forms
+    all gradients, chunk by chunk, and backward only multiplies them by that factor: the [N, V] logits of a
+    large batch or vocabulary never exist together. hidden [N, D], weight [V, D], bias [V] or None, targets
+    [N] (-1: ignored) -> float32 scalar, in nats. Products run in hidden's dtype, sums in float32 (float64
+    where hidden is).
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
-        acc = torch.promote_types(hidden.dtype, torch.float32)
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         w, b = (v if v is None else v.to(hidden.dtype) for v in (weight, bias))
-        total = torch.zeros((), dtype=acc, device=hidden.device)
+        total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden), None, None
-        for logits, h, d_h, y in logit_chunks(hidden, w, b, d_hidden, targets):
-            row, target, keep = torch.arange(len(y), device=y.device), y.clamp(min=0), y >= 0
-            p = torch.softmax(logits, -1, out=logits)                   # float32 inside, whatever the dtype
-            p_target = p[row, target].to(acc)
-            total -= (p_target.clamp(min=1e-38).log() * keep).sum()   # the clamp: at most 87 nats are counted
-            p[row, target] = (p_target - 1).to(p.dtype)                 # softmax - onehot, in place of p
-            if not keep.all():
-                p.masked_fill_(~keep[:, None], 0.0)
-            d_h.copy_(product(p, w.t()))
-            part = grad_product(p, h) if len(h) == len(hidden) else grad_product(p, h).to(acc)
+        for h, d_h, y in row_chunks(len(w), hidden, d_hidden, targets):
+            counted = y >= 0
+            nll, d_logits = softmax_gradient(product(h, w, b), y.clamp(min=0))
+            total += (nll * counted).sum()
+            if not counted.all():
+                d_logits.masked_fill_(~counted[:, None], 0.0)
+            d_h.copy_(product(d_logits, w.t()))                         # into this chunk's rows of d_hidden
+            part = grad_product(d_logits, h)
+            part = part if len(h) == len(hidden) else part.to(sum_dtype)        # one chunk needs no sum
             d_weight = part if d_weight is None else d_weight.add_(part)
             if b is not None:
-                part = p.sum(0).to(acc)                                # summed in float32, whatever the dtype
+                part = d_logits.sum(0).to(sum_dtype)                   # summed in float32, whatever the dtype
                 d_bias = part if d_bias is None else d_bias.add_(part)
         ctx.grads = d_hidden, d_weight, d_bias
         return total
@@ -183,26 +209,58 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_hidden.mul_(grad), d_weight.mul_(grad), None if d_bias is None else d_bias.mul_(grad), None
 
 
+class TokenLoss(torch.autograd.Function):
+    """-log softmax(hidden W^T + b)[target] of each row, float32 [N], with its gradient. Each row may have
+    another factor from above, so softmax - onehot [N, V] is kept until backward. suppressed: ids that have
+    probability 0. hidden [N, D], weight [V, D], bias [V] or None, targets [N]."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, suppressed):
+        w, b = (v if v is None else v.to(hidden.dtype) for v in (weight, bias))
+        nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        d_logits = hidden.new_empty(len(targets), len(w))
+        for h, y, out, d in row_chunks(len(w), hidden, targets, nll, d_logits):
+            loss, gradient = softmax_gradient(product(h, w, b).index_fill_(1, suppressed, -math.inf), y)
+            out.copy_(loss)
+            d.copy_(gradient)
+        ctx.save_for_backward(hidden, w, d_logits)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, w, d_logits = ctx.saved_tensors
+        d_logits = d_logits.mul_(grad[:, None])                         # in place: usable once
+        d_bias = d_logits.sum(0) if ctx.needs_input_grad[2] else None
+        return product(d_logits, w.t()), grad_product(d_logits, hidden), d_bias, None, None
+
+
 @torch.no_grad()
 def token_nll(hidden, weight, bias, targets):
     """-log softmax(hidden W^T + b)[target], float32 [N] in nats, 0 where the target is -1; no gradient."""
     w, b = (v if v is None else v.to(hidden.dtype) for v in (weight, bias))
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for logits, _, y, out in logit_chunks(hidden, w, b, targets, nll):
+    for h, y, out in row_chunks(len(w), hidden, targets, nll):
+        logits = product(h, w, b)
         at_target = logits.gather(1, y.clamp(min=0)[:, None])[:, 0].float()
         out.copy_(torch.logsumexp(logits.float(), -1) - at_target)
     return nll.masked_fill_(targets < 0, 0.0)
 
 
-def softmax_loss(hidden, head, targets, reduction="mean"):
-    """How badly softmax(head(hidden)) predicts the targets, in nats per token; targets of -1 are ignored.
-    hidden [B, T, D], head an nn.Linear(D, V), targets [B, T] -> "mean": a scalar with its gradient; "none":
-    float32 [B, T], 0 where ignored, for evaluation: without a gradient."""
+def softmax_loss(hidden, head, targets, reduction="mean", suppressed=None):
+    """How badly softmax(head(hidden)) predicts the targets, in nats per token. hidden [..., D], head an
+    nn.Linear(D, V), targets [...]. reduction "mean": a scalar, over the targets that are not -1. "none": the
+    shape of targets, 0 where they are -1; under torch.no_grad() it takes less memory. suppressed: ids that
+    have probability 0, with a gradient for "none" (ppo.py)."""
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
     with torch.autocast(hidden.device.type, enabled=False):
-        if reduction == "none":
+        if reduction == "mean":
+            return LinearCrossEntropy.apply(flat, head.weight, head.bias, y) / (y >= 0).sum()
+        if not torch.is_grad_enabled() and suppressed is None:
             return token_nll(flat, head.weight, head.bias, y).view(targets.shape)
-        return LinearCrossEntropy.apply(flat, head.weight, head.bias, y) / (y >= 0).sum()
+        suppressed = y[:0] if suppressed is None else suppressed
+        nll = TokenLoss.apply(flat, head.weight, head.bias, y.clamp(min=0), suppressed)
+        return (nll * (y >= 0)).view(targets.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- dropout
@@ -257,6 +315,7 @@ class RNNLM(nn.Module):
     here has: forward, init_state and logits."""
     layer_type = RNN
     recurrent = True
+    product_dtype = torch.float32                               # what sample.autocast multiplies in
     embed_range = 0.1                                           # embeddings start uniform in +- this
 
     def __init__(self, config):
@@ -294,46 +353,3 @@ class RNNLM(nn.Module):
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., V]."""
         return self.lm_head(hidden)
-
-
-# -------------------------- the products, as fast as this processor has them (skip in a first reading: x w^T)
-
-# On AMD's processors, oneDNN multiplies few rows of float32 up to three times as fast as MKL, torch's choice;
-# from Zen 5 (family 26) on, all of them twice as fast
-CPUINFO = Path("/proc/cpuinfo")
-CPU = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
-AMD = torch.backends.mkldnn.is_available() and "AuthenticAMD" in CPU
-ONEDNN = AMD and re.search(r"(?i)family\s*:? (2[6-9]|[3-9]\d)\b", CPU) is not None
-
-
-def product(x, w, bias=None):
-    """x w^T + b, for x [..., K], w [M, K], b [M]. No autograd: oneDNN's operations have none."""
-    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
-    return F.linear(x, w, bias)
-
-
-def grad_product(g, x):
-    """g^T x, the gradient of a weight, for g [N, M], x [N, K]."""
-    return product(x.t(), g.t()).t() if ONEDNN else g.t() @ x
-
-
-def packed_linear(w, rows, times, plus=False):
-    """The function x [rows, K] -> x w^T, for w [M, K]; plus: (x, y [rows, M]) -> x w^T + y. In every product
-    the library reorders w for its kernels; where there are several, that is done once here."""
-    onednn, mkl = torch.ops.mkldnn, torch.ops.mkl
-    several = times > 1 and w.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    wide, low = (several and w.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
-    large = w.numel() >= (1 << 16 if ONEDNN else 1 << 18)
-    if wide and AMD and large or low and onednn._is_mkldnn_bf16_supported():
-        packed = onednn._reorder_linear_weight(w.contiguous(), rows)
-
-        def linear(x, y=None):
-            out = onednn._linear_pointwise(x, packed, None, "none", [], "")
-            return out.add_(y) if plus else out                 # faster than its own sum
-        return linear
-    if wide and not plus and not AMD and torch.backends.mkl.is_available():
-        packed = mkl._mkl_reorder_linear_weight(w := w.contiguous(), rows)
-        return lambda x: mkl._mkl_linear(x, packed, w, None, rows)
-    w_t = w.t().contiguous() if wide else w.t()                 # MKL is 1.3 times as fast with it
-    return (lambda x, y: torch.addmm(y, x, w_t)) if plus else (lambda x: x @ w_t)

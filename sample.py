@@ -19,7 +19,6 @@ Where each is: the softmax and the draw, sample_token; the cuts, top_k_top_p; th
 steps, generate_stream.
 """
 import contextlib
-import ctypes
 import math
 import os
 import re
@@ -33,10 +32,11 @@ import torch
 import data
 import qwen_load
 from data import UserError, option
+from fast.decode import packed_weights
+from fast.layer import speed_up
 from lstm import LSTMConfig, LSTMLM
 from rnn import RNNConfig, RNNLM
-from transformer import (Scorer, Transformer, TransformerConfig, packed_weights, use_decode_kernels,
-                         use_layer_kernels)
+from transformer import Scorer, Transformer, TransformerConfig
 
 MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
           "transformer": (Transformer, TransformerConfig)}
@@ -66,9 +66,11 @@ class Config:
 # ------------------------------------------------------------------------------------------- opening a model
 
 def pick_device(name="auto"):
-    """`auto` is cuda, then mps, then cpu."""
+    """`auto` is cuda, then mps, then cpu. Of several processes, each has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if data.WORLD > 1:
+        name = {"cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "mps": "cpu"}.get(name, name)
     try:
         torch.zeros(1, device=name).add(1)                      # some GPUs that are there have no kernels
     except (RuntimeError, AssertionError) as e:
@@ -77,7 +79,7 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name, device):
-    """The dtype matmuls run in. `auto` is bfloat16 where the hardware multiplies it (CUDA from capability
+    """A dtype by its name. `auto` is bfloat16 where the hardware multiplies it (CUDA from capability
     8.0; CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -93,20 +95,14 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def autocast(device, dtype):
-    """The context in which matmuls run in bfloat16, if dtype says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+def device_of(model):
+    return next(model.parameters()).device
 
 
-libc = ctypes.CDLL(None) if os.name == "posix" else None        # the C library
-
-
-def keep_memory():
-    """Have glibc keep what is freed for the next tensor of the size. It would give large pieces back and
-    fetch them anew, page by page. (PPO with 50,257 tokens: 4.0 s an iteration without, 2.9 with.)"""
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)                                                    # M_MMAP_MAX
-        libc.mallopt(-1, 2 ** 31 - 1)                                          # M_TRIM_THRESHOLD
+def autocast(model):
+    """The context in which a model multiplies in its product_dtype, whatever the dtype of its weights."""
+    in_bf16 = model.product_dtype == torch.bfloat16
+    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=in_bf16)
 
 
 def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
@@ -148,8 +144,7 @@ def build_model(kind, config, weights=None):
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
                         f"{' '.join(str(e).split())[:200]}") from e
-    use_decode_kernels(model)               # at once: a resumed run computes what one in one piece does
-    return use_layer_kernels(model)
+    return model
 
 
 def count_parameters(model):
@@ -178,8 +173,8 @@ def load_run(folder, device="cpu", dtype=None):
     theirs. A run is float32."""
     if qwen_load.is_pretrained(folder):
         model, tokenizer = qwen_load.load_model(folder, device, dtype)
-        use_decode_kernels(model)
-        return use_layer_kernels(model), tokenizer, model.config
+        speed_up(model)
+        return model, tokenizer, model.config
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
@@ -192,6 +187,7 @@ def load_run(folder, device="cpu", dtype=None):
         raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of "
                         "train.py")
     model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device).eval()
+    speed_up(model)
     return model, tokenizer_from(checkpoint["tokenizer"]), model.config
 
 
@@ -247,8 +243,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
     suppressed_tokens: ids that are never drawn. state: of one row, which the prompt continues."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
-    use_decode_kernels(model)
-    device = next(model.parameters()).device
+    device, packed = device_of(model), {}
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     shortest, total = int(lengths.min()), int(lengths.max()) + max_new_tokens
@@ -262,26 +257,25 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
     suppressed = torch.tensor(list(suppressed_tokens), dtype=torch.long, device=device)
     stops = torch.tensor(eos, dtype=torch.long, device=device).flatten()
     state = model.init_state(len(prompts), window) if state is None else state
-    with packed_weights():
-        hidden, state = model(text[:, :shortest], state)
-        for t in range(shortest, total):
+    unread = text[:, :shortest]
+    for t in range(shortest, total):
+        with packed_weights(packed):
+            hidden, state = model(unread, state)
             logits = model.logits(hidden[:, -1])                                # [B, V]
-            if repetition_penalty != 1:
-                logits = penalize(logits, text[:, :t], repetition_penalty)
-            logits.index_fill_(1, suppressed, float("-inf"))
-            token, log_prob = sample_token(logits, temperature, top_k, top_p, generator)
-            in_prompt = t < lengths
-            new = ~in_prompt & ~done
-            text[:, t] = torch.where(in_prompt, text[:, t], token)
-            done = done | new & ((t + 1 >= lengths + max_new_tokens) | torch.isin(token, stops))
-            yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
-            if done.all():
-                return
-            if not model.recurrent and state.length == state.max_len:   # full: continue from its later half
-                state = model.init_state(len(prompts), window)
-                hidden, state = model(text[:, t + 1 - max(1, window // 2):t + 1], state)
-            else:
-                hidden, state = model(text[:, t:t + 1], state)
+        if repetition_penalty != 1:
+            logits = penalize(logits, text[:, :t], repetition_penalty)
+        logits.index_fill_(1, suppressed, float("-inf"))
+        token, log_prob = sample_token(logits, temperature, top_k, top_p, generator)
+        in_prompt = t < lengths
+        new = ~in_prompt & ~done
+        text[:, t] = torch.where(in_prompt, text[:, t], token)
+        done = done | new & ((t + 1 >= lengths + max_new_tokens) | torch.isin(token, stops))
+        yield token.masked_fill(~new, -1), log_prob.masked_fill(~new, 0.0), done
+        if done.all():
+            return
+        unread = text[:, t:t + 1]
+        if not model.recurrent and state.length == state.max_len:       # full: continue from its later half
+            state, unread = model.init_state(len(prompts), window), text[:, t + 1 - max(1, window // 2):t + 1]
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):

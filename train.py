@@ -7,40 +7,52 @@
     torchrun --nproc-per-node 2 --standalone -- train.py     # several processes split the rows of a batch
 
 A language model factors the probability of a text into that of each token after all before it, p(w_1..w_n) =
-prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token; perplexity is
-e^L, the number of tokens among which a guess would be equally hard.
+prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token. Perplexity is
+e^L: the number of equally likely tokens among which a guess would be as hard.
 
-What a step sees. A recurrent model reads batch_size places of the text side by side, step after step from
-where it stopped: the state is carried on, its history is cut (truncated back-propagation through time,
-Williams & Peng 1990), so gradients reach block_size tokens back and memory further. The Transformer has no
-state and reads windows of block_size tokens in random order.
+A training, without what surrounds it (`train` is the same loop with its log and its checkpoints):
 
-What a step does, with g the gradient, scaled down to a norm of at most --grad-clip (Pascanu et al. 2013), and
-AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) on float32 weights (matmuls in bfloat16 where the hardware
-has them):
+    for step in range(steps):
+        x, y = batches.batch(step)                           # [B, T] each; y is x one token later
+        loss, state = model(x, state, targets=y)             # forward
+        loss.backward()                                      # backward
+        state = map_state(torch.Tensor.detach, state)        # values stay, gradients stop
+        set_lr(optimizer, get_lr(step, steps, lr, warmup_steps))
+        clip_grad_norm(model.parameters(), grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+What a step reads. A recurrent model reads batch_size places of the text side by side, and each step continues
+where the last one stopped. The state is carried from step to step, but its history is cut (truncated
+back-propagation through time, Williams & Peng 1990): gradients reach block_size tokens back, the memory
+reaches further. The Transformer has no state and reads windows of block_size tokens in random order.
+
+What a step changes. With g the gradient, scaled down to a norm of at most --grad-clip (Pascanu et al. 2013),
+AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) updates float32 weights:
 
     m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2        w <- (1 - lr wd) w - lr m' / (sqrt(v') + eps)
 
-where m' = m / (1 - b1^t) and v' likewise, and wd is 0 for biases and norms. lr rises linearly to its peak,
-then falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
+where m' = m / (1 - b1^t), v' = v / (1 - b2^t), b1 = 0.9, b2 = 0.99, and wd is 0 for biases and norms. lr
+rises linearly to its peak, then falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
 
-Where each is:
+Where to find it:
     L                                   the models' forward (rnn.softmax_loss); perplexity, token_losses
-    what a step sees                    data.ContiguousBatches, data.WindowBatches; map_state, begin_texts
+    what a step reads                   data.ContiguousBatches, data.WindowBatches; map_state, begin_texts
     g scaled down, m, v, w              clip_grad_norm, configure_optimizer
     lr                                  get_lr, set_lr
-    a whole training                    pretrain, stages 4 and 8; train, stages 5 to 7
+    a complete training                 main, stages 1 to 3; pretrain, 4 and 8; train, 5 to 7
     its folder                          Run
 
 A run is a folder: last.pt (all that is needed to resume), best.pt (the weights with the lowest validation
 loss), log.csv (a row for every log step and evaluation), result.json (the final figures).
 """
+import contextlib
 import csv
+import json
 import math
 import os
-import platform
 import random
-import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -54,15 +66,13 @@ import torch
 import torch.distributed as dist
 
 import data
-from data import RANK, WORLD, UserError, option, prepend_eos, save_json, write_atomically
-from lstm import compile_c
-from rnn import CPU
-from sample import (MODELS, autocast, build_model, count_parameters, dtype_name, generate, keep_memory,
-                    kind_of, pick_device, pick_dtype, read_checkpoint, tokenizer_from)
-from transformer import DecoderLayer, FastDecoderLayer
+from data import RANK, WORLD, UserError, option, prepend_eos, read_json, save_json, write_atomically
+from fast.layer import runs_textbook, speed_up
+from fast.products import compile_c, keep_memory, processor_name
+from sample import (MODELS, autocast, build_model, count_parameters, device_of, dtype_name, generate, kind_of,
+                    pick_device, pick_dtype, read_checkpoint, tokenizer_from)
 
-# Defaults by model: for the embedded languages, then what real text (the corpora, your own file) changes,
-# then what its characters change (10 epochs of Shakespeare: 15 minutes on two cores).
+# defaults by model, for the embedded languages
 DEFAULTS = {
     "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, weight_decay=0.01, epochs=3.0),
     "lstm": dict(n_embd=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, weight_decay=0.01,
@@ -70,6 +80,7 @@ DEFAULTS = {
     "transformer": dict(n_embd=128, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3,
                         weight_decay=0.01, epochs=2.0),
 }
+# real text (a corpus, or your own file) replaces these of them
 REAL_TEXT = {
     "rnn": dict(n_embd=512, n_layer=1, batch_size=32, block_size=35, lr=3e-3, dropout=0.3,
                 dropout_input=0.2, dropout_embed=0.05, weight_decay=0.1, epochs=10.0),
@@ -78,21 +89,25 @@ REAL_TEXT = {
     "transformer": dict(n_embd=128, n_layer=6, n_head=4, batch_size=16, block_size=64, lr=5e-3,
                         dropout=0.1, weight_decay=0.6, epochs=10.0),
 }
+# characters of real text replace these of both (10 epochs of Shakespeare: 15 minutes on two cores)
 CHARACTERS = {"transformer": dict(n_embd=192, n_head=6, block_size=128, lr=3e-3, weight_decay=0.1)}
 
 
 @dataclass
 class RunOptions:
-    """The options that all scripts have in which something is trained."""
+    """The options of every training, whichever script it belongs to."""
     run: str = option(None, "folder of the run (default: in runs/, named after what is trained on what)",
                       group="the run")
-    resume: bool = option(False, "resume the run in --run, as it was started")
+    resume: bool = option(False, "resume the run in --run, with the options that it was started with")
+    steps: int = option(None, "optimizer steps, instead of --epochs")
+    lr: float = option(None, "highest learning rate")
+    warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
     grad_clip: float = option(1.0, "largest gradient norm")
-    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run; ppo.py: "
-                                        "a 10th, at least 5)")
+    log_every: int = option(50, "steps between rows of log.csv")
+    eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)")
     seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of matmuls, weights are float32; auto: bfloat16 where the hardware has it",
+    dtype: str = option("auto", "of matmuls; weights are float32. auto: bfloat16 where the hardware has it",
                         choices=["auto", "float32", "bfloat16"])
 
 
@@ -107,11 +122,9 @@ class Config(RunOptions):
     also: list[str] = option([], "other corpora to log the perplexity of")
     search: int = option(None, "try N random configurations within --minutes; what you type is held fixed")
     epochs: float = option(None, "passes over the training text")
-    steps: int = option(None, "optimizer steps, instead of --epochs")
-    minutes: float = option(None, "instead: plan as many steps as fit, after the first 20")
+    minutes: float = option(None, "as many steps as fit into this time, instead of --epochs")
     warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
-    compile: bool = option(False, "torch.compile the Transformer's layers, on a GPU (a CPU has kernels)")
-    log_every: int = option(50, "steps between rows of log.csv")
+    compile: bool = option(False, "torch.compile the Transformer's layers, instead of the kernels of fast/")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory (Transformer only)")
     batch_size: int = option(None, "rows of a batch", group="by model and corpus (the defaults are below)")
@@ -121,7 +134,7 @@ class Config(RunOptions):
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "width")
     n_hidden: int = option(None, "width of lower recurrent layers (n_embd), or of the MLP (3 n_embd)")
-    dropout: float = option(None, "after the last recurrent layer, or half a layer", at_least=0, below=1)
+    dropout: float = option(None, "after the last recurrent layer, or attention and MLP", at_least=0, below=1)
     dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1)
     dropout_input: float = option(None, "on the embedded input", at_least=0, below=1)
     dropout_embed: float = option(None, "of words of the vocabulary", at_least=0, below=1)
@@ -131,8 +144,8 @@ class Config(RunOptions):
 # ---------------------------------------------------------------------------------------- the parts of a step
 
 def step_seed(seed, step, rank=0):
-    """The number that a step begins its random draws with: no random state is ever saved, and a resumed run
-    draws what an uninterrupted one would have drawn. 32 bits, because a CPU's generator keeps no more."""
+    """The seed of a step's random draws. No random state is ever saved, and a resumed run draws what an
+    uninterrupted one would have drawn. 32 bits, because a CPU's generator keeps no more."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
@@ -150,16 +163,17 @@ def set_lr(optimizer, lr):
 
 
 def configure_optimizer(model, lr, weight_decay):
-    """AdamW; weight decay on matrices only, not on biases and norms."""
+    """AdamW with weight decay on matrices only, not on biases and norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    fused = device_of(model).type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=fused)
 
 
 def map_state(f, *states):
-    """f of each tensor of a recurrent state, or of those in the same place of several; None of none."""
+    """Apply f to each tensor of a recurrent state, or to the tensors in the same place of several states. The
+    state None stays None."""
     if states[0] is None:
         return None
     if isinstance(states[0], torch.Tensor):
@@ -168,122 +182,127 @@ def map_state(f, *states):
 
 
 def begin_texts(state, x, eos, seed, step):
-    """Half of the rows of x [B, T] that start with <eos> start from a zero state, as texts do in sample.py
-    and eval.py. Drawn for the rows of all processes together."""
+    """A row of x [B, T] that starts with <eos> gets a zero state with probability 1/2, because generation and
+    evaluation start a text from a zero state, too."""
     drawn = torch.from_numpy(np.random.default_rng((seed, step)).random(len(x)) < 0.5)
-    keep = (x[:, 0] != eos) | ~drawn                                        # [B]
-    return map_state(lambda s: s * own_rows(keep, s.device)[:, None], state)
+    keep = ~own_rows((x[:, 0] == eos) & drawn)                              # [B]
+    return map_state(lambda s: s * keep.to(s.device)[:, None], state)
 
 
 def clip_grad_norm(parameters, limit):
     """Scale the gradients so that their common norm is at most limit; -> the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()    # full: of a sharded model
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()    # of all shards
 
 
 # ----------------------------------------------------------------------------------------------- the training
 
-# tokens of a split that are read at most (IMDB's has 7 million)
-WHILE_TRAINING, AT_THE_END = 100_000, 300_000
-EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one piece
+def train(config, model, tokenizer, batches, evaluate, warmup_steps, checkpoint=None, prompt=()):
+    """Train a model into the folder config.run; -> its Run.
 
-
-def train(config, model, tokenizer, batches, evaluation, steps, device, dtype, checkpoint=None, prompt=(),
-          warmup_steps=0, **kept):
-    """Train a model, into the folder config.run; -> its Run. evaluation(): figures for log.csv; its
-    "val_loss" decides which weights are the best. steps: inf where --minutes plans them. checkpoint: of the
-    run that is resumed; the model has its weights. prompt: what a language model continues at evaluations.
-    kept: what else checkpoints hold."""
-    # with one process, own_rows(x) is x.to(device), everyone(x) is [x], and RANK is 0
+    batches.batch(step) -> (x, y), the inputs and targets of a step. evaluate() -> {column: figure} for
+    log.csv; the weights with the lowest "val_loss" become best.pt. checkpoint: of a run that resumes, whose
+    weights the model has already. prompt: ids that the model continues at every evaluation, to be looked at.
+    """
+    device = device_of(model)
 
     # 5 optimizer
     optimizer = configure_optimizer(model, config.lr, config.weight_decay)
+    ddp_model = data_parallel(model)                        # the model itself, where there is one process
 
     # 6 resume
-    state = None                                             # of a recurrent model, carried from step to step
+    run = Run(config, batches, checkpoint)
+    state = None                                            # of a recurrent model, carried from step to step
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
-        state = map_state(lambda rows: own_rows(rows, device), checkpoint["state"])
-    sharded = hasattr(next(model.parameters()), "full_tensor")      # finetune.py --shard
-    ddp_model = model if WORLD == 1 or sharded else torch.nn.parallel.DistributedDataParallel(model)
+        state = map_state(lambda rows: own_rows(rows).to(device), checkpoint["state"])
+        checkpoint.clear()                                  # its memory is needed
+    data.live(f"{kind_of(model)} on {config.data}: {count_parameters(model):,} parameters, "
+              f"{batches.train_tokens:,} training tokens, {how_computed(model)}, {config.run}", "\n")
 
     # 7 loop
     model.train()
-    with Run(config, steps, batches, checkpoint) as run:
-        if checkpoint:
-            checkpoint.clear()                                      # its memory is needed
-        while True:
-            # evaluate, log, save
-            if run.steps == math.inf and run.step == MEASURED:
-                run.plan()
-            if run.due(run.eval_every):
-                scores = everyone(evaluation() if RANK == 0 or sharded else None)[0]
-                run.check_finite(validation_loss=scores["val_loss"])
-                row = run.log(**scores)
-                if run.step:
-                    better = run.save(model, tokenizer, optimizer, state, scores["val_loss"], **kept)
-                    shown = [f"{name} {value:.2f}" for name, value in scores.items() if name != "val_loss"]
-                    data.live(f"{run}  loss {row['train_loss']:.3f}  {'  '.join(shown)}{' *' * better}", "\n")
-                    if config.sample and RANK == 0 and not sharded:
-                        data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
-            elif run.due(config.log_every):
-                run.log()
-            if run.stopping:                        # without an evaluation: nothing differs after a resume
-                run.leave(model, tokenizer, optimizer, state, **kept)
-            if run.step == run.steps:
-                break
-
-            # one step
+    with run:                                               # Ctrl-C asks for a stop: Run.request_stop
+        if not run.rows:
+            run.log(**evaluate_once(evaluate, model))       # row 0: the model before the first step
+        while run.step < run.steps:
             started = time.perf_counter()
-            torch.manual_seed(step_seed(config.seed, run.step, RANK))       # of dropout
-            lr = get_lr(run.step, run.steps, config.lr, warmup_steps)
-            set_lr(optimizer, lr)
-            if not model.recurrent or batches.is_epoch_start(run.step):
-                state = None                                    # a recurrent state is carried within an epoch
+
+            # one batch
             x, y = batches.batch(run.step)                          # [B, T] each, y one token later
+            if not model.recurrent or batches.is_epoch_start(run.step):
+                state = None            # a Transformer has none; others carry it to the end of an epoch
             if state is not None:
                 state = begin_texts(state, x, tokenizer.eos, config.seed, run.step)
-            x, y, loss = own_rows(x, device), own_rows(y, device), 0.0
+            x, y = own_rows(x).to(device), own_rows(y).to(device)   # all rows, where there is one process
+
+            # forward and backward, in micro-batches (of a Transformer; a recurrent batch is one)
+            torch.manual_seed(step_seed(config.seed, run.step, RANK))           # of dropout
+            loss = 0.0
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
-                with autocast(device, dtype):
-                    part, state = ddp_model(x_part, state, targets=y_part)  # mean nats per token
+                with autocast(model):
+                    part, state = ddp_model(x_part, state, targets=y_part)      # mean nats per token
                 part = part / config.accumulate
                 part.backward()
                 loss += part.item()
-            state = map_state(torch.Tensor.detach, state)       # truncated BPTT: values stay, gradients stop
+            state = map_state(torch.Tensor.detach, state)   # truncated BPTT: values stay, gradients stop
+
+            # update
+            lr = get_lr(run.step, run.steps, config.lr, warmup_steps)
+            set_lr(optimizer, lr)
             grad_norm = clip_grad_norm(model.parameters(), config.grad_clip)
             run.check_finite(loss=loss, gradient_norm=grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.add(time.perf_counter() - started, loss, lr=lr, grad_norm=grad_norm)
+            run.step_done(time.perf_counter() - started, loss)
+            run.plan_minutes()                              # of --minutes only: how many steps fit
             data.live(f"{run}  loss {loss:.3f}  {run.tokens_per_second:,.0f} tokens/s")
+
+            # evaluate, log, save
+            if run.step % run.eval_every == 0 or run.step == run.steps:
+                scores = evaluate_once(evaluate, model)
+                run.check_finite(validation_loss=scores["val_loss"])
+                row = run.log(lr=lr, grad_norm=grad_norm, **scores)
+                better = run.save(model, tokenizer, optimizer, state, scores["val_loss"])
+                figures = "".join(f"  {name} {scores[name]:.2f}" for name in scores if name != "val_loss")
+                data.live(f"{run}  loss {row['train_loss']:.3f}{figures}{' *' if better else ''}", "\n")
+                if prompt and RANK == 0:
+                    data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
+            elif run.step % config.log_every == 0:
+                run.log(lr=lr, grad_norm=grad_norm)
+            if run.stop_requested:
+                run.leave(model, tokenizer, optimizer, state)       # saves, and ends the process
     return run
 
 
-def pretrain(config, corpora, device, dtype, checkpoint=None):
+# how many tokens of a split an evaluation reads, while training and at the end (IMDB's has 7 million)
+WHILE_TRAINING, AT_THE_END = 100_000, 300_000
+EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one piece
+
+
+def pretrain(config, corpora, checkpoint=None):
     """Train a model from random weights, into the folder config.run; -> what its result.json holds.
     corpora["valid"] is the corpus (without a test split in a trial of a search), the others are --also."""
     # 4 model
-    corpus, tokenizer = corpora["valid"], corpora["valid"].tokenizer
+    corpus, tokenizer, device = corpora["valid"], corpora["valid"].tokenizer, pick_device(config.device)
     torch.manual_seed(config.seed)
-    sizes = model_config(config, tokenizer.vocab_size)
-    model = build_model(config.model, sizes, checkpoint and checkpoint["model"]).to(device)
+    model = build_model(config.model, model_config(config, tokenizer.vocab_size)).to(device)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    model.product_dtype = pick_dtype(config.dtype, device)
     if config.compile:
-        compile_layers(model, device)
+        compile_layers(model)
+    else:
+        speed_up(model)
     check_rows(config, model)
     batches = data.batches_of(model, corpus.ids["train"], config.batch_size, config.block_size, config.seed)
     texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
-    steps = config.steps or math.inf
-    if config.epochs:
-        steps = max(1, round(config.epochs * batches.steps_per_epoch))
 
     # 5 to 7
-    data.live(f"{config.model} on {config.data}: {count_parameters(model):,} parameters, "
-              f"{len(corpus.ids['train']):,} training tokens, {device.type} {dtype_name(dtype)}"
-              f"{f' x {WORLD}' if WORLD > 1 else ''}{how_computed(device)}, {config.run}", "\n")
-    prompt = texts["valid"][:min(9, config.block_size)].tolist()            # for the sample lines
-    run = train(config, model, tokenizer, batches, lambda: evaluate(model, texts, dtype), steps, device,
-                dtype, checkpoint, prompt, config.warmup_steps, fingerprint=corpus.fingerprint())
+    prompt = texts["valid"][:min(9, config.block_size)].tolist() if config.sample else ()
+    with claim_folder(config):
+        run = train(config, model, tokenizer, batches, lambda: evaluate(model, texts), config.warmup_steps,
+                    checkpoint, prompt)
     if RANK:
         return None
 
@@ -292,44 +311,46 @@ def pretrain(config, corpora, device, dtype, checkpoint=None):
               "tokens_per_second": run.tokens_per_second}
     if not config.search:
         model.load_state_dict(read_checkpoint(run.folder / "best.pt")["model"])
-        result |= final_figures(model, corpus, dtype)
-    result |= run.result(model, device, dtype)
+        result |= final_figures(model, corpus)
+    result |= run.result(model)
     save_json(run.folder / "result.json", result)                   # last: it says that the run is complete
     return result
 
 
-def final_figures(model, corpus, dtype):
+def final_figures(model, corpus):
     """Perplexity on the validation and test splits, up to AT_THE_END tokens of each; the floor; the share of
     <unk>. None for a test split that the corpus does not have."""
     out = {"test_ppl": None, "floor_ppl": corpus.floor.get("test"), "test_tokens": None}
     for split in [split for split in corpus.ids if split != "train"]:
         ids = prepend_eos(corpus.tokenizer, corpus.ids[split][:AT_THE_END])
-        scores = perplexity(model, ids, 1 if len(ids) <= EXACT else 16, dtype=dtype)
+        scores = perplexity(model, ids, 1 if len(ids) <= EXACT else 16)
         name = "val" if split == "valid" else split
         out |= {f"{name}_ppl": scores["ppl"], f"{name}_tokens": scores["tokens"],
                 f"{name}_unknown": unknown_share(corpus.tokenizer, ids[1:])}
     return out
 
 
-def how_computed(device):
-    """What makes a CPU's speed: its threads, and whether a compiler was there for csrc/."""
+def how_computed(model):
+    """What decides a training's speed: device, dtype, processes; on a CPU its threads and its kernels."""
+    device = device_of(model)
+    text = f"{device.type} {dtype_name(model.product_dtype)}" + (f" x {WORLD}" if WORLD > 1 else "")
     if device.type != "cpu":
-        return ""
+        return text
     threads, cores = torch.get_num_threads(), os.cpu_count()
-    return (f", {threads} threads{f' on {cores} cores: slow' * (threads > cores)}"
-            f"{', no C compiler (cc, or $CC): slow' * (compile_c('decode', '-DBF16') is None)}")
+    text += f", {threads} threads" + (f" on {cores} cores: slow" if threads > cores else "")
+    if compile_c("decode", "-DBF16") is None:
+        return text + ", no C compiler (cc, or $CC): slow"
+    return text + (", textbook layers without kernels" if runs_textbook(model) else "")
 
 
-def compile_layers(model, device):
-    """torch.compile in place of the kernels. UserError where it does not work."""
+def compile_layers(model):
+    """torch.compile a Transformer's layers. UserError where that does not work."""
     try:
-        torch.compile(torch.neg)(torch.ones(2, device=device))
+        torch.compile(torch.neg)(torch.ones(2, device=device_of(model)))
     except Exception as e:                                          # no compiler, no Triton, ...: many types
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--compile does not work here: {reason}. Leave it out") from e
     for layer in model.layers:
-        if type(layer) is FastDecoderLayer:
-            layer.__class__ = DecoderLayer
         layer.compile()
 
 
@@ -339,75 +360,88 @@ OVERLAP, LONGEST_WINDOW = 256, 4096                 # tokens
 
 
 @torch.no_grad()
-def token_losses(model, ids, pieces=1, window=None, stride=None, dtype=None):
-    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout; ids[0] is context only.
-
-    A recurrent model reads the text from start to end, or, faster, in `pieces` side by side. Each piece but
-    the first begins with the state after the first OVERLAP tokens of the text and reads the OVERLAP tokens
-    before its own, which do not count: from zeros in mid-text a network may settle among states that it never
-    meets. The Transformer reads windows of `window` tokens that advance by `stride`; only a window's last
-    `stride` predictions count (all of the first window's).
-    """
-    device = next(model.parameters()).device
+def token_losses(model, ids, pieces=1, window=None, stride=None):
+    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout; ids[0] is context only. A
+    recurrent model reads the text in `pieces` side by side, the Transformer in windows of `window` tokens
+    that advance by `stride`: see the next two functions."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     n = len(ids) - 1
     if n < 1:
         raise ValueError("at least one token is needed after the first")
-    was_training, losses = model.training, []
+    ids, was_training = ids.to(device_of(model)), model.training
     model.eval()
-    with autocast(device, dtype):
+    with autocast(model):
         if model.recurrent:
-            before = min(OVERLAP, n // pieces) if pieces > 1 else 0
-            length = -(-(n - before) // pieces)
-            padded = torch.full((2, before + pieces * length), -1)
-            padded[:, :n] = torch.stack((ids[:-1], ids[1:]))
-            inputs, targets = padded.unfold(1, before + length, length)     # [pieces, before + length] each
-            state = model.init_state(pieces)
-            if before:              # the first piece starts from zeros, the others from the beginning's state
-                beginning = model(inputs[:1, :before].to(device))[1]
-                states = model.init_state(1), *[beginning] * (pieces - 1)
-                state = map_state(lambda *rows: torch.cat(rows), *states)
-            for x, y in zip(inputs.clamp(min=0).split(256, 1), targets.split(256, 1)):
-                nll, state = model(x.to(device), state, targets=y.to(device), reduction="none")
-                losses.append(nll.cpu())
-                data.live(f"evaluated {len(losses) * 256 * pieces:,} of {n:,} tokens")
-            counted = targets >= 0                                              # not what fills the last row
-            counted[1:, :before] = False
-            losses = [torch.cat(losses, 1)[counted]]
+            losses = recurrent_nll(model, ids, pieces)
         else:
             window = min(window or min(model.config.block_size, LONGEST_WINDOW), n)
-            stride = min(stride or max(1, window // 2), window)
-            ends = torch.tensor([*range(window, n, stride), n])                # of the windows' targets
-            new = ends.diff(prepend=torch.zeros(1, dtype=torch.long))           # what no earlier one predicts
-            for end, n_new in zip(ends.split(32), new.split(32)):
-                at = end[:, None] - window + torch.arange(window)             # [32, window]
-                y = ids[at + 1].masked_fill(at < (end - n_new)[:, None], -1)
-                nll = model(ids[at].to(device), targets=y.to(device), reduction="none")[0].cpu()
-                losses.append(nll[y >= 0])
-                data.live(f"evaluated {int(end[-1]):,} of {n:,} tokens")
+            losses = window_nll(model, ids, window, min(stride or max(1, window // 2), window))
     model.train(was_training)
     data.live("")
-    return torch.cat(losses).double()
+    return losses.cpu().double()
+
+
+def recurrent_nll(model, ids, pieces):
+    """-log p of each of ids[1:], float32, under a recurrent model that reads the text from start to end or,
+    faster, in equal pieces side by side. Each piece but the first starts from the state after the first
+    OVERLAP tokens of the text, and reads the OVERLAP tokens before its own, which do not count. (From a zero
+    state in mid-text, a network may settle in states that never occur when it reads from the start.)"""
+    n = len(ids) - 1
+    overlap = min(OVERLAP, n // pieces) if pieces > 1 else 0
+    length = math.ceil((n - overlap) / pieces)
+    padded = ids.new_full((2, overlap + pieces * length), -1)
+    padded[:, :n] = torch.stack((ids[:-1], ids[1:]))
+    inputs, targets = padded.unfold(1, overlap + length, length)            # [pieces, overlap + length] each
+    state = model.init_state(pieces)
+    if overlap:
+        _, beginning = model(inputs[:1, :overlap])
+        states = model.init_state(1), *[beginning] * (pieces - 1)
+        state = map_state(lambda *rows: torch.cat(rows), *states)
+    losses = []
+    for x, y in zip(inputs.clamp(min=0).split(256, 1), targets.split(256, 1)):      # 256 time steps a call
+        nll, state = model(x, state, targets=y, reduction="none")
+        losses.append(nll)
+        data.live(f"evaluated {len(losses) * 256 * pieces:,} of {n:,} tokens")
+    counted = targets >= 0                                                  # the last piece may be filled up
+    counted[1:, :overlap] = False
+    return torch.cat(losses, 1)[counted]
+
+
+def window_nll(model, ids, window, stride):
+    """-log p of each of ids[1:], float32, under a Transformer that reads windows which advance by `stride`.
+    Of each window only those predictions count that no earlier window has made. window <= len(ids) - 1.
+    Example: 10 predictions, window 4, stride 2. Windows end at 4, 6, 8, 10 and count 4, 2, 2, 2 of them."""
+    n = len(ids) - 1
+    ends = [*range(window, n, stride), n]                           # a window's last target is ids[end]
+    windows = list(zip([0, *ends], ends))                           # (end of the window before, end)
+    losses = []
+    for k in range(0, len(windows), 32):
+        group = windows[k:k + 32]
+        x = torch.stack([ids[end - window:end] for _, end in group])                    # [32, window]
+        y = torch.stack([ids[end - window + 1:end + 1] for _, end in group])            # one token later
+        nll, _ = model(x, targets=y, reduction="none")
+        losses += [row[window - (end - before):] for row, (before, end) in zip(nll, group)]
+        data.live(f"evaluated {group[-1][1]:,} of {n:,} tokens")
+    return torch.cat(losses)
 
 
 def perplexity_of(nats):
-    """e^nats; what is too large for a number stays one."""
+    """e^nats, limited to what a float can hold."""
     return math.exp(min(nats, 700))
 
 
-def perplexity(model, ids, pieces=1, window=None, stride=None, dtype=None):
+def perplexity(model, ids, pieces=1, window=None, stride=None):
     """The mean of token_losses: -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}."""
-    losses = token_losses(model, ids, pieces, window, stride, dtype)
+    losses = token_losses(model, ids, pieces, window, stride)
     nll = losses.mean().item()
     return {"nll": nll, "ppl": perplexity_of(nll), "tokens": len(losses)}
 
 
-def evaluate(model, texts, dtype):
+def evaluate(model, texts):
     """Figures on texts {name: ids}, for log.csv. Recurrent models read up to 16 pieces side by side."""
-    scores = {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000)), dtype=dtype)
-              for name, ids in texts.items()}
+    scores = {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000))) for name, ids in texts.items()}
     valid = scores.pop("valid")
-    others = {f"ppl_{name}": each["ppl"] for name, each in scores.items()}
+    others = {f"ppl_{name}": score["ppl"] for name, score in scores.items()}
     return {"val_loss": valid["nll"], "val_ppl": valid["ppl"]} | others
 
 
@@ -426,7 +460,7 @@ def unknown_share(tokenizer, ids):
 
 
 def warn_of_unknown(share, what):
-    """Say what flatters a perplexity."""
+    """Warn where many words are <unk>, which flatters a perplexity."""
     if share > 0.05:
         data.live(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity: "
                   "train with --tokenizer char or gpt2", "\n")
@@ -434,171 +468,243 @@ def warn_of_unknown(share, what):
 
 # ----------------------------------------------------------------------------------- a training in its folder
 
+VERSION = 2                         # of checkpoints; last.pt of another version is not resumed
 MEASURED, WARMING_UP = 20, 5        # --minutes plans after 20 steps, by their speed without the first 5
 
 
 class NotFinite(UserError):
-    """The loss or the gradient has left the finite numbers."""
+    """The loss or the gradient is infinite or not a number."""
+
+
+@contextlib.contextmanager
+def claim_folder(config):
+    """Keep config.run for one training: a new one creates log.csv exclusively, so that a second training of
+    the folder is refused. If the training ends before its first checkpoint, log.csv is deleted again."""
+    log, refusal = Path(config.run, "log.csv"), None
+    if RANK == 0 and not config.resume:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            open(log, "x").close()
+        except FileExistsError:
+            refusal = (f"{config.run} belongs to a training that is running, or that died before its first "
+                       f"checkpoint. If it died, delete {log}; else choose another folder with --run")
+    if refusal := all_gather(refusal)[0]:
+        raise UserError(refusal)
+    try:
+        yield
+    except BaseException:
+        if RANK == 0 and not log.with_name("last.pt").exists():
+            log.unlink(missing_ok=True)
+        raise
 
 
 class Run:
     """A training in its folder: how far it is, its clock, log.csv, last.pt and best.pt. Of several processes,
     the first one writes. Row k of log.csv shows the state after k steps: its lr and grad_norm are those of
-    step k - 1. Ctrl-C, or a polite kill, sets `stopping`, which the loop reads between two steps; a second
-    one does not wait."""
-    KEPT = ("step", "steps", "evaluations", "seconds", "step_seconds", "warming_up", "best", "best_step",
-            "rows", "logged", "losses", "metrics")
+    the k-th step. `with run:` turns Ctrl-C, or a polite kill, into stop_requested."""
 
-    def __init__(self, config, steps, batches=None, checkpoint=None, evaluations=20):
-        self.config, self.folder, self.batches = config, Path(config.run), batches
-        self.steps, self.evaluations = steps, evaluations           # steps inf: not planned yet
-        self.step, self.seconds = 0, 0.0
-        self.step_seconds, self.warming_up = 0.0, 0.0               # of all training steps; of the first ones
-        self.best, self.best_step = math.inf, -1                    # the lowest validation loss so far
-        self.rows, self.logged = [], -1                             # of log.csv; the step of the last one
-        self.losses, self.metrics = [], {}                          # since the last row; of the last step
-        self.signalled = self.stopping = False                      # this process; all of several, together
+    def __init__(self, config, batches=None, checkpoint=None):
+        self.config, self.batches, self.folder = config, batches, Path(config.run)
+        self.step = 0                                           # steps done
+        self.seconds = 0.0                                      # on the clock
+        self.step_seconds = 0.0                                 # on the clock, in all training steps
+        self.warmup_seconds = 0.0                               # in the first WARMING_UP steps
+        self.eval_seconds = 0.0                                 # in the last evaluation
+        self.best, self.best_step = math.inf, -1                # the lowest validation loss, and its step
+        self.rows, self.losses = [], []                         # of log.csv; losses since the last row
+        self.log_is_written, self.saved_step, self.stop_requested = True, None, False
+        self.plan(self.planned_steps())
         if checkpoint:
-            vars(self).update(checkpoint["run"])
-            if checkpoint.get("extended"):
-                self.extend(steps)
-            if not (self.folder / "best.pt").exists():
-                self.best = math.inf                                # the next evaluation is the best so far
-            write_csv(self.folder / "log.csv", self.rows)
+            self.resume(checkpoint)
+        self.row_step, self.row_step_seconds = self.step, self.step_seconds     # at the last row
         self.started = time.perf_counter() - self.seconds
 
-    def extend(self, steps):
-        """Plan more steps for a run that resumes."""
-        if steps == math.inf and self.steps < math.inf:             # --minutes, at the speed so far
-            steps = int(60 * self.config.minutes / self.seconds * self.step)
-        if steps <= self.steps < math.inf:
-            raise UserError(f"{self.folder} was planned for {self.steps} steps; to extend it, give more than "
-                            f"these ({steps} is what you gave)")
-        data.live(f"from {self.steps} to {steps} steps, and the learning rate's schedule with it", "\n")
-        self.steps = steps
-        (self.folder / "result.json").unlink(missing_ok=True)       # the run is not complete any more
+    def planned_steps(self):
+        """The length of the run by its options; inf for --minutes, which need the speed of some steps."""
+        if self.config.steps:
+            return self.config.steps
+        if getattr(self.config, "minutes", None):
+            return math.inf
+        return max(1, round(self.config.epochs * self.batches.steps_per_epoch))
 
-    def plan(self):
-        """--minutes as a number of steps: as many as fit beside the evaluations (2 to 20, a tenth of the
-        time; the final figures on the test split come on top)."""
-        step, every = (self.step_seconds - self.warming_up) / (MEASURED - WARMING_UP), self.config.eval_every
-        left, evaluating = 0.98 * 60 * self.config.minutes - self.seconds, self.rows[0]["seconds"]
-        evaluations = max(2, min(20, int(0.1 * left / evaluating)))
-        steps = left / (step + evaluating / every) if every else (left - evaluations * evaluating) / step
-        self.steps, self.evaluations = everyone((self.step + max(1, int(steps)), evaluations))[0]
-        data.live(f"{self.config.minutes:g} minutes are {self.steps} steps, "
-                  f"{self.steps / self.batches.steps_per_epoch:.1f} epochs", "\n")
+    def plan(self, steps, evaluations=20):
+        """Set the number of steps, and the steps between evaluations (inf: none before there is a plan)."""
+        self.steps = steps
+        self.eval_every = self.config.eval_every or (math.inf if steps == math.inf else
+                                                     math.ceil(steps / evaluations))
+
+    def resume(self, checkpoint):
+        """Continue where last.pt was written. UserError for another text or a shorter length."""
+        saved, asked = checkpoint["run"], self.steps
+        if self.batches and saved["train_tokens"] != self.batches.train_tokens:
+            raise UserError(f"{self.config.data} is no longer the text that the run in {self.folder} was "
+                            f"started with: it has {self.batches.train_tokens:,} training tokens, and had "
+                            f"{saved['train_tokens']:,}. Restore it, or start a new run with --run")
+        self.step, self.steps = checkpoint["step"], saved["steps"]
+        self.eval_every = self.config.eval_every or saved["eval_every"]
+        self.seconds, self.step_seconds = saved["seconds"], saved["step_seconds"]
+        self.warmup_seconds, self.eval_seconds = saved["warmup_seconds"], saved["eval_seconds"]
+        self.best, self.best_step = saved["best"], saved["best_step"]
+        self.rows, self.losses = saved["rows"], saved["losses"]
+        now, then = asdict(self.config), checkpoint["options"]
+        if any(now.get(name) != then.get(name) for name in ("steps", "epochs", "minutes")):
+            planned = self.step if self.steps == math.inf else self.steps
+            if asked == math.inf and self.steps < math.inf:     # --minutes, at the speed so far
+                asked = int(60 * self.config.minutes / self.seconds * self.step)
+            if asked <= planned:
+                raise UserError(f"{self.folder} was planned for {planned} steps; to extend it, give more "
+                                f"than these ({asked} is what you gave)")
+            data.live(f"from {self.steps} to {asked} steps, and the learning rate's schedule with it", "\n")
+            self.plan(asked)
+        if not (self.folder / "best.pt").exists():
+            self.best = math.inf                                # the next evaluation is the best so far
+        if RANK == 0:
+            (self.folder / "result.json").unlink(missing_ok=True)       # the run is not complete any more
+        self.write_log(all_rows=True)
+
+    def plan_minutes(self):
+        """Turn --minutes into a number of steps, after the first MEASURED steps. Later, at a row of the log,
+        plan fewer steps if the machine has become so slow that the run would end 5 % late. All in seconds."""
+        if not getattr(self.config, "minutes", None) or self.step >= self.steps:
+            return
+        time_left = 60 * self.config.minutes - self.seconds
+        if self.step == MEASURED and self.steps == math.inf:
+            a_step = (self.step_seconds - self.warmup_seconds) / (MEASURED - WARMING_UP)
+            time_left -= 0.02 * 60 * self.config.minutes
+            evaluations = max(2, min(20, int(0.1 * time_left / self.eval_seconds)))     # a tenth of the time
+            if self.config.eval_every:
+                steps = time_left / (a_step + self.eval_seconds / self.config.eval_every)
+            else:
+                steps = (time_left - evaluations * self.eval_seconds) / a_step
+            self.plan(*all_gather((self.step + max(1, int(steps)), evaluations))[0])
+            data.live(f"{self.config.minutes:g} minutes are {self.steps} steps, "
+                      f"{self.steps / self.batches.steps_per_epoch:.1f} epochs", "\n")
+        elif self.step % self.config.log_every == 0 and self.steps < math.inf and self.step > self.row_step:
+            # a short pause is no reason: the faster one of the mean step since the last row and of all steps
+            since_row = (self.step_seconds - self.row_step_seconds) / (self.step - self.row_step)
+            a_step = min(since_row, self.step_seconds / self.step) + self.eval_seconds / self.eval_every
+            late = (self.steps - self.step) * a_step - time_left > 0.05 * 60 * self.config.minutes
+            fewer = self.step + max(1, int((time_left - self.eval_seconds) / a_step))
+            late, fewer = all_gather((late, fewer))[0]
+            if late and fewer < self.steps:
+                data.live(f"the machine has become slower: {fewer} steps instead of {self.steps} fit into "
+                          f"{self.config.minutes:g} minutes", "\n")
+                self.steps = fewer
 
     def __enter__(self):
+        """In one process, signals ask for a stop. (Several processes resume from their last evaluation.)"""
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():   # another one has no signals
-            for s in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-                if s and not (s.name == "SIGHUP" and signal.getsignal(s) is signal.SIG_IGN):        # nohup
-                    self.handlers[s] = signal.signal(s, self.request_stop)
-        return self
+        if WORLD == 1 and threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)            # Windows has no SIGHUP; nohup ignores it
+                if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                    self.handlers[number] = signal.signal(number, self.request_stop)
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def request_stop(self, *_):
-        if self.signalled:
+        """Stop when the present step is complete. A second signal ends the process at once."""
+        if self.stop_requested:
             raise KeyboardInterrupt
-        self.signalled, self.stopping = True, WORLD == 1
-        data.live("stopping when this step is complete and saved; Ctrl-C again does not wait", "\n")
+        if not self.rows:                                       # before the first step: nothing to save
+            data.live("stopped. Nothing was saved yet; the same command begins again", "\n")
+            raise SystemExit(130)
+        self.stop_requested = True
+        data.live("stopping when this step is complete and saved; Ctrl-C again stops at once", "\n")
 
-    def __exit__(self, kind, error, _):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-        if WORLD > 1 and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise UserError(f"at step {self.step} another process of this job was gone, or this one failed "
-                            f"({str(error).partition(chr(10))[0]}). {self.resume_hint()}") from error
-
-    def due(self, every):
-        """True every `every` steps and at the last one, once; not while stopping."""
-        now = self.step % every == 0 or self.step == self.steps
-        return now and self.step != self.logged and not self.stopping
-
-    def add(self, seconds, loss=None, **metrics):
-        """One more step is done, with this loss in this process."""
-        self.step, self.metrics = self.step + 1, metrics
+    def step_done(self, seconds, loss=None):
+        """Count a step. seconds: what it took; loss: in this process (PPO has none)."""
+        self.step += 1
         self.seconds = time.perf_counter() - self.started
         self.step_seconds += seconds
-        if self.step == WARMING_UP:
-            self.warming_up = self.step_seconds
-        losses, signals = zip(*everyone((loss, self.signalled)))
-        self.stopping = any(signals)
         if loss is not None:
-            self.losses.append(sum(losses) / WORLD)
-
-    @property
-    def eval_every(self):
-        """Steps between evaluations: inf, none but the first, until there is a plan."""
-        planned = -(-self.steps // self.evaluations) if self.steps < math.inf else math.inf
-        return self.config.eval_every or planned
+            self.losses.append(loss)
+        if self.step == WARMING_UP:
+            self.warmup_seconds = self.step_seconds
 
     @property
     def tokens_per_second(self):
         return self.step * self.batches.tokens / max(self.step_seconds, 1e-9)
 
-    def log(self, **scores):
-        """A row of log.csv, {column: value}, with the scores of an evaluation; -> the row."""
-        self.seconds, self.stopping = time.perf_counter() - self.started, any(everyone(self.signalled))
+    def log(self, **columns):
+        """Write a row of log.csv, with these columns beside those of the clock; -> the row."""
+        before, self.seconds = self.seconds, time.perf_counter() - self.started
+        if "val_loss" in columns:
+            self.eval_seconds = self.seconds - before
         row = {"step": self.step, "seconds": self.seconds}
         if self.batches:
             row |= {"epoch": self.step / self.batches.steps_per_epoch,
                     "tokens": self.step * self.batches.tokens, "tokens_per_second": self.tokens_per_second}
         if self.losses:
-            row["train_loss"] = sum(self.losses) / len(self.losses)
-        row |= self.metrics | scores
-        known = {name for row in self.rows for name in row}
+            means = [sum(losses) / WORLD for losses in zip(*all_gather(self.losses))]   # over the processes
+            row["train_loss"] = sum(means) / len(means)
+        row |= columns
+        has_new_column = bool(row.keys() - {name for earlier in self.rows for name in earlier})
         self.rows.append(row)
-        write_csv(self.folder / "log.csv", self.rows, appended=row.keys() <= known)
-        self.logged, self.losses = self.step, []
+        self.write_log(all_rows=has_new_column)
+        self.row_step, self.row_step_seconds, self.losses = self.step, self.step_seconds, []
         return row
 
-    def save(self, model, tokenizer, optimizer, state=None, loss=None, **more):
-        """last.pt; with a validation loss, best.pt, too, if it is the lowest so far. -> whether it is."""
-        better = loss is not None and loss < self.best
+    def write_log(self, all_rows):
+        """Write all rows of log.csv, or only the last one. If that fails, the next row tries again."""
+        try:
+            write_csv(self.folder / "log.csv", self.rows, appended=self.log_is_written and not all_rows)
+            self.log_is_written = True
+        except OSError as e:
+            self.log_is_written = False
+            data.live(f"log.csv cannot be written now ({e.strerror}): is it open elsewhere? The training "
+                      "continues, and writes all of it with the next row", "\n")
+
+    def save(self, model, tokenizer, optimizer, state=None, val_loss=None, **more):
+        """Write last.pt, and best.pt too if the validation loss is the lowest so far; -> whether it is. more:
+        what else the checkpoint keeps."""
+        better = val_loss is not None and val_loss < self.best
         if better:
-            self.best, self.best_step = loss, self.step
+            self.best, self.best_step = val_loss, self.step
         weights, moments = gather(model.state_dict()), gather(optimizer.state_dict())
-        state = map_state(lambda *rows: torch.cat(rows), *everyone(map_state(torch.Tensor.cpu, state)))
+        states = all_gather(map_state(torch.Tensor.cpu, state))         # the rows of each process
+        state = map_state(lambda *rows: torch.cat(rows), *states)
+        self.saved_step = self.step
         if RANK == 0:
             best = {"kind": kind_of(model), "config": asdict(model.config), "model": weights,
                     "tokenizer": tokenizer.state(), "step": self.step}
-            last = best | {"optimizer": moments, "state": state, "options": asdict(self.config),
-                           "run": {name: getattr(self, name) for name in self.KEPT}} | more
+            last = best | more | {
+                "version": VERSION, "script": self.config.script, "options": asdict(self.config),
+                "optimizer": moments, "state": state, "run": {
+                    "seconds": self.seconds, "steps": self.steps, "eval_every": self.eval_every,
+                    "step_seconds": self.step_seconds, "warmup_seconds": self.warmup_seconds,
+                    "eval_seconds": self.eval_seconds, "best": self.best, "best_step": self.best_step,
+                    "rows": self.rows, "losses": self.losses,
+                    "train_tokens": self.batches.train_tokens if self.batches else 0}}
             if better:
                 write_atomically(self.folder / "best.pt", lambda f: torch.save(best, f))
             write_atomically(self.folder / "last.pt", lambda f: torch.save(last, f))
         return better
 
-    def resume_hint(self):
-        """What is kept, and what to type to resume."""
-        if not (self.folder / "last.pt").exists():
-            return "Nothing was saved yet; the same command begins again"
+    def leave(self, *what, **more):
+        """End the process, with last.pt as it is now."""
+        if self.saved_step != self.step:
+            self.save(*what, **more)
+        again = f"{self.config.script} --resume --run {data.quoted(self.folder)}"
         if getattr(self.config, "search", None):
-            return "Resume with: the same search again; finished trainings are kept"
-        command = self.config.script if WORLD == 1 else "the same torchrun command and"
-        return (f"The last checkpoint is kept in {self.folder}. Resume with: {command} --resume --run "
-                f"{data.quoted(self.folder)}")
-
-    def leave(self, *what, **kept):
-        """End the process, with last.pt as it is."""
-        if self.step:
-            self.save(*what, **kept)
-        data.live(f"stopped at step {self.step}. {self.resume_hint()}", "\n")
-        leave_processes()
+            again = "the same search again; finished trainings are kept"
+        data.live(f"stopped at step {self.step}. The last checkpoint is kept in {self.folder}. Resume with: "
+                  f"{again}", "\n")
         raise SystemExit(130)
 
     def check_finite(self, **values):
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NotFinite(f"the {name.replace('_', ' ')} is not finite at step {self.step} ({value}). "
-                                f"What was saved is kept in {self.folder}; train anew with a smaller --lr")
+                                f"What was saved is kept in {self.folder}; take a smaller --lr in a new run")
 
-    def result(self, model, device, dtype):
+    def result(self, model):
         """What every result.json holds."""
         return {"model": kind_of(model), "data": self.config.data, "params": count_parameters(model),
                 "steps": self.steps, "best_step": self.best_step, "seconds": self.seconds,
-                "dtype": dtype_name(dtype), "seed": self.config.seed, **environment(device),
+                "dtype": dtype_name(model.product_dtype), "seed": self.config.seed, **environment(model),
                 "options": asdict(self.config)}
 
     def __str__(self):
@@ -609,7 +715,7 @@ class Run:
 
 
 def write_csv(path, rows, appended=False):
-    """Rows, {column: value}, as a file; appended: only the last, to a file that has its columns."""
+    """Write rows, {column: value}, as a file; appended: only the last one, to a file that has its columns."""
     if RANK:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -631,31 +737,61 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
 
 
-def environment(device):
-    """What a result was computed with; the commit of this code is None where git has none."""
-    found = re.search("model name\\s*: (.+)", CPU)
-    processor = found[1] if found else platform.processor() or platform.machine()
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
+def environment(model):
+    """What a result was computed with. The commit is None where the code is in no git repository."""
+    device = device_of(model)
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     git = "git describe --always --dirty --exclude=*"
     commit = subprocess.run(git, shell=True, cwd=data.HERE, capture_output=True, text=True).stdout.strip()
     return {"device": device.type, "torch": torch.__version__, "processor": processor,
             "commit": commit or None}
 
 
+# What a resumed run may change: its length (one typed length replaces the others), how it is computed and
+# shown, where its texts and its models lie, and its rate.
+MAY_CHANGE = {"run", "resume", "steps", "epochs", "minutes", "lr", "grad_clip", "log_every", "eval_every",
+              "sample", "also", "device", "dtype", "compile", "shard", "data", "base", "scorer"}
+
+
+def resume_or_refuse(config, given):
+    """With --resume: -> (checkpoint, the options of its run with those that were typed). Else (None, config).
+    given: the names that were typed. UserError for a folder that holds a run already, for one that holds none
+    of this script, and for an option that would make it another run."""
+    folder, lengths = Path(config.run), {"steps", "epochs", "minutes"}
+    if len(given & lengths) > 1:
+        raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
+    if not config.resume:
+        if RANK == 0 and any((folder / file).exists() for file in ("last.pt", "result.json", "config.json")):
+            raise UserError(f"{folder} already holds a run or weights. Resume it: {config.script} --resume "
+                            f"--run {data.quoted(folder)}; or choose another folder with --run")
+        return None, config
+    checkpoint = read_checkpoint(folder / "last.pt", config.script, mmap=getattr(config, "shard", False))
+    complete = {"options", "state", "run", "optimizer"} <= checkpoint.keys()
+    if not complete or (checkpoint.get("version"), checkpoint.get("script")) != (VERSION, config.script):
+        raise UserError(f"{folder} is not a run of {config.script}, or one of another version, and is not "
+                        "resumed")
+    saved = asdict(type(config)()) | checkpoint["options"]          # a newer option has its default
+    changes = {name: getattr(config, name) for name in sorted(given) if getattr(config, name) != saved[name]}
+    for name, value in changes.items():
+        if name not in MAY_CHANGE:
+            raise UserError(f"the run in {folder} was started with {name} {saved[name]}, not {value}: "
+                            "leave it out, or choose another folder with --run")
+        if name not in ("run", "resume"):
+            data.live(f"changed: {name} {value}, was {saved[name]}", "\n")
+    if given & lengths:
+        saved |= {name: None for name in lengths & saved.keys() - given}
+    return checkpoint, replace(config, **saved | changes | {"run": config.run, "resume": True})
+
+
 # ------------------------------------------------------------------ several processes (one laptop: skip this)
 
 def join_processes(device):
-    """Under torchrun: join the other processes. -> the device of this one."""
-    if WORLD == 1:
-        return device
-    device = torch.device("cpu") if device.type == "mps" else device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # the others wait while one encodes a text
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    return device
+    """Under torchrun: join the other processes."""
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # the timeout is long, because the others wait while one encodes a text
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
 
 
 def leave_processes():
@@ -664,31 +800,56 @@ def leave_processes():
         dist.destroy_process_group()
 
 
-def everyone(value=None):
-    """The values of all processes, in their order; they wait for each other."""
+def all_gather(value=None):
+    """The values of all processes, in their order. The processes wait for each other."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def own_rows(rows, device):
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the block before the others do: it downloads and encodes for all."""
+    if RANK:
+        all_gather()
+    yield
+    if RANK == 0:
+        all_gather()
+
+
+def evaluate_once(evaluate, model):
+    """evaluate() in the first process, which tells the others. A model in shards needs all processes."""
+    return all_gather(evaluate() if RANK == 0 or is_sharded(model) else None)[0]
+
+
+def own_rows(rows):
     """The rows of a batch, or of its state, that belong to this process."""
-    return rows.chunk(WORLD)[RANK].to(device)
+    return rows.chunk(WORLD)[RANK]
+
+
+def data_parallel(model):
+    """The model, or with several processes its DistributedDataParallel, which averages their gradients. (A
+    model in shards averages them itself.)"""
+    return model if WORLD == 1 or is_sharded(model) else torch.nn.parallel.DistributedDataParallel(model)
+
+
+def is_sharded(model):
+    return hasattr(next(model.parameters()), "full_tensor")         # finetune.py --shard
 
 
 def gather(state):
-    """A state dict, with tensors that are split across processes in one piece on the first one's CPU."""
+    """A state dict with its sharded tensors put together, on the first process's CPU."""
     if isinstance(state, dict):
         return {name: gather(value) for name, value in state.items()}
     if not hasattr(state, "full_tensor"):
         return state
-    complete = state.full_tensor()                                  # all call it
+    complete = state.full_tensor()                                  # all processes call it
     return None if RANK else complete.cpu()
 
 
 def shard_as(value, parameter):
-    """This process's part of the first one's tensor, if a parameter is split; else the tensor."""
+    """This process's part of the first one's tensor, if a parameter is sharded; else the tensor."""
     if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -717,37 +878,67 @@ def draw(config, given, rng):
              float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}")
              for name, space in SEARCH_SPACE[config.model].items()}
     drawn |= {name: getattr(config, name) for name in drawn if name in given}
+    if config.model == "transformer":
+        typed = "n_head" in given
+        drawn["n_head"] = config.n_head if typed else fitting_heads(drawn["n_embd"], config.n_head)
     return drawn | {"n_hidden": (3 if config.model == "transformer" else 1) * drawn["n_embd"]}
 
 
-def search(config, given, corpora, device, dtype):
+# options that do not decide what a trial of a search, or a cell of an ablation, computes
+NOT_OF_A_TRIAL = {"run", "resume", "sample", "log_every", "eval_every", "device", "dtype", "compile", "shard",
+                  "also", "search", "ablate_epochs", "ablate_fractions"}
+
+
+def finished_trial(config):
+    """The result of a trial that is complete, else None, and then its folder is emptied. UserError for the
+    result of other options."""
+    folder = Path(config.run)
+    result = read_json(folder / "result.json", {})
+    if not result:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    options = json.loads(json.dumps(asdict(config)))
+    for name, value in result["options"].items():
+        if name not in NOT_OF_A_TRIAL and value != options.get(name):
+            raise UserError(f"the run in {folder} was started with {name} {value}, not {options.get(name)}: "
+                            "choose another folder with --run")
+    return result
+
+
+def run_trial(config, corpora):
+    """One training of a search; -> its result, with val_ppl None if it diverged. Its weights are not kept."""
+    try:
+        result = pretrain(config, corpora)
+    except NotFinite:
+        result = {"params": None, "steps": 0, "seconds": 0.0, "val_ppl": None, "options": asdict(config)}
+        save_json(Path(config.run, "result.json"), result)
+    for file in Path(config.run).glob("*.pt"):
+        file.unlink()
+    return result
+
+
+def search(config, given, corpora):
     """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
-    each, the best third again for three times as long, and so on, every rung for an equal share of --minutes.
-    Trial 0 has the defaults. Each training has a schedule of its own: a half-finished one says little. Only
-    the validation split is looked at. trials.csv has a row for each training; none is repeated."""
-    rng, table, rows, finished = random.Random(config.seed), Path(config.run, "trials.csv"), [], []
+    each, the best third again for three times as long, and so on. Every rung has an equal share of --minutes.
+    Trial 0 has the defaults. Each training has its own schedule, because a half-finished one says little.
+    Only the validation split is read. A trial is a folder, and its result.json is the record, so that the
+    same command continues a search that was stopped. trials.csv has a row for each training."""
+    rng, rows = random.Random(config.seed), []
     drawn = [draw(config, given, rng) for _ in range(config.search)]
     trials = [{name: getattr(config, name) for name in drawn[0]}, *drawn]
     alive, sizes = range(len(trials)), [len(trials)]
     while sizes[-1] > 1:
         sizes.append(math.ceil(sizes[-1] / 3))
-    if table.exists():
-        finished = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
     for rung, size in enumerate(sizes, 1):
         minutes, scores = config.minutes / len(sizes) / size, {}
         for i in alive:
-            row = {"trial": i, "rung": rung, "model": config.model, "data": config.data, "minutes": minutes}
-            row = {name: str(value) for name, value in (row | trials[i]).items()}
-            if len(rows) < len(finished):
-                if not row.items() <= finished[len(rows)].items():
-                    raise UserError(f"{table} is of another search; choose another folder with --run")
-                rows.append(finished[len(rows)])
-            else:
-                one = replace(config, **trials[i], minutes=minutes, sample=False,
-                              run=f"{config.run}/trial-{i}-rung-{rung}")
-                rows.append(row | run_trial(one, corpora, device, dtype))
-                write_csv(table, rows, appended=len(rows) > 1)
-            scores[i] = float(rows[-1]["val_ppl"])
+            trial = replace(config, **trials[i], minutes=minutes, sample=False,
+                            run=f"{config.run}/trial-{i}-rung-{rung}")
+            result = finished_trial(trial) or run_trial(trial, corpora)
+            scores[i] = math.inf if result["val_ppl"] is None else result["val_ppl"]
+            figures = {name: result[name] for name in ("params", "steps", "seconds", "val_ppl")}
+            rows.append({"trial": i, "rung": rung, "minutes": minutes, **trials[i], **figures})
+            write_csv(Path(config.run, "trials.csv"), rows)
             print(f"rung {rung} of {len(sizes)}, trial {i}: validation perplexity {scores[i]:.1f}")
         alive = sorted(alive, key=scores.get)[:math.ceil(size / 3)]
     if not math.isfinite(scores[alive[0]]):
@@ -755,21 +946,10 @@ def search(config, given, corpora, device, dtype):
     fixed = given - {"model", "data", "minutes", "search", "run", "also", "resume", "sample", "compile"}
     chosen = trials[alive[0]] | {name: getattr(config, name) for name in sorted(fixed)}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
-    print(f"all trainings are in {table}. The best, validation perplexity {scores[alive[0]]:.2f}:\n"
+    print(f"all trainings are in {config.run}/trials.csv. The best, validation perplexity "
+          f"{scores[alive[0]]:.2f}:\n"
           f"{config.script} --model {config.model} --data {data.quoted(config.data)} --minutes "
           f"{config.minutes:g} {flags}")
-
-
-def run_trial(config, corpora, device, dtype):
-    """One training of a search; its weights are not kept. -> its figures, inf where it diverged."""
-    try:
-        result = pretrain(config, corpora, device, dtype)
-    except NotFinite:
-        result = {"params": "", "steps": 0, "seconds": 0.0, "val_ppl": math.inf}
-    for file in Path(config.run).glob("*.pt"):
-        file.unlink()
-    return {"params": result["params"], "tokens": result["steps"] * config.batch_size * config.block_size,
-            "seconds": f"{result['seconds']:.1f}", "val_ppl": f"{result['val_ppl']:.3f}"}
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -784,6 +964,13 @@ def defaults_text():
         for model, values in table.items()) for title, table in tables.items())
 
 
+def fitting_heads(n_embd, n_head):
+    """The largest number of heads up to n_head that a width can be cut into, each an even number of at least
+    16 coordinates; n_head itself where there is none."""
+    fitting = [n for n in range(2, n_head) if n_embd % (2 * n) == 0 and n_embd // n >= 16]
+    return n_head if n_embd % (2 * n_head) == 0 else max(fitting, default=n_head)
+
+
 def resolve_defaults(config):
     own = {f.name: f.default for f in fields(MODELS[config.model][1]) if f.name.startswith("dropout")}
     defaults = own | DEFAULTS[config.model]
@@ -792,9 +979,8 @@ def resolve_defaults(config):
         defaults |= CHARACTERS.get(config.model, {}) if config.tokenizer == "char" else {}
     if config.epochs or config.steps or config.minutes:
         defaults.pop("epochs")
-    if config.model == "transformer" and config.n_embd and config.n_embd % (2 * defaults["n_head"]):
-        fitting = [n for n in range(2, defaults["n_head"]) if config.n_embd % (2 * n) == 0]
-        defaults["n_head"] = max([n for n in fitting if config.n_embd // n >= 16], default=defaults["n_head"])
+    if config.model == "transformer" and config.n_embd:
+        defaults["n_head"] = fitting_heads(config.n_embd, defaults["n_head"])
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -821,47 +1007,10 @@ def model_config(config, vocab_size):
     return sizes
 
 
-# Options that may change on --resume: the length, which extends the run; how it is computed and shown; the
-# places of what it reads, whose contents are checked; the learning rate.
-LENGTHS = {"steps", "epochs", "minutes"}
-SHOWN = {"run", "resume", "sample", "log_every", "eval_every", "device", "dtype", "compile", "shard"}
-ANEW = LENGTHS | SHOWN | {"data", "base", "scorer", "also", "lr"}
-
-
-def resume_or_refuse(config, given, files=("last.pt", "result.json")):
-    """-> (checkpoint, the options that its run was started with) with --resume, else (None, config).
-    UserError if the run is not one of this script, or was started with other options, or is there already."""
-    folder, script = Path(config.run), config.script
-    if not config.resume:
-        if RANK == 0 and any((folder / file).exists() for file in files):
-            raise UserError(f"{folder} already holds a run or weights. Resume it: {script} --resume --run "
-                            f"{data.quoted(folder)}; or choose another folder with --run")
-        return None, config
-    checkpoint = read_checkpoint(folder / "last.pt", script, mmap=getattr(config, "shard", False))
-    # an option that is newer than the run has its default
-    saved, here = asdict(type(config)()) | checkpoint.get("options", {}), asdict(config)
-    if saved.keys() != here.keys() or not {"run", "state", "optimizer", "options"} <= checkpoint.keys():
-        raise UserError(f"{folder} is not a run of {script}, or one of another version, and is not resumed")
-    check_same(saved, here, given - ANEW, folder)
-    checkpoint["extended"] = bool(given & LENGTHS)
-    anew = {"run"} | given & ANEW | (LENGTHS & here.keys() if given & LENGTHS else set())
-    return checkpoint, replace(config, **saved | {name: here[name] for name in anew})
-
-
-def check_same(saved, here, names, run):
-    for name in sorted(names):
-        if here[name] != saved[name]:
-            raise UserError(f"the run in {run} was started with {name} {saved[name]}, not {here[name]}: "
-                            "leave it out, or choose another folder with --run")
-
-
-def check_text(corpus, checkpoint=None, run=""):
+def check_text(corpus):
     for split, ids in corpus.ids.items():
         if len(ids) < 2 and split != "train":
             raise UserError(f"{corpus.name} is too short: its {split} part holds {len(ids)} tokens")
-    if checkpoint and checkpoint.get("fingerprint") != corpus.fingerprint():
-        raise UserError(f"{corpus.name} is no longer the text that the run in {run} was started with; "
-                        "restore it, or start a new run with --run")
 
 
 def check_rows(config, model):
@@ -876,8 +1025,6 @@ def main(argv=None):
     # 1 options
     example = "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2"
     config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
-    if len(given & LENGTHS) > 1:
-        raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
     if config.search and (not config.minutes or "n_hidden" in given or WORLD > 1):
         raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, "
                         "and draws --n-hidden with --n-embd")
@@ -886,6 +1033,8 @@ def main(argv=None):
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
     config.run = config.run or f"runs/{default}"
     checkpoint, config = resume_or_refuse(config, given)
+    if checkpoint and config.search:
+        raise UserError(f"{config.run} is a trial of a search; the same search again continues it")
     if config.compile and config.model != "transformer":
         raise UserError("--compile is for --model transformer; a recurrent layer has a loop of its own")
     if not checkpoint:
@@ -893,32 +1042,28 @@ def main(argv=None):
     keep_memory()
 
     # 2 device and processes
-    device = join_processes(pick_device(config.device))
-    dtype = pick_dtype(config.dtype, device)
+    join_processes(pick_device(config.device))
 
     # 3 data
     tokenizer = tokenizer_from(checkpoint["tokenizer"]) if checkpoint else config.tokenizer
     splits = ("train", "valid") if config.search else ("train", "valid", "test")
-    if RANK:
-        everyone()                                          # the first process downloads and encodes for all
-    corpus = data.load(config.data, tokenizer, splits)
-    check_text(corpus, checkpoint, config.run)
-    corpora = {"valid": corpus}
-    for name in config.also:
-        whole = "valid" if name in data.CORPORA else "all"              # your own has no split to spare
-        also = data.load(name, corpus.tokenizer, (whole,))
-        also.ids["valid"] = also.ids.pop(whole)
-        check_text(also)
-        corpora[name if name != "valid" else "./valid"] = also
-    if RANK == 0:
-        everyone()
+    with first_process_first():
+        corpus = data.load(config.data, tokenizer, splits)
+        check_text(corpus)
+        corpora = {"valid": corpus}
+        for name in config.also:
+            split = "valid" if name in data.CORPORA else "all"              # your own text is read completely
+            also = data.load(name, corpus.tokenizer, (split,))
+            also.ids["valid"] = also.ids.pop(split)
+            check_text(also)
+            corpora[name if name != "valid" else "./valid"] = also
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
     warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:
-        return search(config, given, corpora, device, dtype)
-    result = pretrain(config, corpora, device, dtype, checkpoint)
+        return search(config, given, corpora)
+    result = pretrain(config, corpora, checkpoint)
     if RANK == 0:
-        cut = f" (of its first {AT_THE_END:,} tokens)" * (result["test_tokens"] == AT_THE_END)
+        cut = f" (of its first {AT_THE_END:,} tokens)" if result["test_tokens"] == AT_THE_END else ""
         figures = (f", test {result['test_ppl']:.2f}{cut}" if result["test_ppl"] else
                    f" ({math.log(result['val_ppl']):.4f} nats per token), no test split")
         figures += f", floor {result['floor_ppl']:.2f}" if result["floor_ppl"] else ""

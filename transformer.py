@@ -36,24 +36,18 @@ Where each is:
     x <- x + ...                        DecoderLayer.forward; post-norm: EncoderLayer.forward
     k and v of what was read            KVCache
     the head of the scorer              Scorer.forward
-    a layer's backward pass by hand     LayerFunction
 
     python train.py --model transformer
 """
-import contextlib
-import ctypes
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lstm import compile_c
-from rnn import AMD, compute_dtype, dropout, grad_product, product, softmax_loss
+from rnn import compute_dtype, dropout, softmax_loss
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -204,6 +198,7 @@ class Transformer(nn.Module):
     """The language model. Three members, as every model here has: forward, init_state and logits. Parameters
     have the names of Qwen2's checkpoint, without its leading `model.`."""
     recurrent = False
+    product_dtype = torch.float32                               # what sample.autocast multiplies in
     checkpointing = False      # keep the input of every layer only and compute the rest again when going back
 
     def __init__(self, config):
@@ -341,6 +336,7 @@ class Scorer(nn.Module):
     """DistilBERT with a classification head, and the tokenizer that it reads with (qwen_load.WordPiece).
     Parameters have the hub's names without the leading `distilbert.`."""
     recurrent = False
+    product_dtype = torch.float32                               # what sample.autocast multiplies in
 
     def __init__(self, config, tokenizer):
         super().__init__()
@@ -382,220 +378,3 @@ class Scorer(nn.Module):
     def score(self, texts):
         """The positive class's logit of each text (a string): float32 [N], on the CPU."""
         return self.classify([self.tokenizer.encode(text) for text in texts])[:, self.config.positive]
-
-
-# --------------------------------- a layer with its backward pass by hand, on a CPU (skip in a first reading)
-#
-# Autograd runs a layer as some 60 operations, each a pass over memory, and keeps what each of them read.
-# LayerFunction is the same layer with its derivatives written out: matrix products, and between two of them
-# one pass of csrc/layer.c over the rows.
-
-def layer_kernels(x_dtype, dtype):
-    """csrc/layer.c for layers that pass on x_dtype and multiply in dtype; None without a compiler."""
-    wide, bf16 = x_dtype == torch.float32, dtype == torch.bfloat16
-    return compile_c("layer", *["-DWIDE"] * wide, *["-DBF16"] * bf16)
-
-
-def call(function, *args):
-    """Call a C function: tensors (contiguous) are passed as their address, numbers as long or float."""
-    def convert(v):
-        if isinstance(v, torch.Tensor):
-            return ctypes.c_void_p(v.data_ptr())
-        return ctypes.c_float(v) if isinstance(v, float) else ctypes.c_long(v)
-    function(*map(convert, args))
-
-
-def stacked(dtype, *weights):
-    """Several matrices as one, of this dtype: one product in place of several."""
-    return torch.cat([w.to(dtype) for w in weights])
-
-
-class LayerFunction(torch.autograd.Function):
-    """DecoderLayer.forward without a cache. x [B, T, D], cos, sin float32 [T, d], weights in the order of
-    layer.parameters() -> [B, T, D].
-
-    Forward is the left column, read downwards; backward is the right one, read upwards. d* is the gradient of
-    the loss with respect to *; a row is a position, in attention a query. norm, rotate, swiglu and their
-    derivatives are in csrc/layer.c; norm' gives the gradient of the norm's weight, too.
-
-        n = norm(x)                     dx = dz + norm'(dn)
-        qkv = n W_qkv^T + b             dn = dqkv W_qkv, dW_qkv = dqkv^T n, db = sum over rows of dqkv
-        q, k, v = rotate(qkv)           dqkv = dq, dk, dv turned back
-        S = q k^T / sqrt(d) + mask      dq = dS k / sqrt(d), dk = dS^T q / sqrt(d)
-        P = softmax(S)                  dS = P * (dP - sum over keys of dP * P)
-        a = P v                         dP = da v^T, dv = P^T da
-        z = x + a W_o^T                 da = dz W_o, dW_o = dz^T a
-        n2 = norm(z)                    dz = dy + norm'(dn2)
-        gu = n2 W_gu^T                  dn2 = dgu W_gu, dW_gu = dgu^T n2
-        m = swiglu(gu)                  dgu = swiglu'(dm)
-        y = z + m W_down^T              dm = dy W_down, dW_down = dy^T m
-
-    With dropout, a W_o^T and m W_down^T, and dz and dy where they enter these products, are multiplied by a
-    mask (keep). The queries of a group are rows of one product, q [B n_kv_head, group * T, d], so k and v are
-    not repeated. Products run in compute_dtype(x); x, z and y keep x's dtype.
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, layer, w_1, wq, bq, wk, bk, wv, bv, w_o, w_2, w_gate, w_up, w_down):
-        dtype, rate, eps = compute_dtype(x), layer.dropout, layer.input_layernorm.eps
-        B, T, D, n_q, n_kv, d = *x.shape, layer.self_attn.n_head, layer.self_attn.n_kv_head, cos.shape[1]
-        N, group, x, kernels = B * T, n_q // n_kv, x.contiguous(), layer_kernels(x.dtype, dtype)
-        b = torch.cat((bq, bk, bv)).to(dtype)
-
-        n, r = x.new_empty(N, D, dtype=dtype), x.new_empty(N, dtype=torch.float32)
-        call(kernels.norm, N, D, eps, x, w_1, n, r)
-        q, k, v = (n.new_empty(B * n_kv, heads * T, d) for heads in (group, 1, 1))
-        qkv = product(n, stacked(dtype, wq, wk, wv), b)
-        call(kernels.rotate, B, T, n_q, n_kv, d, 1, cos, sin, qkv, q, k, v)
-        mask = causal_mask(T, T, q).repeat(group, 1)
-        p = torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=d ** -0.5), -1)    # [B n_kv, group * T, T]
-        a = (p @ v).view(B, n_q, T, d).transpose(1, 2).reshape(N, -1)
-        keep = [dropout(torch.ones_like(n), rate, True) for _ in range(2)] if rate and layer.training else []
-        out = product(a, w_o.to(dtype))
-        z = x + (out * keep[0] if keep else out).view_as(x)
-        n2, r2, m = torch.empty_like(n), torch.empty_like(r), n.new_empty(N, len(w_up))
-        call(kernels.norm, N, D, eps, z, w_2, n2, r2)
-        gu = product(n2, stacked(dtype, w_gate, w_up))
-        call(kernels.swiglu, *m.shape, gu, m)
-        out = product(m, w_down.to(dtype))
-        ctx.save_for_backward(x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2,
-                              w_gate, w_up, w_down, *keep)
-        ctx.n_q, ctx.n_kv = n_q, n_kv
-        return z + (out * keep[1] if keep else out).view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (x, cos, sin, n, r, q, k, v, p, a, z, n2, r2, gu, m, w_1, wq, wk, wv, w_o, w_2, w_gate, w_up, w_down,
-         *keep) = ctx.saved_tensors                         # weights as they are: a cast copy costs memory
-        (B, T, D), N, d, dy = x.shape, len(n), q.shape[2], dy.contiguous()
-        kernels, scale = layer_kernels(x.dtype, n.dtype), d ** -0.5
-
-        d_out = dy.view(N, D).to(n.dtype)
-        d_out = d_out * keep[1] if keep else d_out
-        dw_down, dm = grad_product(d_out, m), product(d_out, w_down.to(n.dtype).t())
-        dgu = torch.empty_like(gu)
-        call(kernels.swiglu_backward, *m.shape, gu, dm, dgu)
-        dw_gu, dn2 = grad_product(dgu, n2), product(dgu, stacked(n.dtype, w_gate, w_up).t())
-        dz, dw_2 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
-        call(kernels.norm_backward, N, D, z, w_2, r2, dn2, dy, dz, dw_2)
-
-        d_out = dz.view(N, D).to(n.dtype)
-        d_out = d_out * keep[0] if keep else d_out
-        dw_o, da = grad_product(d_out, a), product(d_out, w_o.to(n.dtype).t())
-        da = da.view(B, T, -1, d).transpose(1, 2).reshape(q.shape)
-        ds = torch._softmax_backward_data(da @ v.mT, p, -1, p.dtype)
-        dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
-        dk, dv = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale), p.mT @ da
-        dqkv = n.new_empty(N, (ctx.n_q + 2 * ctx.n_kv) * d)
-        call(kernels.rotate, B, T, ctx.n_q, ctx.n_kv, d, -1, cos, sin, dqkv, dq, dk, dv)
-        dw_qkv, db = grad_product(dqkv, n), dqkv.sum(0)
-        dn = product(dqkv, stacked(n.dtype, wq, wk, wv).t())
-        dx, dw_1 = torch.empty_like(x), x.new_zeros(64, D, dtype=torch.float32)
-        call(kernels.norm_backward, N, D, x, w_1, r, dn, dz, dx, dw_1)
-
-        rows = [heads * d for heads in (ctx.n_q, ctx.n_kv, ctx.n_kv)]
-        (dwq, dwk, dwv), (dbq, dbk, dbv) = dw_qkv.split(rows), db.split(rows)
-        return (dx, None, None, None, dw_1.sum(0), dwq, dbq, dwk, dbk, dwv, dbv, dw_o, dw_2.sum(0),
-                *dw_gu.chunk(2), dw_down)
-
-
-class FastDecoderLayer(DecoderLayer):
-    """DecoderLayer by LayerFunction on a CPU, without a cache, up to 1024 tokens (it keeps P, B n_head T^2
-    numbers, for the backward pass), in the dtypes that csrc/layer.c knows."""
-
-    def forward(self, x, cos, sin, cache):
-        known = x.dtype in (torch.float32, torch.bfloat16) and x.dtype == self.input_layernorm.weight.dtype
-        if cache is not None or not known or x.device.type != "cpu" or x.shape[1] > 1024:
-            return super().forward(x, cos, sin, cache)
-        return LayerFunction.apply(x, cos.float(), sin.float(), self, *self.parameters())
-
-
-def use_layer_kernels(model):
-    """Have LayerFunction compute a Transformer's layers on a CPU, if there is a compiler and a layer with
-    random weights gives the same output in both ways: a class changed above is then trained as changed, by
-    autograd. -> the model."""
-    if model.recurrent or layer_kernels(torch.float32, torch.float32) is None:
-        return model
-    c, layer_type = model.config, type(model.layers[0])
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        layer = layer_type(c, 0)
-        positions = torch.arange(min(c.block_size, 256))        # up to here the textbook's way is attention
-        for p in layer.parameters():
-            nn.init.normal_(p, 0.0, p.shape[1] ** -0.5 if p.dim() == 2 else 1.0)
-        args = torch.randn(1, len(positions), c.n_embd), *rotary_cos_sin(positions, c.n_embd // c.n_head, 1e4)
-        outcomes = []
-        try:
-            for layer.__class__ in layer_type, FastDecoderLayer:        # one layer, computed in both ways
-                torch.default_generator.manual_seed(0)                  # the same dropout
-                outcomes.append(layer(*args, None))
-        except Exception:                                               # it has other parameters or arguments
-            return model
-    if torch.allclose(*outcomes, rtol=1e-3, atol=1e-3):
-        for layer in model.layers:
-            layer.__class__ = FastDecoderLayer
-    return model
-
-
-# --------------------------------------------- products without a gradient on a CPU (skip in a first reading)
-#
-# Generation reads every weight for every token and is as fast as memory. Two cores of an AMD EPYC with
-# AVX512-BF16 read so many GB/s of a large matrix, for 1, 8, 32, 128 rows: in bfloat16 F.linear 17, 14, 8, 3,
-# packed by oneDNN 25, 25, 12, 3.3, csrc/decode.c (one row) 33; in float32 14, 8, 5, 2, packed 28, 26, 12, 3.
-
-@functools.lru_cache(None)
-def compiled_linear():
-    """csrc/decode.c's linear, or None where there is no compiler."""
-    library = compile_c("decode", "-DBF16")
-    if library is None:
-        return None
-    library.linear.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 4
-    return library.linear
-
-
-PACKED = None                                   # {DecodeLinear: its weight packed}, while a text is generated
-
-
-@contextlib.contextmanager
-def packed_weights():
-    """Within one generation, where no weight changes, the steps of a few rows keep a packed copy of each
-    matrix (the weights' memory once more). Not longer: a fused optimizer changes weights without a trace."""
-    global PACKED
-    PACKED = {}
-    try:
-        yield
-    finally:
-        PACKED = None
-
-
-class DecodeLinear(nn.Linear):
-    """nn.Linear, as the comment above says where no gradient is asked for."""
-
-    def forward(self, x):
-        rows, bf16, onednn = x.numel() // x.shape[-1], x.dtype == torch.bfloat16, torch.ops.mkldnn
-        known = rows and (bf16 or AMD and x.dtype == torch.float32) and x.device.type == "cpu"
-        if torch.is_grad_enabled() or not known or not compute_dtype(x) == x.dtype == self.weight.dtype:
-            return super().forward(x)
-        if rows == 1 and bf16 and self.in_features % 2 == 0 and (linear := compiled_linear()):
-            x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
-            bias = None if self.bias is None else self.bias.data_ptr()
-            pointers = x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr()
-            linear(self.out_features, self.in_features // 2, *pointers)
-            return y
-        if rows == 1 and not bf16:              # as fast as packed
-            return onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        step = rows == len(x) <= 128            # one token of each row
-        if PACKED is None or not step or bf16 and not onednn._is_mkldnn_bf16_supported():
-            return product(x, self.weight, self.bias)
-        if self not in PACKED:
-            PACKED[self] = onednn._reorder_linear_weight(self.weight, rows)
-        return onednn._linear_pointwise(x, PACKED[self], self.bias, "none", [], "")
-
-
-def use_decode_kernels(model):
-    """Make DecodeLinears of a model's matrices on a CPU, in bfloat16 and, on an AMD processor, in float32."""
-    dtypes = [torch.bfloat16] + [torch.float32] * AMD
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in dtypes \
-                and module.weight.device.type == "cpu" and module.weight.is_contiguous():
-            module.__class__ = DecodeLinear

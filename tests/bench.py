@@ -36,7 +36,9 @@ import sample
 import train
 from lstm import LSTM, LSTMConfig, LSTMLM
 from rnn import RNN, RNNConfig, RNNLM
-from transformer import Transformer, TransformerConfig, use_layer_kernels
+from fast.layer import speed_up
+from fast.products import keep_memory
+from transformer import Transformer, TransformerConfig
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -133,9 +135,9 @@ def step_function(model, batch_size, block_size, vocab_size, dtype, device, ours
     library's side takes AdamW's fused form too, as ours does, so that "same dtype" compares the models alone."""
     model.to(device).train()
     if ours and not compiled:
-        use_layer_kernels(model)
+        speed_up(model)
     if compiled:
-        train.compile_layers(model, device) if ours else model.compile()
+        train.compile_layers(model) if ours else model.compile()
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
     x, y = tokens[:, :-1], tokens[:, 1:]
     optimizer = train.configure_optimizer(model, 1e-3, 0.01) if ours else torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
@@ -180,7 +182,7 @@ SIZES = (12, 64, 4, 4, 128, 65), (16, 128, 4, 4, 256, 10_000), (32, 256, 6, 6, 3
 def transformer(device, compiled=False, sizes=SIZES):
     """Beside a GPT of as many parameters (a SwiGLU of 8/3 of the width has those of an MLP of 4), in the optimizer that it would take
     here: AdamW's fused form on a GPU alone. They share the process, so glibc keeps memory for both, as train.py has it."""
-    sample.keep_memory()
+    keep_memory()
     for B, T, n_layer, n_head, width, V in sizes:
         c = TransformerConfig(V, T, n_layer, n_head, n_head, width, 8 * round(width / 3))
         for name, dtype in DTYPES.items():
@@ -243,7 +245,8 @@ def qwen(device):
         torch.manual_seed(0)
         theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2)).to(device, torch.bfloat16).eval()
         theirs.save_pretrained(folder)
-        ours = qwen_load.load_weights(folder, device)
+        ours = qwen_load.load_weights(folder).to(device)
+        speed_up(ours)
         n_bytes = sum(p.numel() * p.element_size() for p in ours.parameters())
 
         def generators(n_rows, n_prompt, n_new):
@@ -271,7 +274,8 @@ def tuning_step(side, folder, option, tokens=512):
     checkpointing, the library's with AdamW(fused=True)."""
     ids = torch.randint(QWEN2["vocab_size"], (10 * tokens,)).numpy()
     if side == "ours":
-        model = use_layer_kernels(qwen_load.load_weights(folder, dtype=torch.float32)).train()
+        model = qwen_load.load_weights(folder, dtype=torch.float32).train()
+        speed_up(model)
         model.checkpointing = option
         optimizer, batches = train.configure_optimizer(model, 1e-5, 0.01), data.WindowBatches(ids, 1, tokens, 0)
 
@@ -466,7 +470,7 @@ def rlhf(device):
     small = dict(dim=128, hidden_dim=256, n_layers=2, n_heads=4)
     for name, scorer_sizes, keep in (("small scorer", small, False), ("small scorer, memory kept", small, True), ("DistilBERT's size, memory kept", {}, True)):
         if keep:
-            sample.keep_memory()
+            keep_memory()
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             torch.manual_seed(0)
@@ -480,8 +484,11 @@ def rlhf(device):
                 args = ppo.Config(run=str(folder / "run"), data="imdb", lr=1e-6, **{k: v for k, v in ppo.DEFAULTS["own"].items() if k != "lr"})
                 rng = torch.Generator().manual_seed(0)
                 prompts = [torch.randint(50257, (int(n),), generator=rng).tolist() for n in torch.randint(2, 9, (64,), generator=rng)]
-                model, reference = (use_layer_kernels(qwen_load.load_weights(folder / "policy", dtype=torch.float32)) for _ in range(2))
-                task = ppo.Task(args, reference, NoEnd(), ppo.load_scorer(folder / "scorer", dtype=dtype), {}, torch.device("cpu"), dtype)
+                model, reference = (qwen_load.load_weights(folder / "policy", dtype=torch.float32) for _ in range(2))
+                for module in model, reference:
+                    speed_up(module)
+                    module.product_dtype = dtype
+                task = ppo.Task(args, reference, NoEnd(), ppo.load_scorer(folder / "scorer", dtype=dtype), {})
                 ours = OurPPO(task, model, prompts, dtype)
                 theirs = LibraryPPO(copy.deepcopy(policy), copy.deepcopy(policy).requires_grad_(False), scorer, NoEnd(),
                                     transformers.BertTokenizer(vocab=str(folder / "scorer/vocab.txt"), do_lower_case=True), prompts, args, dtype)
@@ -497,7 +504,7 @@ def main():
     p.add_argument("--device", default="auto")
     args = p.parse_args()
     device = sample.pick_device(args.device)
-    said = train.environment(device)
+    said = train.environment(nn.Linear(1, 1).to(device))
     print(f"{said['processor']} ({torch.backends.cpu.get_cpu_capability()}), torch {said['torch']}, {device.type}, {torch.get_num_threads()} "
           f"threads, commit {said['commit']}, {time.strftime('%Y-%m-%d')}. Medians in milliseconds; above 1, ours is faster.\n")
     print("| work | dtype | ours | library | ratio |\n|---|---|---|---|---|")

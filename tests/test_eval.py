@@ -72,7 +72,7 @@ def test_scores_equal_the_definitions():
     ids = [[3, 4, 5, 6], [7, 2, 1, 8], [9]]
     with torch.no_grad():
         losses = [reference_losses(run.model, i, 0) for i in ids]
-    got, all_losses = evaluation.perplexities(run.model, run.tokenizer, text, None), sum(losses, [])
+    got, all_losses = evaluation.perplexities(run.model, run.tokenizer, text), sum(losses, [])
     each = [math.exp(sum(v) / len(v)) for v in losses]
     assert got["sentences"] == pytest.approx(each, rel=1e-5) and got["mean"] == pytest.approx(sum(each) / 3, rel=1e-5)
     assert got["corpus"] == pytest.approx(math.exp(sum(all_losses) / 9), rel=1e-5)
@@ -84,14 +84,14 @@ def test_scores_equal_the_definitions():
 
 def test_an_unk_in_the_text_itself_is_unknown_but_has_no_spelling():
     run = words_run()
-    got = evaluation.perplexities(run.model, run.tokenizer, ["wa <unk> wb"], None)
+    got = evaluation.perplexities(run.model, run.tokenizer, ["wa <unk> wb"])
     assert got["unknown"] == pytest.approx(1 / 3)
     assert got["bits_per_character"] == pytest.approx(sum(got["losses"]) / math.log(2) / len("wa <unk> wb "))
 
 
 def test_a_character_that_the_vocabulary_does_not_have_is_charged_21_bits():
     tokenizer = data.CharTokenizer(["<unk>", "\n", *" abcdefghijklmnopqrstuvwxyzAB"])
-    got = evaluation.perplexities(make("rnn"), tokenizer, ["a b", "c \u4f60\u597d!"], None)
+    got = evaluation.perplexities(make("rnn"), tokenizer, ["a b", "c \u4f60\u597d!"])
     assert got["unknown"] == pytest.approx(3 / 8)
     assert got["bits_per_character"] == pytest.approx((sum(got["losses"]) / math.log(2) + 3 * 21) / (4 + 6))
 
@@ -112,13 +112,13 @@ def test_a_uniform_model_has_the_size_of_its_vocabulary_as_perplexity(kind):
     run = words_run(kind)
     for p in run.model.parameters():
         torch.nn.init.zeros_(p)
-    got = evaluation.perplexities(run.model, run.tokenizer, ["wa wb", "wc", "wd we wf wg zebra"], None)
+    got = evaluation.perplexities(run.model, run.tokenizer, ["wa wb", "wc", "wd we wf wg zebra"])
     assert got["corpus"] == pytest.approx(31, rel=1e-5) and got["mean"] == pytest.approx(31, rel=1e-5)
 
 
 class Source(torch.nn.Module):
     """An embedded language's own grammar as a model with the four members; hidden holds the log-probabilities."""
-    recurrent = True
+    recurrent, product_dtype = True, torch.float32
 
     def __init__(self, domain):
         super().__init__()
@@ -151,9 +151,9 @@ def few_documents(monkeypatch):
 @pytest.mark.parametrize("domain", ["finance", "reviews"])
 def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(domain, few_documents):
     run = evaluation.Trained("source", Source(domain), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": domain})
-    got = evaluation.perplexities(run.model, run.tokenizer, evaluation.read_domain(domain), None, ends=True)
+    got = evaluation.perplexities(run.model, run.tokenizer, evaluation.read_domain(domain), ends=True)
     assert got["corpus"] == pytest.approx(data.embedded_floor(domain, "test"), rel=1e-9)
-    memory = evaluation.name_memory(run, None)
+    memory = evaluation.name_memory(run)
     assert sum(cell[2] for cell in memory if cell) > 10
     assert all(abs(cell[0]) < 1e-9 and abs(cell[1]) < 1e-9 for cell in memory if cell)
 
@@ -162,7 +162,7 @@ def test_a_run_on_another_grammar_has_no_memory_section():
     older = WordTokenizer(data.embedded_vocabulary()[:-20])                 # the grammars have learned words since
     run = words_run(model=make("lstm", older.vocab_size), corpus="finance")
     run.tokenizer = older
-    report = evaluation.measure_runs([run], {}, "the", 5, None, [])
+    report = evaluation.measure_runs([run], {}, "the", 5)
     assert report["memory"] == {} and evaluation.memory_section(report, None) == []
 
 
@@ -303,7 +303,7 @@ def test_a_report_is_drawn_again_from_its_numbers_alone(runs, few_documents):
 def test_vocabularies_of_one_size_are_told_apart(few_documents):
     def warned(*tokenizers):
         runs = [evaluation.Trained(f"r{k}", make("rnn"), t, [], {}, {"data": "?"}) for k, t in enumerate(tokenizers)]
-        evaluation.draw_report(evaluation.measure_runs(runs, {}, "wa", 5, None, []), Path("r"))
+        evaluation.draw_report(evaluation.measure_runs(runs, {}, "wa", 5), Path("r"))
         return "different vocabularies" in Path("r/report.md").read_text()
     one, same, other = (WordTokenizer(["<eos>", "<unk>", *(letter + str(k) for k in range(28)), "wa"]) for letter in "xxy")
     assert not warned(one, same) and warned(one, other)
@@ -364,18 +364,6 @@ def test_a_damaged_run_is_left_out_and_named_or_refused_if_asked_for(runs, few_d
     assert "rnn" not in json.loads(Path("runs/report/report.json").read_text())["logs"]
     with pytest.raises(UserError, match="rnn/best.pt"):
         evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r"])
-
-
-def test_a_search_is_a_table_and_a_figure(runs, few_documents):
-    (runs / "search-x").mkdir()
-    (runs / "search-x" / "trials.csv").write_text("trial,rung,params,tokens,seconds,lr,n_embd,val_ppl\n"
-                                                  "0,1,9,9,1.0,0.01,16,50.0\n1,1,9,9,1.0,0.1,32,40.0\n2,1,9,9,1.0,1.0,32,inf\n1,2,9,27,3.0,0.1,32,30.0\n")
-    (runs / "just-begun").mkdir()
-    (runs / "just-begun" / "trials.csv").write_text("trial,rung,lr,val_ppl\n0,1,0.01,50.0\n")
-    evaluation.main(["--domains", "climate", "--sentences", "5"])
-    js = json.loads(Path("runs/report/report.json").read_text())
-    assert [row["trial"] for row in js["search"]["just-begun"]] == ["0"]
-    assert [row["trial"] for row in js["search"]["search-x"]] == ["1", "0", "2"] and Path("runs/report/search-x.png").exists()
 
 
 @pytest.mark.parametrize("content, message", [("", "is empty"), ("\n\n", "no sentence"), ("... !!! ,\n", "no sentence")])

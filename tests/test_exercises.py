@@ -40,7 +40,7 @@ def graded(tmp_path_factory):
         tree.mkdir()
         for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
             shutil.copy(file, tree)
-        for subfolder in ("tests", "csrc"):
+        for subfolder in ("tests", "fast"):
             shutil.copytree(ROOT / subfolder, tree / subfolder, ignore=shutil.ignore_patterns("__pycache__"))
         if name:
             subprocess.run(["git", "apply", str(EXERCISES / f"{name}.diff")], cwd=tree, check=True, capture_output=True)

@@ -19,11 +19,12 @@ import finetune
 import sample
 import train
 from data import UserError
+from fast.layer import speed_up
 from finetune import first_share, held_out, measure
 from qwen_load import hub_name, load_weights
 from tests.test_qwen_load import library_model, write_tokenizer
 from tests.test_train import stops_and_resumes, survives_kills, torchrun
-from transformer import Transformer, TransformerConfig, use_layer_kernels
+from transformer import Transformer, TransformerConfig
 
 
 def settings(folder, **changes):
@@ -32,13 +33,9 @@ def settings(folder, **changes):
     return finetune.Config(**base | changes)
 
 
-class Words:
-    """A stand-in for a tokenizer."""
-    kind, vocab_size, eos, unk = "gpt2", 97, 0, None
-    begin, stops, suppressed = [0], [0], []
-
-    def state(self):
-        return {"kind": "gpt2"}
+def Words():
+    """A tokenizer of 97 words, which needs no file."""
+    return data.WordTokenizer(["<eos>", "<unk>", *(f"w{k}" for k in range(95))])
 
 
 def tune(folder, model, dtype=torch.float32, ids=None, **changes):
@@ -51,7 +48,8 @@ def tune(folder, model, dtype=torch.float32, ids=None, **changes):
         m.setattr(finetune, "report", lambda *a: None)
         m.setattr(finetune, "grammar_floor", lambda *a: None)
         m.setattr(finetune, "encode_prompt", lambda *a: [0])
-        finetune.finetune(config, model, Words(), corpus, torch.device("cpu"), dtype)
+        model.product_dtype = dtype
+        finetune.finetune(config, model, Words(), corpus)
     with open(folder / "log.csv") as f:
         return list(csv.DictReader(f)), data.WindowBatches(ids, config.batch_size, config.block_size, config.seed)
 
@@ -105,10 +103,11 @@ def test_bf16_products_learn_what_float32_learns(qwen, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_with_bf16_products_are_close_to_the_exact_ones(qwen, checkpointing):
     _, model = qwen
-    use_layer_kernels(model).checkpointing = checkpointing
+    speed_up(model)
+    model.checkpointing, model.product_dtype = checkpointing, torch.bfloat16
     x, y = torch.randint(97, (4, 12)), torch.randint(97, (4, 12))
     x[0] = x[0, 0]                                                  # a token that occurs often
-    with sample.autocast(torch.device("cpu"), torch.bfloat16):
+    with sample.autocast(model):
         model(x, targets=y)[0].backward()
     exact = Transformer(model.config).double()
     exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
@@ -138,9 +137,11 @@ def test_gradients_are_clipped(qwen, tmp_path, dtype):
 
 
 def test_a_token_that_occurs_a_thousand_times_keeps_its_gradient():
-    model = use_layer_kernels(Transformer(TransformerConfig(97, 1024, 1, 2, 2, 16, 24)).train())
+    model = Transformer(TransformerConfig(97, 1024, 1, 2, 2, 16, 24)).train()
+    speed_up(model)
+    model.product_dtype = torch.bfloat16
     x, y = torch.full((1, 1024), 5), torch.randint(97, (1, 1024))
-    with sample.autocast(torch.device("cpu"), torch.bfloat16):
+    with sample.autocast(model):
         model(x, targets=y)[0].backward()
     exact = Transformer(model.config).double()
     exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
@@ -320,7 +321,7 @@ def test_a_tuned_qwen2_opens_in_transformers(hub_folder, dtype):
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model(torch.tensor([ids]))[0]), library(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
     sample.main(["--run", "ft", "--tokens", "3"])
-    assert evaluation.samples(evaluation.open_run("ft", "cpu"), "the hen", None, n=2, tokens=3)[0]["text"].startswith("the hen")
+    assert evaluation.samples(evaluation.open_run("ft", "cpu"), "the hen", n=2, tokens=3)[0]["text"].startswith("the hen")
     finetune.main(["--base", "ft", "--data", "own.txt", "--retain", "own.txt", "--run", "again", "--steps", "1", "--block-size", "32", "--held-out", "2"])
     assert json.load(open("again/result.json"))["options"]["lr"] == finetune.DEFAULTS["qwen2"]["lr"]      # a tuned Qwen2 is a Qwen2
 
@@ -365,7 +366,7 @@ def test_a_document_longer_than_the_context_is_read_whole(base, tmp_path):
     (tmp_path / "long.txt").write_text((words + "\n") * 40)
     model, tokenizer, config = sample.load_run(base)
     args = finetune.Config(data="long.txt", held_out=1, retain="", prompts=[], temperature=1.0, seed=1, sample_tokens=1)
-    figures = measure(model, tokenizer, args, torch.float32)
+    figures = measure(model, tokenizer, args)
     assert figures["tokens"] > 2 * config.block_size
     finetune.main(["--base", base, "--data", "long.txt", "--run", "ft", "--steps", "2", *QUICK[2:]])
 
@@ -378,12 +379,21 @@ def test_a_run_of_train_py_is_not_resumed_here_nor_the_other_way_round(base):
         train.main(["--resume", "--run", "ft"])
 
 
-def test_memory_is_estimated_and_too_little_is_said(qwen, monkeypatch):
+def test_memory_is_estimated(qwen, monkeypatch):
     _, model = qwen
-    said = finetune.memory_text(model, settings("x"), torch.device("cpu"), torch.bfloat16)
-    assert f"{sum(p.numel() for p in model.parameters()):,} parameters: training needs about 0.0 GB" in said and "fail" not in said
-    monkeypatch.setattr(finetune.os, "sysconf", lambda name: 1)
-    assert "it will fail or crawl" in finetune.memory_text(model, settings("x"), torch.device("cpu"), torch.bfloat16)
+    n = sum(p.numel() for p in model.parameters())
+    assert f"{n:,} parameters: training needs about {18 * n / 1e9:.1f} GB" in finetune.memory_line(model, False)
+    monkeypatch.setattr(finetune, "WORLD", 2)
+    monkeypatch.setattr(finetune, "count_parameters", lambda model: 10 ** 9)
+    assert "about 9.0 GB" in finetune.memory_line(model, True) and "about 18.0 GB" in finetune.memory_line(model, False)
+
+
+def test_another_kind_of_length_extends_a_run(base):
+    finetune.main(["--base", base, "--run", "ft", "--steps", "2", *QUICK])
+    finetune.main(["--resume", "--run", "ft", "--epochs", "0.05"])
+    assert json.load(open("ft/result.json"))["steps"] > 2
+    with pytest.raises(UserError, match="exclude each other"):
+        finetune.main(["--base", base, "--run", "other", "--steps", "2", "--epochs", "1", *QUICK])
 
 
 def test_rows_that_cannot_be_cut_into_micro_batches_are_refused(base):
@@ -412,7 +422,7 @@ def in_processes(n, *args):
 def assert_same_run(one, other, rel=1e-4):
     """Both end with the same weights, moments and figures, in checkpoints of the same form."""
     a, b = (torch.load(f"{run}/last.pt", weights_only=True) for run in (one, other))
-    assert {k: v for k, v in a["options"].items() if k not in train.SHOWN} == {k: v for k, v in b["options"].items() if k not in train.SHOWN} and a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert {k: v for k, v in a["options"].items() if k not in train.MAY_CHANGE} == {k: v for k, v in b["options"].items() if k not in train.MAY_CHANGE} and a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     pairs = [(v, b["model"][k]) for k, v in a["model"].items()]
     pairs += [(v, b["optimizer"]["state"][i][k]) for i, state in a["optimizer"]["state"].items() for k, v in state.items()]
     assert a["model"].keys() == b["model"].keys() and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()

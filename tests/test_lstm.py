@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import lstm
+from fast import cells, products
+from fast.cells import fast_cells
 from lstm import LSTM, LSTMConfig, LSTMLM
 from tests.recurrent import (check_against_library, check_gradcheck, check_plain_equals_fast, check_stack,
                              check_state_is_carried, check_bf16_close)
 
-FAST_CELLS = lstm.fast_cells                                # the real one, whatever all_cells puts in its place
 SHAPES = [(1, 1, 1, 1), (1, 7, 3, 5), (4, 1, 6, 2), (3, 9, 8, 8), (5, 20, 17, 33)]      # B, T, I, H
 
 
@@ -17,7 +18,7 @@ SHAPES = [(1, 1, 1, 1), (1, 7, 3, 5), (4, 1, 6, 2), (3, 9, 8, 8), (5, 20, 17, 33
 def all_cells(request, monkeypatch):
     """Every test here runs twice: as it is where there is a compiler, and with the equations as they are written down."""
     if request.param == "equations":
-        monkeypatch.setattr(lstm, "fast_cells", lambda *_: (lstm.cell_forward, lstm.cell_backward))
+        monkeypatch.setattr(lstm, "fast_cells", lambda forward, backward, *_: (forward, backward))
 
 
 @pytest.mark.parametrize("shape", SHAPES + [(40, 3, 9, 70)])                # the last is large enough for two threads
@@ -73,26 +74,58 @@ def test_a_graph_can_be_walked_twice():
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cell_compiles_where_there_is_a_compiler(dtype):
-    assert FAST_CELLS("cpu", dtype)[0] is not lstm.cell_forward
+    assert fast_cells(lstm.cell_forward, lstm.cell_backward, "cpu", dtype)[0] is not lstm.cell_forward
 
 
 def test_without_a_compiler_and_elsewhere_the_equations_do_the_same(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    monkeypatch.setattr(lstm, "compile_c", lstm.compile_c.__wrapped__)
+    monkeypatch.setattr(cells, "compile_c", products.compile_c.__wrapped__)
+    equations = lstm.cell_forward, lstm.cell_backward
     for key in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.float32)):
-        assert FAST_CELLS.__wrapped__(*key) == (lstm.cell_forward, lstm.cell_backward)
+        assert fast_cells.__wrapped__(*equations, *key) == equations
+
+
+FORWARD, BACKWARD = lstm.cell_forward, lstm.cell_backward              # as they are written, whatever a test puts in their place
+
+
+def clipped_cell(gates, from_h, c_before, c, h, limit):
+    FORWARD(gates, from_h, c_before, c, h)
+    c.clamp_(-limit, limit)
+    h.copy_(gates.chunk(4, 1)[3] * torch.tanh(c))
+
+
+def forward_then(change):
+    def changed(gates, from_h, c_before, c, h):
+        FORWARD(gates, from_h, c_before, c, h)
+        change(h)
+    return changed
+
+
+def backward_then(change):
+    def changed(gates, grad_h, from_next, c_before, c, da, dc):
+        BACKWARD(gates, grad_h, from_next, c_before, c, da, dc)
+        change(da, dc)
+    return changed
+
+
+EDITS = {"c clipped to 1": (lambda *v: clipped_cell(*v, 1), BACKWARD), "c clipped to 2": (lambda *v: clipped_cell(*v, 2), BACKWARD),
+         "h times 0.985": (forward_then(lambda h: h.mul_(0.985)), BACKWARD), "da clipped to 1": (FORWARD, backward_then(lambda da, dc: da.clamp_(-1, 1))),
+         "dc times 0.9": (FORWARD, backward_then(lambda da, dc: dc.mul_(0.9)))}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["cell_forward", "cell_backward"])
-def test_equations_that_were_changed_are_run_as_they_stand(monkeypatch, dtype, name):
-    as_written = getattr(lstm, name)
+@pytest.mark.parametrize("edit", EDITS)
+def test_equations_that_a_student_has_changed_are_run_as_they_are(dtype, edit):
+    assert fast_cells(*EDITS[edit], "cpu", dtype) == EDITS[edit]
 
-    def changed(*v):
-        as_written(*v)
-        v[-1].mul_(0.9)                                         # the last thing that either writes: h, dc
-    monkeypatch.setattr(lstm, name, changed)
-    assert FAST_CELLS.__wrapped__("cpu", dtype) == (lstm.cell_forward, lstm.cell_backward)
+
+def test_an_lstm_computes_what_its_equations_say(monkeypatch):
+    """Through the layer: the forward pass of a changed cell is that of its equations, whatever C would give."""
+    layer, x = LSTM(5, 7), 4 * torch.randn(3, 20, 5)
+    before = layer(x)[0]
+    monkeypatch.setattr(lstm, "cell_forward", EDITS["c clipped to 1"][0])
+    out, (_, c) = layer(x)
+    assert c.abs().max() <= 1 and (out - before).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,7 +137,7 @@ def test_a_packed_matrix_gives_the_same_product(monkeypatch, dtype, rows, n_in, 
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     torch.manual_seed(rows)
     weight = torch.randn(n_out, n_in).to(dtype)
-    linear = lstm.packed_linear(weight, rows, 2)
+    linear = products.packed_linear(weight, rows, 2)
     for _ in range(2):
         x = torch.randn(rows, n_in).to(dtype)
         torch.testing.assert_close(linear(x).double(), x.double() @ weight.double().t(), atol=1e-4 if dtype == torch.float32 else 0.02,
@@ -114,4 +147,4 @@ def test_a_packed_matrix_gives_the_same_product(monkeypatch, dtype, rows, n_in, 
 @pytest.mark.parametrize("compiler", ["", "'unbalanced", "false", "/no/such/compiler"])
 def test_a_compiler_that_is_none_leaves_the_equations(monkeypatch, compiler):
     monkeypatch.setenv("CC", compiler)
-    assert lstm.compile_c.__wrapped__("lstm") is None
+    assert products.compile_c.__wrapped__("cells") is None

@@ -20,6 +20,7 @@ import ppo
 import sample
 import train
 from data import UserError
+from fast.layer import FastDecoderLayer, speed_up
 from lstm import LSTMConfig, LSTMLM
 from ppo import gae, load_scorer, policy_loss, prompt_batch, rollout, value_loss, whiten
 from qwen_load import WordPiece, save_scorer
@@ -254,23 +255,6 @@ def test_the_policy_loss_equals_a_loop_and_its_gradient_stops_where_it_is_clippe
     assert ((new.grad == 0) == torch.tensor(held)).all()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_log_probabilities_and_their_gradients_equal_autograds(bias):
-    rng = torch.Generator().manual_seed(0)
-    hidden, weight, b = (torch.randn(*shape, generator=rng, dtype=torch.float64).requires_grad_() for shape in ((6, 5), (11, 5), (11,)))
-    actions, banned, slope = torch.tensor([0, 3, 3, 10, 7, 1]), torch.tensor([2, 9]), torch.randn(6, generator=rng, dtype=torch.float64)
-    inputs = (hidden, weight, b) if bias else (hidden, weight)
-    got = ppo.TokenLogProb.apply(hidden, weight, b if bias else None, actions, banned)
-    grads = torch.autograd.grad((got * slope).sum(), inputs)
-    logits = F.linear(hidden, weight, b if bias else None).index_fill(1, banned, -math.inf)
-    expected = torch.log_softmax(logits, -1)[torch.arange(6), actions]
-    torch.testing.assert_close(got, expected)
-    for g, e in zip(grads, torch.autograd.grad((expected * slope).sum(), inputs)):
-        torch.testing.assert_close(g, e)
-    low = ppo.TokenLogProb.apply(hidden.bfloat16(), weight, None, actions, banned[:0])
-    assert low.dtype == torch.float32 and (low - torch.log_softmax(hidden @ weight.t(), -1)[torch.arange(6), actions]).abs().max() < 0.05
-
-
 def test_the_value_loss_equals_a_loop():
     rng = torch.Generator().manual_seed(1)
     value, old, returns = (torch.randn(40, generator=rng, dtype=torch.float64) for _ in range(3))
@@ -356,7 +340,9 @@ PROMPTS = [[0, *(1 + (7 * k + j) % (V - 1) for j in range(k % 7))] for k in rang
 def task_for(folder, model, worth=None, dtype=torch.float32, prompts=PROMPTS, text=None, **changes):
     scorer = Table(torch.linspace(-1, 1, V) if worth is None else worth)
     splits = {"train": prompts, "valid": prompts[:8], "test": prompts[:8]}
-    return ppo.Task(settings(folder, **changes), copy.deepcopy(model).eval(), Words(), scorer, splits, torch.device("cpu"), dtype, text)
+    reference = copy.deepcopy(model).eval()
+    reference.product_dtype = dtype
+    return ppo.Task(settings(folder, **changes), reference, Words(), scorer, splits, text)
 
 
 def run_policy(folder, model, worth=None, dtype=torch.float32, prompts=PROMPTS, text=None, **changes):
@@ -399,8 +385,12 @@ def test_sampled_and_recomputed_log_probabilities_agree(model, tmp_path):
 def test_the_first_minibatch_has_ratio_one(tmp_path, dtype, monkeypatch):
     ratios = []
     monkeypatch.setattr(ppo, "policy_loss", lambda new, old, *rest: ratios.append((new - old).exp().detach()) or policy_loss(new, old, *rest))
-    run_policy(tmp_path, next(policies()).train(), dtype=dtype, steps=1, seed=2)    # dropout 0.5, if it were on
-    assert len(ratios) == 8 and (ratios[0] - 1).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)
+    model = next(policies()).train()                                        # dropout 0.5, if it were on
+    speed_up(model)
+    run_policy(tmp_path, model, dtype=dtype, steps=1, seed=2)
+    # without a compiler, attention is computed in one way without a gradient, and in another with one: bfloat16 shows that
+    same_way = dtype == torch.float32 or isinstance(model.layers[0], FastDecoderLayer)
+    assert len(ratios) == 8 and (ratios[0] - 1).abs().max() < (1e-5 if same_way else 0.02)
     assert (ratios[-1] - 1).abs().max() > 1e-3                              # and after updates it has not
 
 
@@ -777,6 +767,8 @@ def test_what_does_not_go_together_is_said_in_a_line(there, tmp_path, monkeypatc
         ppo.main(["--train-reward", "--kl-coef", "1"])
     with pytest.raises(UserError, match="--seed must be at least 0 and below"):
         ppo.main(["--seed", str(2 ** 70)])
+    with pytest.raises(UserError, match="--batch-size 32 cannot be cut into 5 equal micro-batches"):
+        ppo.main(["--train-reward", "--data", "reviews", "--accumulate", "5", "--run", "other"])
     with pytest.raises(UserError, match="already holds a run or weights"):
         ppo.main(["--train-reward", "--data", "reviews", "--run", "scorer"])
 

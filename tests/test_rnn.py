@@ -1,9 +1,12 @@
 """RNN layer, softmax loss and dropouts against torch.nn.RNN, F.cross_entropy, autograd and finite differences."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import rnn
+from fast import products
 from rnn import RNN, LinearCrossEntropy, RNNConfig, RNNLM, dropout, embedded_dropout, locked_dropout
 from tests.recurrent import (check_against_library, check_bf16_close, check_gradcheck, check_plain_equals_fast,
                              check_stack, check_state_is_carried)
@@ -51,7 +54,7 @@ def test_linear_cross_entropy_matches_the_library(monkeypatch, n, vocab, biased,
     torch.manual_seed(n)
     monkeypatch.setattr(rnn, "MOST_LOGITS", -(-n * vocab // n_chunks))
     monkeypatch.setattr(rnn, "FEWEST_ROWS", 1)
-    assert len(list(rnn.logit_chunks(torch.zeros(n, 6), torch.zeros(vocab, 6), None))) == n_chunks
+    assert len(list(rnn.row_chunks(vocab, torch.zeros(n, 6)))) == n_chunks
     hidden, weight = torch.randn(n, 6, dtype=torch.double), torch.randn(vocab, 6, dtype=torch.double)
     bias = torch.randn(vocab, dtype=torch.double) if biased else None
     targets = torch.randint(vocab, (n,))
@@ -87,10 +90,46 @@ def test_linear_cross_entropy_in_bf16_is_within_its_precision():
     assert (h.grad.float() - hidden.grad).norm() / hidden.grad.norm() < 0.01
 
 
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.997, 0.999])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_in_bf16_is_right_where_the_model_is_sure(p, reduction):
+    """bfloat16 rounds p = 0.997 to 0.996: p - 1 must be formed before it is rounded."""
+    head = torch.nn.Linear(2, 2, bias=False)
+    logit = torch.tensor(math.log(p / (1 - p))).bfloat16()
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    hidden = torch.stack((logit, torch.tensor(0.0).bfloat16()))[None].requires_grad_()
+    loss = rnn.softmax_loss(hidden, head, torch.tensor([0]), reduction)
+    loss.sum().backward()
+    exact = torch.sigmoid(-logit.double())                                      # 1 - p of the rounded logit
+    assert loss.sum().item() == pytest.approx(-math.log1p(-exact), rel=2e-4)
+    assert hidden.grad[0, 0].item() == pytest.approx(-exact.item(), rel=2 ** -8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_tokens_loss_and_gradient_equal_autograds(bias, monkeypatch):
+    monkeypatch.setattr(rnn, "MOST_LOGITS", 1)
+    monkeypatch.setattr(rnn, "FEWEST_ROWS", 4)                                 # several chunks
+    torch.manual_seed(0)
+    hidden, head, slope = torch.randn(3, 5, 6, dtype=torch.double, requires_grad=True), torch.nn.Linear(6, 11, bias).double(), torch.randn(3, 5, dtype=torch.double)
+    targets, suppressed = torch.randint(11, (3, 5)), torch.tensor([2, 9])
+    targets[1, 2:] = -1
+    targets[(targets == 2) | (targets == 9)] = 0
+    got = rnn.softmax_loss(hidden, head, targets, "none", suppressed)
+    logits = head(hidden).index_fill(-1, suppressed, -math.inf)
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
+    torch.testing.assert_close(got, expected)
+    inputs = [hidden, *head.parameters()]
+    for a, b in zip(torch.autograd.grad((got * slope).sum(), inputs), torch.autograd.grad((expected * slope).sum(), inputs)):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(rnn.softmax_loss(hidden, head, targets, "none", suppressed), expected)
+        torch.testing.assert_close(rnn.softmax_loss(hidden, head, targets, "none"), rnn.softmax_loss(hidden, head, targets, "none", targets.flatten()[:0]), check_dtype=False)
+
+
 @pytest.mark.parametrize("n_rows, vocab", [(1, 10), (256, 10_000), (1120, 10_000), (4096, 151_936), (100_000, 50_000)])
 def test_chunks_are_bounded_and_not_tiny(n_rows, vocab):
-    chunks = list(rnn.logit_chunks(torch.empty(n_rows, 0, device="meta"), torch.empty(vocab, 0, device="meta"), None))
-    rows = [len(logits) for logits, _ in chunks]
+    rows = [len(part) for part, in rnn.row_chunks(vocab, torch.empty(n_rows, 0, device="meta"))]
     assert sum(rows) == n_rows and rows[0] * vocab <= max((1 << 23) + vocab, 1024 * vocab)
     assert len(rows) == 1 or rows[0] >= 512
 
@@ -165,7 +204,7 @@ def library(request, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
     for name in ("AMD", "ONEDNN"):
-        monkeypatch.setattr(rnn, name, request.param == "oneDNN")
+        monkeypatch.setattr(products, name, request.param == "oneDNN")
     return request.param
 
 
@@ -183,10 +222,10 @@ def test_products_equal_float64s_on_views_too(library, N, K, M, dtype):
     exact, grad = x.double() @ w.double().t(), g.double().t() @ x.double()
     with torch.no_grad():
         for a, c, h in ((x, w, g), (x_view, w_view, g_view), (x, w_view, g_view)):
-            close(rnn.product(a, c), exact, dtype)
-            close(rnn.product(a, c, b), exact + b.double(), dtype)
-            close(rnn.grad_product(h, a), grad, dtype)
-        close(rnn.product(x.view(N, 1, K), w), exact.view(N, 1, M), dtype)
+            close(products.product(a, c), exact, dtype)
+            close(products.product(a, c, b), exact + b.double(), dtype)
+            close(products.grad_product(h, a), grad, dtype)
+        close(products.product(x.view(N, 1, K), w), exact.view(N, 1, M), dtype)
 
 
 @pytest.mark.parametrize("rows, K, M", [(1, 3, 4), (5, 16, 64), (20, 200, 800), (3, 600, 900)])
@@ -194,11 +233,10 @@ def test_products_equal_float64s_on_views_too(library, N, K, M, dtype):
 @pytest.mark.parametrize("times", [1, 9])
 def test_packed_linears_equal_float64s(library, rows, K, M, dtype, times):
     torch.manual_seed(rows + K)
-    w, x, y = (torch.randn(*shape).to(dtype) for shape in ((M, K), (rows, K), (rows, M)))
+    w, x = (torch.randn(*shape).to(dtype) for shape in ((M, K), (rows, K)))
     for weight in (w, w.t().contiguous().t()):
         for v in (x, x.t().contiguous().t()):
-            close(rnn.packed_linear(weight, rows, times)(v), v.double() @ w.double().t(), dtype)
-            close(rnn.packed_linear(weight, rows, times, plus=True)(v, y), v.double() @ w.double().t() + y.double(), dtype)
+            close(products.packed_linear(weight, rows, times)(v), v.double() @ w.double().t(), dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 9, 8, 8), (5, 20, 17, 33)])

@@ -4,10 +4,10 @@ import copy
 import pytest
 import torch
 
-import lstm
 import transformer
+from fast import decode, layer as fast_layer, products
 from qwen_load import hub_name
-from sample import generate
+from sample import generate, generate_stream
 from transformer import KVCache, RMSNorm, Transformer, TransformerConfig, attention, fast_attention, rotary_cos_sin, apply_rotary_emb
 
 CONFIGS = [dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48), dict(n_layer=1, n_head=3, n_kv_head=1, n_embd=18, n_hidden=20),
@@ -152,8 +152,8 @@ def test_causal_mask_counts():
 def few_rows(request, monkeypatch):
     """Both ways of multiplying few rows; a test that asks for the compiled one where there is no compiler is skipped."""
     if request.param == "torch operations":
-        monkeypatch.setattr(transformer, "compiled_linear", lambda: None)
-    elif transformer.compiled_linear() is None:
+        monkeypatch.setattr(decode, "compiled_linear", lambda: None)
+    elif decode.compiled_linear() is None:
         pytest.skip("no C compiler here")
 
 
@@ -163,8 +163,8 @@ def few_rows(request, monkeypatch):
 def test_linear_in_bf16_is_the_exact_product_rounded_once_or_twice(few_rows, rows, n_in, n_out, bias):
     torch.manual_seed(n_in + n_out)
     layer, x = torch.nn.Linear(n_in, n_out, bias).bfloat16(), torch.randn(*rows, n_in).bfloat16()
-    transformer.use_decode_kernels(layer)
-    assert type(layer) is transformer.DecodeLinear
+    decode.use_decode_kernels(layer)
+    assert type(layer) is decode.DecodeLinear
     exact = x.double() @ layer.weight.double().t()
     with torch.no_grad():
         got = layer(x)
@@ -179,7 +179,7 @@ def test_linear_in_bf16_is_the_exact_product_rounded_once_or_twice(few_rows, row
 @pytest.mark.parametrize("rows", [1, 3])
 def test_reading_token_by_token_in_bf16_equals_float32_on_the_same_weights(few_rows, sizes, rows):
     model = make(**sizes).bfloat16()
-    transformer.use_decode_kernels(model)
+    decode.use_decode_kernels(model)
     tokens, state, out = torch.randint(61, (rows, 20)), model.init_state(rows, 20), []
     with torch.no_grad():
         for piece in tokens.split(1, 1):
@@ -191,34 +191,34 @@ def test_reading_token_by_token_in_bf16_equals_float32_on_the_same_weights(few_r
 
 def test_nan_is_not_hidden(few_rows):
     layer = torch.nn.Linear(4, 3).bfloat16()
-    transformer.use_decode_kernels(layer)
+    decode.use_decode_kernels(layer)
     with torch.no_grad():
         assert layer(torch.full((1, 4), float("nan")).bfloat16()).isnan().all()
 
 
 def test_gradients_never_take_the_way_of_generation():
     layer = torch.nn.Linear(4, 3).bfloat16()
-    transformer.use_decode_kernels(layer)
+    decode.use_decode_kernels(layer)
     x = torch.randn(1, 4, dtype=torch.bfloat16)
     layer(x).sum().backward()
     assert torch.equal(layer.weight.grad, x.expand(3, 4))
 
 
 def test_float32_keeps_torchs_way_but_where_onednn_is_faster(monkeypatch):
-    for onednn, kind in ((False, torch.nn.Linear), (True, transformer.DecodeLinear)):
-        monkeypatch.setattr(transformer, "AMD", onednn)
+    for onednn, kind in ((False, torch.nn.Linear), (True, decode.DecodeLinear)):
+        monkeypatch.setattr(decode, "AMD", onednn)
         layer = torch.nn.Linear(4, 3)
-        transformer.use_decode_kernels(layer)
+        decode.use_decode_kernels(layer)
         assert type(layer) is kind
 
 
 def few_rows_of(dtype, monkeypatch):
     """A DecodeLinear that packs its weight for a few rows, or a skip."""
-    monkeypatch.setattr(transformer, "AMD", dtype == torch.float32)
+    monkeypatch.setattr(decode, "AMD", dtype == torch.float32)
     if not torch.backends.mkldnn.is_available() or dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("nothing is packed here")
     layer = torch.nn.Linear(33, 70).to(dtype)
-    transformer.use_decode_kernels(layer)
+    decode.use_decode_kernels(layer)
     return layer
 
 
@@ -226,8 +226,9 @@ def few_rows_of(dtype, monkeypatch):
 def test_a_packed_weight_is_never_stale(dtype, monkeypatch):
     """Whether it is trained by a fused optimizer (which leaves no trace in _version), refreshed in place as PPO's
     sampler is, changed through .data, or replaced: the next generation of several rows is that of its numbers."""
-    monkeypatch.setattr(transformer, "AMD", dtype == torch.float32)
+    monkeypatch.setattr(decode, "AMD", dtype == torch.float32)
     model, packs = make(n_embd=32, n_head=4, n_layer=2).to(dtype), []
+    decode.use_decode_kernels(model)
     reorder = torch.ops.mkldnn._reorder_linear_weight
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *args: packs.append(1) or reorder(*args))
 
@@ -257,7 +258,7 @@ def test_a_packed_weight_is_never_stale(dtype, monkeypatch):
     right(8)
     if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert len(packs) >= 5 * 2 * 7 and len(packs) % 5 == 0              # each matrix once in each generation
-    assert transformer.PACKED is None
+    assert decode.PACKED is None
 
 
 def test_a_float32_decode_linear_under_autocast_multiplies_in_bfloat16(monkeypatch):
@@ -268,21 +269,22 @@ def test_a_float32_decode_linear_under_autocast_multiplies_in_bfloat16(monkeypat
 
 def test_without_a_compiler_there_is_no_compiled_code(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    monkeypatch.setattr(transformer, "compile_c", lstm.compile_c.__wrapped__)
-    assert transformer.compiled_linear.__wrapped__() is None
+    monkeypatch.setattr(decode, "compile_c", products.compile_c.__wrapped__)
+    monkeypatch.setattr(fast_layer, "compile_c", products.compile_c.__wrapped__)
+    assert decode.compiled_linear.__wrapped__() is None
     model = make(**CONFIGS[0])
-    transformer.use_layer_kernels(model)
+    fast_layer.use_layer_kernels(model)
     assert {type(layer) for layer in model.layers} == {transformer.DecoderLayer}
 
 
 def pair(seed=0, **sizes):
     """The same weights in textbook layers and in layers with the kernels."""
-    if transformer.layer_kernels(torch.float32, torch.float32) is None:
+    if fast_layer.layer_kernels(torch.float32, torch.float32) is None:
         pytest.skip("no C compiler here")
     plain = make(seed, **sizes).train()
     fast = copy.deepcopy(plain)
-    transformer.use_layer_kernels(fast)
-    assert {type(layer) for layer in fast.layers} == {transformer.FastDecoderLayer}
+    fast_layer.use_layer_kernels(fast)
+    assert {type(layer) for layer in fast.layers} == {fast_layer.FastDecoderLayer}
     return plain, fast
 
 
@@ -369,6 +371,79 @@ CHANGES = {
 }
 
 
+def swiglu_with_a_tenth_of_its_gradient(self, x):
+    y = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+    return y.detach() + 0.1 * (y - y.detach())
+
+
+def detached_before_the_mlp(self, x, cos, sin, cache):
+    x = x + transformer.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache), self.dropout, self.training)
+    return x + transformer.dropout(self.mlp(self.post_attention_layernorm(x).detach()), self.dropout, self.training)
+
+
+# what no output shows, or only large activations
+HIDDEN_CHANGES = {
+    "attention": lambda q, k, v: attention(q, k.detach(), v),
+    "SwiGLU.forward": swiglu_with_a_tenth_of_its_gradient,
+    "DecoderLayer.forward": detached_before_the_mlp,
+    "SwiGLU.forward ": lambda self, x: self.down_proj(torch.nn.functional.silu(self.gate_proj(x).clamp(-7, 7)) * self.up_proj(x).clamp(-7, 7)),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_CHANGES)
+@pytest.mark.parametrize("block_size", [16, 400])
+def test_a_change_that_only_gradients_or_large_activations_show_is_run(monkeypatch, name, block_size):
+    pair(**CONFIGS[0])
+    monkeypatch.setattr(f"transformer.{name.strip()}", HIDDEN_CHANGES[name])
+    model = Transformer(TransformerConfig(61, block_size, **CONFIGS[0]))
+    fast_layer.use_layer_kernels(model)
+    assert {type(layer) for layer in model.layers} == {transformer.DecoderLayer}
+
+
+@pytest.mark.parametrize("how", ["forward hook", "hook inside", "pre-hook", "backward hook", "parametrization"])
+def test_a_layer_that_is_watched_runs_as_the_textbook(how):
+    plain, fast = pair(**CONFIGS[0])
+    seen, tokens = [], torch.arange(21)[None]
+    layer = fast.layers[1]
+    if how == "parametrization":
+        class Half(torch.nn.Module):
+            def forward(self, w):
+                seen.append(1)
+                return w / 2
+        torch.nn.utils.parametrize.register_parametrization(layer.mlp.up_proj, "weight", Half())
+        with torch.no_grad():
+            plain.layers[1].mlp.up_proj.weight.div_(2)
+    else:
+        part = layer if how == "forward hook" else layer.self_attn.v_proj
+        register = {"pre-hook": part.register_forward_pre_hook, "backward hook": part.register_full_backward_hook}.get(how, part.register_forward_hook)
+        register(lambda *_: seen.append(1) and None)
+    loss, expected = (model(tokens[:, :-1], targets=tokens[:, 1:])[0] for model in (fast, plain))
+    loss.backward()
+    assert seen
+    torch.testing.assert_close(loss, expected)
+
+
+def test_float16_and_a_whole_number_as_epsilon_go_the_textbooks_way():
+    plain, fast = pair(**CONFIGS[0])
+    tokens = torch.arange(21)[None]
+    with torch.autocast("cpu", torch.float16):
+        losses = [model(tokens[:, :-1], targets=tokens[:, 1:])[0] for model in (fast, plain)]
+    assert torch.equal(*losses)
+    plain, fast = pair(norm_eps=1, **CONFIGS[0])
+    torch.testing.assert_close(fast(tokens)[0], plain(tokens)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_packed_weights_are_in_force_only_during_a_models_calls():
+    model = make(**CONFIGS[0])
+    decode.use_decode_kernels(model)
+    stream = generate_stream(model, [[1, 2], [3, 4]], 5, 0.0)
+    for _ in range(3):
+        next(stream)
+        assert decode.PACKED is None
+    stream.close()
+    assert decode.PACKED is None
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_class_is_trained_as_it_was_changed(monkeypatch, name):
     """What a student writes into the textbook part must not be passed by in silence."""
@@ -376,7 +451,7 @@ def test_a_changed_class_is_trained_as_it_was_changed(monkeypatch, name):
     before = loss_and_gradients(make(**CONFIGS[0], dropout=0.2).train(), tokens := torch.arange(41)[None])
     monkeypatch.setattr(f"transformer.{name}", CHANGES[name])
     plain, model = (make(**CONFIGS[0], dropout=0.2).train() for _ in range(2))
-    transformer.use_layer_kernels(model)
+    fast_layer.use_layer_kernels(model)
     expected, got = (loss_and_gradients(m, tokens) for m in (plain, model))
     assert abs(expected[0] - before[0]) > 1e-5
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
@@ -385,6 +460,6 @@ def test_a_changed_class_is_trained_as_it_was_changed(monkeypatch, name):
 def test_choosing_kernels_draws_no_random_numbers_and_changes_no_weight():
     model = make(**CONFIGS[0])
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    transformer.use_layer_kernels(model)
+    fast_layer.use_layer_kernels(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
