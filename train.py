@@ -57,7 +57,7 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -101,7 +101,7 @@ class RunOptions:
     resume: bool = option(False, "resume the run in --run, with the options that it was started with")
     steps: int = option(None, "optimizer steps, instead of --epochs")
     lr: float = option(None, "highest learning rate")
-    warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
     grad_clip: float = option(1.0, "largest gradient norm")
     log_every: int = option(50, "steps between rows of log.csv")
     eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)")
@@ -123,7 +123,6 @@ class Config(RunOptions):
     search: int = option(None, "try N random configurations within --minutes; what you type is held fixed")
     epochs: float = option(None, "passes over the training text")
     minutes: float = option(None, "as many steps as fit into this time, instead of --epochs")
-    warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
     compile: bool = option(False, "torch.compile the Transformer's layers, instead of the kernels of fast/")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory (Transformer only)")
@@ -330,30 +329,6 @@ def final_figures(model, corpus):
     return out
 
 
-def how_computed(model):
-    """What decides a training's speed: device, dtype, processes; on a CPU its threads and its kernels."""
-    device = device_of(model)
-    text = f"{device.type} {dtype_name(model.product_dtype)}" + (f" x {WORLD}" if WORLD > 1 else "")
-    if device.type != "cpu":
-        return text
-    threads, cores = torch.get_num_threads(), os.cpu_count()
-    text += f", {threads} threads" + (f" on {cores} cores: slow" if threads > cores else "")
-    if compile_c("decode", "-DBF16") is None:
-        return text + ", no C compiler (cc, or $CC): slow"
-    return text + (", textbook layers without kernels" if runs_textbook(model) else "")
-
-
-def compile_layers(model):
-    """torch.compile a Transformer's layers. UserError where that does not work."""
-    try:
-        torch.compile(torch.neg)(torch.ones(2, device=device_of(model)))
-    except Exception as e:                                          # no compiler, no Triton, ...: many types
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"--compile does not work here: {reason}. Leave it out") from e
-    for layer in model.layers:
-        layer.compile()
-
-
 # ------------------------------------------------------------------------------------------------- evaluation
 
 OVERLAP, LONGEST_WINDOW = 256, 4096                 # tokens
@@ -361,9 +336,9 @@ OVERLAP, LONGEST_WINDOW = 256, 4096                 # tokens
 
 @torch.no_grad()
 def token_losses(model, ids, pieces=1, window=None, stride=None):
-    """-log p of each of ids[1:] in nats, float64 [len(ids) - 1], without dropout; ids[0] is context only. A
-    recurrent model reads the text in `pieces` side by side, the Transformer in windows of `window` tokens
-    that advance by `stride`: see the next two functions."""
+    """-log p, the negative log-likelihood (nll), of each of ids[1:] in nats, float64 [len(ids) - 1], without
+    dropout. ids[0] is context only. A recurrent model reads the text in `pieces` side by side, a Transformer
+    in windows of `window` tokens that advance by `stride`: see the next two functions."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     n = len(ids) - 1
     if n < 1:
@@ -498,21 +473,34 @@ def claim_folder(config):
         raise
 
 
-class Run:
-    """A training in its folder: how far it is, its clock, log.csv, last.pt and best.pt. Of several processes,
-    the first one writes. Row k of log.csv shows the state after k steps: its lr and grad_norm are those of
-    the k-th step. `with run:` turns Ctrl-C, or a polite kill, into stop_requested."""
+@dataclass
+class Progress:
+    """How far a training is: what last.pt keeps of its Run."""
+    step: int = 0                                   # steps done
+    steps: float = math.inf                         # steps planned; inf while --minutes measures the speed
+    eval_every: float = math.inf                    # steps between evaluations
+    seconds: float = 0.0                            # on the clock
+    step_seconds: float = 0.0                       # on the clock, in training steps
+    warmup_seconds: float = 0.0                     # in the first WARMING_UP steps
+    eval_seconds: float = 0.0                       # in the last evaluation
+    best: float = math.inf                          # the lowest validation loss
+    best_step: int = -1                             # its step
+    rows: list = field(default_factory=list)        # of log.csv
+    losses: list = field(default_factory=list)      # training losses since the last row
+    train_tokens: int = 0                           # of the training text
+
+
+class Run(Progress):
+    """A training in its folder: how far it is, its clock, log.csv, last.pt and best.pt. The first of several
+    processes writes them. Row k of log.csv shows the state after k steps: its lr and grad_norm are those of
+    the k-th step. `with run:` turns Ctrl-C, or a polite kill, into stop_requested. batches: None in PPO."""
 
     def __init__(self, config, batches=None, checkpoint=None):
+        super().__init__(train_tokens=batches.train_tokens if batches else 0)
         self.config, self.batches, self.folder = config, batches, Path(config.run)
-        self.step = 0                                           # steps done
-        self.seconds = 0.0                                      # on the clock
-        self.step_seconds = 0.0                                 # on the clock, in all training steps
-        self.warmup_seconds = 0.0                               # in the first WARMING_UP steps
-        self.eval_seconds = 0.0                                 # in the last evaluation
-        self.best, self.best_step = math.inf, -1                # the lowest validation loss, and its step
-        self.rows, self.losses = [], []                         # of log.csv; losses since the last row
-        self.log_is_written, self.saved_step, self.stop_requested = True, None, False
+        self.stop_requested = False
+        self.log_is_written = True                              # log.csv holds all rows
+        self.saved_step = None                                  # of last.pt
         self.plan(self.planned_steps())
         if checkpoint:
             self.resume(checkpoint)
@@ -535,17 +523,13 @@ class Run:
 
     def resume(self, checkpoint):
         """Continue where last.pt was written. UserError for another text or a shorter length."""
-        saved, asked = checkpoint["run"], self.steps
-        if self.batches and saved["train_tokens"] != self.batches.train_tokens:
+        asked, train_tokens = self.steps, self.train_tokens
+        vars(self).update(checkpoint["run"])
+        if train_tokens != self.train_tokens:
             raise UserError(f"{self.config.data} is no longer the text that the run in {self.folder} was "
-                            f"started with: it has {self.batches.train_tokens:,} training tokens, and had "
-                            f"{saved['train_tokens']:,}. Restore it, or start a new run with --run")
-        self.step, self.steps = checkpoint["step"], saved["steps"]
-        self.eval_every = self.config.eval_every or saved["eval_every"]
-        self.seconds, self.step_seconds = saved["seconds"], saved["step_seconds"]
-        self.warmup_seconds, self.eval_seconds = saved["warmup_seconds"], saved["eval_seconds"]
-        self.best, self.best_step = saved["best"], saved["best_step"]
-        self.rows, self.losses = saved["rows"], saved["losses"]
+                            f"started with: it has {train_tokens:,} training tokens, and had "
+                            f"{self.train_tokens:,}. Restore it, or start a new run with --run")
+        self.eval_every = self.config.eval_every or self.eval_every
         now, then = asdict(self.config), checkpoint["options"]
         if any(now.get(name) != then.get(name) for name in ("steps", "epochs", "minutes")):
             planned = self.step if self.steps == math.inf else self.steps
@@ -672,12 +656,8 @@ class Run:
                     "tokenizer": tokenizer.state(), "step": self.step}
             last = best | more | {
                 "version": VERSION, "script": self.config.script, "options": asdict(self.config),
-                "optimizer": moments, "state": state, "run": {
-                    "seconds": self.seconds, "steps": self.steps, "eval_every": self.eval_every,
-                    "step_seconds": self.step_seconds, "warmup_seconds": self.warmup_seconds,
-                    "eval_seconds": self.eval_seconds, "best": self.best, "best_step": self.best_step,
-                    "rows": self.rows, "losses": self.losses,
-                    "train_tokens": self.batches.train_tokens if self.batches else 0}}
+                "optimizer": moments, "state": state,
+                "run": {f.name: getattr(self, f.name) for f in fields(Progress)}}
             if better:
                 write_atomically(self.folder / "best.pt", lambda f: torch.save(best, f))
             write_atomically(self.folder / "last.pt", lambda f: torch.save(last, f))
@@ -735,6 +715,30 @@ def load_optimizer(optimizer, state):
     for k, moments in state["state"].items():
         moments |= {name: shard_as(v, parameters[k]) for name, v in moments.items() if v.dim()}
     optimizer.load_state_dict(state)
+
+
+def how_computed(model):
+    """What decides a training's speed: device, dtype, processes; on a CPU its threads and its kernels."""
+    device = device_of(model)
+    text = f"{device.type} {dtype_name(model.product_dtype)}" + (f" x {WORLD}" if WORLD > 1 else "")
+    if device.type != "cpu":
+        return text
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    text += f", {threads} threads" + (f" on {cores} cores: slow" if threads > cores else "")
+    if compile_c("decode", "-DBF16") is None:
+        return text + ", no C compiler (cc, or $CC): slow"
+    return text + (", textbook layers without kernels" if runs_textbook(model) else "")
+
+
+def compile_layers(model):
+    """torch.compile a Transformer's layers. UserError where that does not work."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device_of(model)))
+    except Exception as e:                                          # no compiler, no Triton, ...: many types
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"--compile does not work here: {reason}. Leave it out") from e
+    for layer in model.layers:
+        layer.compile()
 
 
 def environment(model):
