@@ -483,6 +483,7 @@ class Progress:
     step_seconds: float = 0.0                       # on the clock, in training steps
     warmup_seconds: float = 0.0                     # in the first WARMING_UP steps
     eval_seconds: float = 0.0                       # in the last evaluation
+    eval_in_steps: float = 0.0                      # how many steps an evaluation is worth (--minutes)
     best: float = math.inf                          # the lowest validation loss
     best_step: int = -1                             # its step
     rows: list = field(default_factory=list)        # of log.csv
@@ -504,7 +505,8 @@ class Run(Progress):
         self.plan(self.planned_steps())
         if checkpoint:
             self.resume(checkpoint)
-        self.row_step, self.row_step_seconds = self.step, self.step_seconds     # at the last row
+        # --minutes: where the last measurement of the speed ended, and what it said
+        self.mark_step, self.mark_seconds, self.recent_before = self.step, self.step_seconds, 0.0
         self.started = time.perf_counter() - self.seconds
 
     def planned_steps(self):
@@ -547,33 +549,42 @@ class Run(Progress):
         self.write_log(all_rows=True)
 
     def plan_minutes(self):
-        """Turn --minutes into a number of steps, after the first MEASURED steps. Later, at a row of the log,
-        plan fewer steps if the machine has become so slow that the run would end 5 % late. All in seconds."""
-        if not getattr(self.config, "minutes", None) or self.step >= self.steps:
+        """Turn --minutes into a number of steps, after the first MEASURED ones. Later, every 60th of the run,
+        plan fewer steps if the machine has become so slow that the run would end 5 % late."""
+        measuring = self.steps == math.inf and self.step < MEASURED
+        if not getattr(self.config, "minutes", None) or measuring or self.step >= self.steps:
             return
-        time_left = 60 * self.config.minutes - self.seconds
-        if self.step == MEASURED and self.steps == math.inf:
+        limit = 60 * self.config.minutes                                        # seconds, as all times here
+        left = limit - self.seconds
+        if self.steps == math.inf:
             a_step = (self.step_seconds - self.warmup_seconds) / (MEASURED - WARMING_UP)
-            time_left -= 0.02 * 60 * self.config.minutes
-            evaluations = max(2, min(20, int(0.1 * time_left / self.eval_seconds)))     # a tenth of the time
+            left -= 0.02 * limit
+            evaluations = max(2, min(20, int(0.1 * left / self.eval_seconds)))  # a tenth of the time
             if self.config.eval_every:
-                steps = time_left / (a_step + self.eval_seconds / self.config.eval_every)
+                steps = left / (a_step + self.eval_seconds / self.config.eval_every)
             else:
-                steps = (time_left - evaluations * self.eval_seconds) / a_step
+                steps = (left - evaluations * self.eval_seconds) / a_step
             self.plan(*all_gather((self.step + max(1, int(steps)), evaluations))[0])
+            self.eval_in_steps = self.eval_seconds / a_step
             data.live(f"{self.config.minutes:g} minutes are {self.steps} steps, "
                       f"{self.steps / self.batches.steps_per_epoch:.1f} epochs", "\n")
-        elif self.step % self.config.log_every == 0 and self.steps < math.inf and self.step > self.row_step:
-            # a short pause is no reason: the faster one of the mean step since the last row and of all steps
-            since_row = (self.step_seconds - self.row_step_seconds) / (self.step - self.row_step)
-            a_step = min(since_row, self.step_seconds / self.step) + self.eval_seconds / self.eval_every
-            late = (self.steps - self.step) * a_step - time_left > 0.05 * 60 * self.config.minutes
-            fewer = self.step + max(1, int((time_left - self.eval_seconds) / a_step))
-            late, fewer = all_gather((late, fewer))[0]
-            if late and fewer < self.steps:
+        elif self.step - self.mark_step >= max(1, self.steps // 60):
+            recent = (self.step_seconds - self.mark_seconds) / (self.step - self.mark_step)
+            # a short pause is no reason to stop early: only two slow measurements in a row count
+            a_step, slow = self.step_seconds / self.step, min(recent, self.recent_before)
+            if slow > 1.5 * a_step:
+                a_step = slow
+            an_evaluation = self.eval_in_steps * a_step
+            with_evaluations = a_step + an_evaluation / self.eval_every
+            is_late = (self.steps - self.step) * with_evaluations > left + 0.05 * limit
+            # time for the last evaluation, and as much in reserve, because a busy machine is not steady
+            fewer = self.step + max(1, int((left - 2 * an_evaluation) / with_evaluations))
+            is_late, fewer = all_gather((is_late, fewer))[0]
+            if is_late and fewer < self.steps:
                 data.live(f"the machine has become slower: {fewer} steps instead of {self.steps} fit into "
                           f"{self.config.minutes:g} minutes", "\n")
                 self.steps = fewer
+            self.mark_step, self.mark_seconds, self.recent_before = self.step, self.step_seconds, recent
 
     def __enter__(self):
         """In one process, signals ask for a stop. (Several processes resume from their last evaluation.)"""
@@ -628,7 +639,7 @@ class Run(Progress):
         has_new_column = bool(row.keys() - {name for earlier in self.rows for name in earlier})
         self.rows.append(row)
         self.write_log(all_rows=has_new_column)
-        self.row_step, self.row_step_seconds, self.losses = self.step, self.step_seconds, []
+        self.losses = []
         return row
 
     def write_log(self, all_rows):

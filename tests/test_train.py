@@ -454,7 +454,7 @@ def test_a_log_that_is_open_in_a_spreadsheet_ends_no_training(monkeypatch, capsy
 
 
 def test_minutes_are_kept_where_the_machine_becomes_slow(monkeypatch, capsys):
-    """After 40 steps each takes 20 times as long. The clock is made: a step takes 1 s, an evaluation 2 s."""
+    """After 40 steps all takes 20 times as long. The clock is made: a step takes 1 s, an evaluation 2 s."""
     now, steps, original = [0.0], [], torch.optim.AdamW.step
 
     def step(self, *args):
@@ -464,13 +464,14 @@ def test_minutes_are_kept_where_the_machine_becomes_slow(monkeypatch, capsys):
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: [now.__setitem__(0, now[0] + 2.0), evaluate(*args)][1])
+    monkeypatch.setattr(train, "evaluate", lambda *args: [now.__setitem__(0, now[0] + (2.0 if len(steps) <= 40 else 40.0)), evaluate(*args)][1])
     options = tiny("rnn", "--minutes", "5", "--no-sample")
     train.main([*options, "--run", "slow"])
     result = json.loads(Path("slow/result.json").read_text())
-    assert 0.9 * 300 < result["seconds"] < 1.1 * 300 and result["steps"] < 100
+    assert 0.8 * 300 < result["seconds"] < 1.1 * 300 and result["steps"] < 100
     assert "the machine has become slower" in capsys.readouterr().err
     assert rows("slow")[-1]["val_ppl"] and int(rows("slow")[-1]["step"]) == result["steps"]
+    steps.clear()
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: [now.__setitem__(0, now[0] + 1.0), original(self, *args)][1])
     train.main([*options, "--run", "steady"])
     result = json.loads(Path("steady/result.json").read_text())
