@@ -270,7 +270,8 @@ def evaluate_actions(task, policy, r, value_head=None):
         groups = torch.arange(len(mask)).split(task.config.minibatch)
         hidden, ref_hidden = (torch.cat([response_hidden(model, r, rows) for rows in groups])
                               for model in (policy, task.reference))        # [N, D]
-        for action, h, ref_h in row_chunks(policy.lm_head.out_features, actions, hidden, ref_hidden):
+        vocab_size = policy.lm_head.out_features
+        for action, h, ref_h in row_chunks(vocab_size, actions, hidden, ref_hidden, copies=4):
             log_p, log_q = log_softmax(policy, h), log_softmax(task.reference, ref_h)           # [rows, V]
             p = log_p.exp()
             parts.append({"log_prob": log_p.gather(1, action)[:, 0],

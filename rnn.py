@@ -148,11 +148,12 @@ class RNNFunction(torch.autograd.Function):
 MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512
 
 
-def row_chunks(vocab_size, *tensors):
+def row_chunks(vocab_size, *tensors, copies=1):
     """The rows of tensors [N, ...] in chunks, so that the logits [rows, vocab_size] of one chunk fit memory.
-    Yields a tuple of parts, views of the tensors, for each chunk."""
+    Yields a tuple of parts, views of the tensors, for each chunk. copies: how many matrices of this size the
+    caller holds at a time."""
     N, most = len(tensors[0]), MOST_LOGITS * (32 if tensors[0].is_cuda else 1)
-    n = max(1, min(-(-N * vocab_size // most), N // FEWEST_ROWS))
+    n = max(1, min(math.ceil(copies * N * vocab_size / most), copies * N // FEWEST_ROWS))
     return zip(*(tensor.chunk(n) for tensor in tensors))
 
 
