@@ -72,6 +72,7 @@ class Config(RunOptions):
     base: str = option("Qwen/Qwen2-0.5B", "a run; or Qwen2's weights: a folder, or their name on the hub")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     epochs: float = option(None, "passes over the training text (default: 2)")
+    steps: int = option(None, "optimizer steps, instead of --epochs")
     data_fraction: float = option(0.9, "train on this first share of the text", above=0, at_most=1)
     ablate: bool = option(False, "a complete run for every pair of the next two, and a table")
     ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table")

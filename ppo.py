@@ -407,6 +407,22 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     return metrics
 
 
+def configure_adam(policy, value_head, lr):
+    """Detail: epsilon 1e-5 damps Adam's first updates. The value head begins at zero and learns faster."""
+    groups = [{"params": list(policy.parameters()), "lr_scale": 1},
+              {"params": list(value_head.parameters()), "lr_scale": 10}]
+    return torch.optim.Adam(groups, lr, eps=1e-5, fused=device_of(policy).type in ("cpu", "cuda"))
+
+
+def policy_to_sample_from(policy):
+    """The policy itself, or a copy in bfloat16, where products are: half the bytes to read for a token."""
+    if policy.product_dtype != torch.bfloat16 or policy.recurrent:
+        return policy
+    sampler = copy.deepcopy(policy).to(torch.bfloat16)
+    speed_up(sampler)
+    return sampler
+
+
 def train_policy(task, checkpoint=None):
     """PPO as task.config says, into the folder config.run; -> what its result.json holds."""
     # 3 what is measured before
@@ -422,16 +438,10 @@ def train_policy(task, checkpoint=None):
     value_head = nn.Linear(policy.lm_head.in_features, 1).to(device_of(policy))
     for p in value_head.parameters():
         nn.init.zeros_(p)
-    in_bf16 = policy.product_dtype == torch.bfloat16 and not policy.recurrent
-    sampler = policy
-    if in_bf16:                                                         # half the bytes to read for a token
-        sampler = copy.deepcopy(policy).to(torch.bfloat16)
-        speed_up(sampler)
+    sampler = policy_to_sample_from(policy)
 
-    # 5 optimizer. Detail: epsilon 1e-5 damps Adam's first updates. The value head, at zero, learns faster
-    groups = [{"params": list(policy.parameters()), "lr_scale": 1},
-              {"params": list(value_head.parameters()), "lr_scale": 10}]
-    optimizer = torch.optim.Adam(groups, config.lr, eps=1e-5, fused=device_of(policy).type in ("cpu", "cuda"))
+    # 5 optimizer
+    optimizer = configure_adam(policy, value_head, config.lr)
 
     # 6 resume
     run, kl_coef = Run(config, checkpoint=checkpoint), config.kl_coef

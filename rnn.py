@@ -316,7 +316,7 @@ class RNNLM(nn.Module):
     here has: forward, init_state and logits."""
     layer_type = RNN
     recurrent = True
-    product_dtype = torch.float32                               # what sample.autocast multiplies in
+    product_dtype = torch.float32                               # of its products; sample.autocast reads it
     embed_range = 0.1                                           # embeddings start uniform in +- this
 
     def __init__(self, config):

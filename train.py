@@ -122,6 +122,7 @@ class Config(RunOptions):
     also: list[str] = option([], "other corpora to log the perplexity of")
     search: int = option(None, "try N random configurations within --minutes; what you type is held fixed")
     epochs: float = option(None, "passes over the training text")
+    steps: int = option(None, "optimizer steps, instead of --epochs")
     minutes: float = option(None, "as many steps as fit into this time, instead of --epochs")
     compile: bool = option(False, "torch.compile the Transformer's layers, instead of the kernels of fast/")
     sample: bool = option(True, "print a line that the model writes at every evaluation")

@@ -198,7 +198,7 @@ class Transformer(nn.Module):
     """The language model. Three members, as every model here has: forward, init_state and logits. Parameters
     have the names of Qwen2's checkpoint, without its leading `model.`."""
     recurrent = False
-    product_dtype = torch.float32                               # what sample.autocast multiplies in
+    product_dtype = torch.float32                               # of its products; sample.autocast reads it
     checkpointing = False      # keep the input of every layer only and compute the rest again when going back
 
     def __init__(self, config):
@@ -336,7 +336,7 @@ class Scorer(nn.Module):
     """DistilBERT with a classification head, and the tokenizer that it reads with (qwen_load.WordPiece).
     Parameters have the hub's names without the leading `distilbert.`."""
     recurrent = False
-    product_dtype = torch.float32                               # what sample.autocast multiplies in
+    product_dtype = torch.float32                               # of its products; sample.autocast reads it
 
     def __init__(self, config, tokenizer):
         super().__init__()

@@ -417,9 +417,11 @@ def test_a_second_training_of_a_folder_is_refused_while_the_first_is_running(cap
     if moment == "later":
         wait_for(lambda: len(Path("r/log.csv").read_text().splitlines()) > 20, process)
     process.send_signal(signal.SIGSTOP)
-    line = fails(capsys, *tiny("rnn", "--steps", "4", "--seed", "2", "--run", "r"))
+    try:
+        line = fails(capsys, *tiny("rnn", "--steps", "4", "--seed", "2", "--run", "r"))
+    finally:
+        process.send_signal(signal.SIGCONT)
     assert "r belongs to a training that is running, or that died before its first checkpoint. If it died, delete r/log.csv" in line
-    process.send_signal(signal.SIGCONT)
     assert process.wait(120) == 0 and json.loads(Path("r/result.json").read_text())["seed"] == 1
 
 
