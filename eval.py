@@ -36,6 +36,7 @@ word of |z| > 2 differs significantly. The distance between the two distribution
 divergence in bits: 0 if equal, 1 if they share no word.
 """
 import csv
+import glob
 import math
 import os
 import re
@@ -51,7 +52,7 @@ import torch
 import data
 from data import UserError, option, read_json, save_json, write_atomically, write_text
 from sample import (autocast, context_length, count_parameters, device_of, encode_prompt, generate, load_run,
-                    pick_device, pick_dtype, read_checkpoint)
+                    pick_device, pick_dtype, read_checkpoint, trained_on)
 from train import LONGEST_WINDOW, perplexity_of, token_losses
 
 
@@ -89,6 +90,8 @@ class Trained:
     result: dict                                # result.json; {} while the training is not finished
     options: dict                               # of the script that trained it
     steps: int = 0                              # planned
+    train_tokens: int = None                    # of the training text
+    trained_on: tuple = ()                      # resolved names of its training texts, the base's first
 
     @property
     def corpus(self):
@@ -96,22 +99,26 @@ class Trained:
 
 
 def read_log(path):
-    """The rows of log.csv as {column: float}, up to the last new line: a kill may cut a row off."""
+    """The rows of log.csv as {column: float}. A last row without a new line, left by a kill, is dropped."""
     try:
         lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
+        if any("step" not in row for row in rows):
+            raise ValueError("it has no column step")
+        return rows
     except (ValueError, TypeError) as e:                                    # changed by hand, or by a program
         print(f"left out: {path} is not as it was written ({e})", file=sys.stderr)
         return []
 
 
 def run_options(folder):
-    """-> (result.json or {}, the options of the script that trained the run, planned steps)."""
+    """-> (result.json, or {} of a run that is not finished; the options of the script that trained it;
+    planned steps; number of training tokens)."""
     result, last = read_json(Path(folder) / "result.json", {}), Path(folder) / "last.pt"
-    if result or not last.exists():
-        return result, result.get("options", {}), result.get("steps", 0)
-    checkpoint = read_checkpoint(last)                                      # not finished
-    return {}, checkpoint.get("options", {}), checkpoint.get("run", {}).get("steps", 0)
+    checkpoint = read_checkpoint(last, mmap=True) if last.exists() else {}
+    progress = checkpoint.get("run", {})
+    return (result, (result or checkpoint).get("options", {}), (result or progress).get("steps", 0),
+            progress.get("train_tokens"))
 
 
 def open_run(folder, device, product_dtype=torch.float32):
@@ -119,7 +126,7 @@ def open_run(folder, device, product_dtype=torch.float32):
     model, tokenizer, _ = load_run(folder, device, torch.float32)
     model.product_dtype = product_dtype
     log = read_log(Path(folder) / "log.csv")
-    return Trained(Path(folder).name, model, tokenizer, log, *run_options(folder))
+    return Trained(Path(folder).name, model, tokenizer, log, *run_options(folder), trained_on(folder))
 
 
 def distinct_names(names):
@@ -179,17 +186,21 @@ def sentences(text):
             for part in re.findall(rf"(?s).{{1,{LONGEST}}}(?:\s|$)|.{{{LONGEST}}}", sentence.strip())]
 
 
-def read_domain(name):
-    """Sentences as raw text: the documents of an embedded language's test split (only these begin by saying
-    who they are about); sentences of another corpus's validation split, or of a complete file or article."""
-    embedded = name in data.DOMAINS
-    split = "test" if embedded else "valid" if name in data.CORPORA else "all"
-    parts = [part.strip() for part in data.documents(name, split)] if embedded else \
-        sentences("".join(data.documents(name, split))[:TEXT_CHARACTERS])
-    found = [s for s in parts if any(ch.isalnum() for ch in s)]
-    if not found:
+def domain_split(name, trained_texts):
+    """The split of a domain that is read: of an embedded language, and of a text that a run was trained on,
+    the test split."""
+    return "test" if name in data.DOMAINS else data.unseen_split(name, trained_texts, prefer="test")
+
+
+def read_domain(name, trained_texts=()):
+    """The sentences of a domain as raw text. Of an embedded language they are complete documents with their
+    ends, because only a document's first sentence says whom it is about."""
+    documents = data.documents(name, domain_split(name, trained_texts))
+    texts = documents if name in data.DOMAINS else sentences("".join(documents)[:TEXT_CHARACTERS])
+    texts = [text for text in texts if any(ch.isalnum() for ch in text)]
+    if not texts:
         raise UserError(f"{name} holds no sentence to read")
-    return found
+    return texts
 
 
 # -------------------------------------------------------------------------------------------- numbers: losses
@@ -238,45 +249,47 @@ class Speller:
                    for a, b in zip("\n" + word, word + "\n"))
 
 
-def in_words(tokenizer, sentence):
-    """A sentence as words in a word tokenizer's conventions, unknown ones still spelled out."""
-    if "@-@" not in tokenizer.ids:                                 # WikiText's marks inside words and numbers
-        sentence = re.sub(r" @([-,.])@ ", r"\1", sentence)
-    return [w for w in tokenizer.normalize(sentence) if w != "<eos>"]
+def without_marks(tokenizer, sentence):
+    """A sentence of WikiText without the marks inside its words and numbers ("well @-@ known"), unless the
+    vocabulary has them."""
+    if tokenizer.kind == "word" and "@-@" not in tokenizer.ids:
+        return re.sub(r" @([-,.])@ ", r"\1", sentence)
+    return sentence
 
 
-def read_sentence(tokenizer, sentence):
-    """-> (ids, unknown words, characters); UserError for an unknown word where there is no <unk>."""
+def encode_text(tokenizer, text):
+    """-> (ids, unknown words, number of characters). The ids are those of training: a document has its end.
+    UserError for an unknown word if the vocabulary has no <unk>."""
     if tokenizer.kind != "word":
-        letters = tokenizer.normalize(sentence) if tokenizer.kind == "char" else ()
-        unknown = [ch for ch in letters if ch not in tokenizer.ids]
-        return tokenizer.encode(sentence), unknown, len(sentence) + 1
-    words = in_words(tokenizer, sentence)
+        characters = tokenizer.normalize(text) if tokenizer.kind == "char" else ()
+        unknown = [ch for ch in characters if ch not in tokenizer.ids]
+        return tokenizer.encode(text), unknown, len(text.replace(data.SEPARATOR, "").rstrip("\n")) + 1
+    words = tokenizer.normalize(text)
     unknown = [w for w in words if w not in tokenizer.ids or w == "<unk>"]
     if unknown and tokenizer.unk is None:
         raise UserError(f"its vocabulary has no {unknown[0]!r}")
-    return [tokenizer.ids.get(w, tokenizer.unk) for w in words], unknown, sum(len(w) + 1 for w in words)
+    ids = [tokenizer.ids.get(w, tokenizer.unk) for w in words]
+    return ids, unknown, sum(len(w) + 1 for w in words if w != "<eos>")
 
 
-def perplexities(model, tokenizer, sentence_list, ends=False):
-    """Of sentences under a model: the definitions at the top of this file. ends: the end token after each is
-    predicted too, as documents have it. UserError if the vocabulary cannot spell them."""
-    read = [read_sentence(tokenizer, s) for s in sentence_list]
-    kept = [k for k, (ids, _, _) in enumerate(read) if ids]
-    if not kept:
+def perplexities(model, tokenizer, texts):
+    """The figures that are defined at the top of this file, of texts (sentences, or documents with their
+    ends) under a model. UserError if the vocabulary cannot spell them."""
+    encoded = [encode_text(tokenizer, text) for text in texts]
+    scored = [k for k, (ids, _, _) in enumerate(encoded) if ids]
+    if not scored:
         raise UserError("nothing in it is a word of its vocabulary")
-    texts = [read[k][0] + [tokenizer.eos] * ends for k in kept]
-    losses = per_document_nll(model, texts, tokenizer.eos)
-    unknown = [w for k in kept for w in read[k][1]]
+    losses = per_document_nll(model, [encoded[k][0] for k in scored], tokenizer.eos)
+    unknown = [w for k in scored for w in encoded[k][1]]
     speller = Speller(w for w in getattr(tokenizer, "words", ()) if w not in ("<unk>", "<eos>"))
     spelling = sum(speller.bits(w) for w in unknown if w != "<unk>")
-    nats, characters = np.concatenate(losses), sum(read[k][2] for k in kept)
-    each = dict.fromkeys(range(len(read))) | {k: perplexity_of(v.mean()) for k, v in zip(kept, losses)}
-    return {"sentences": list(each.values()), "mean": statistics.fmean(each[k] for k in kept),
+    nats, n_characters = np.concatenate(losses), sum(encoded[k][2] for k in scored)
+    per_text = dict.fromkeys(range(len(texts))) | {k: perplexity_of(v.mean()) for k, v in zip(scored, losses)}
+    return {"sentences": list(per_text.values()), "mean": statistics.fmean(per_text[k] for k in scored),
             "corpus": perplexity_of(nats.mean()), "tokens": len(nats), "unknown": len(unknown) / len(nats),
-            "characters": characters,
-            "bits_per_character": (nats.sum() / math.log(2) + spelling) / characters,
-            "ids": [i for ids in texts for i in ids], "losses": nats}
+            "characters": n_characters,
+            "bits_per_character": (nats.sum() / math.log(2) + spelling) / n_characters,
+            "ids": [i for k in scored for i in encoded[k][0]], "losses": nats}
 
 
 # ---------------------------------------------------------------------------------- numbers: word frequencies
@@ -319,10 +332,20 @@ def frequency_and_loss(train, domain, tokenizer, scored):
     return float(np.corrcoef(ratio, loss)[0, 1]) if varied else None
 
 
-def train_counts(corpus, tokenizer):
-    """Counter of the words that a run was trained on; UserError if its text cannot be read."""
-    counts = np.bincount(data.encode_split(corpus, "train", tokenizer), minlength=tokenizer.vocab_size)
-    return Counter({w: int(c) for w, c in zip(tokenizer.words, counts) if c and w != "<eos>"})
+def training_ids(run):
+    """The tokens that a run was trained on. UserError if its text cannot be read, or has changed since."""
+    ids = data.encode_split(run.corpus, "train", run.tokenizer)
+    is_complete = run.options.get("data_fraction", 1) == 1
+    if is_complete and run.train_tokens not in (None, len(ids)):
+        raise UserError(f"{run.corpus} has changed since {run.name} was trained on it: it has {len(ids):,} "
+                        f"training tokens, and had {run.train_tokens:,}")
+    return ids
+
+
+def train_counts(run):
+    """Counter of the words that a run was trained on. UserError as for training_ids."""
+    counts = np.bincount(training_ids(run), minlength=run.tokenizer.vocab_size)
+    return Counter({w: int(c) for w, c in zip(run.tokenizer.words, counts) if c and w != "<eos>"})
 
 
 # ----------------------------------------------------------------------------------- numbers: memory, samples
@@ -399,19 +422,20 @@ def at_stages(run):
     return out
 
 
-def frequencies(runs, domains, scores):
-    """{"corpus and domain": what compare_frequencies finds, and each run's correlation}; of runs on words."""
+def frequencies(runs, domains, scores, notes):
+    """{"corpus and domain": what compare_frequencies finds, and each run's correlation}, of runs on words. A
+    run that cannot be compared gets a line in notes."""
     out, counts, shown = {}, {}, distinct_names({run.corpus for run in runs} | domains.keys())
     for run in [run for run in runs if run.tokenizer.kind == "word" and run.corpus != "?"]:
-        key = run.corpus, tuple(run.tokenizer.words)
+        key = run.corpus, tuple(run.tokenizer.words), run.train_tokens
         try:
-            counts[key] = counts.get(key) or train_counts(run.corpus, run.tokenizer)
+            counts[key] = counts.get(key) or train_counts(run)
         except UserError as e:
-            print(f"no word frequencies of {run.name}: {e}", file=sys.stderr)
+            notes.append(f"No word frequencies of {run.name}: {e}.")
             continue
-        for domain, sentence_list in domains.items():
-            here = Counter(w if w in run.tokenizer.ids else "<unk>" for s in sentence_list
-                           for w in in_words(run.tokenizer, s))
+        for domain, texts in domains.items():
+            words = [w for text in texts for w in run.tokenizer.normalize(without_marks(run.tokenizer, text))]
+            here = Counter(w if w in run.tokenizer.ids else "<unk>" for w in words if w != "<eos>")
             if (run.name, domain) in scores and len(counts[key] | here) > 1:
                 texts = [shown[run.corpus], shown[domain]]
                 found = out.setdefault(" and ".join(texts), compare_frequencies(counts[key], here)
@@ -456,21 +480,27 @@ def measure_runs(runs, domains, prompt, n_sentences):
     report = {"prompt": prompt, "summary": summary(runs), "logs": {run.name: run.log for run in runs},
               "stages": {run.name: at_stages(run) for run in runs},
               "vocabularies": len({repr(run.tokenizer.state()) for run in runs}), "domains": {}, "memory": {},
-              "samples": {}}
+              "samples": {}, "notes": []}
     scores = {}
-    for name, sentence_list in domains.items():
-        embedded, found = name in data.DOMAINS, {}
+    trained_texts = {text for run in runs for text in run.trained_on}
+    for name, texts in domains.items():
+        texts, by_run = texts[:n_sentences], {}
         for run in runs:
             try:
-                scores[run.name, name] = perplexities(run.model, run.tokenizer, sentence_list[:n_sentences],
-                                                      ends=embedded)
-                found[run.name] = {k: v for k, v in scores[run.name, name].items()
-                                   if k not in ("ids", "losses")}
+                if name not in data.CORPORA and data.resolved(name) == data.resolved(run.corpus):
+                    training_ids(run)           # a text that has changed may have its training text in `test`
+                readable = [without_marks(run.tokenizer, text) for text in texts]
+                scores[run.name, name] = perplexities(run.model, run.tokenizer, readable)
+                by_run[run.name] = {k: v for k, v in scores[run.name, name].items()
+                                    if k not in ("ids", "losses")}
             except UserError as e:
-                found[run.name] = str(e)
-        floor = data.embedded_floor(name, "test", n_sentences) if embedded else None
-        report["domains"][name] = {"sentences": sentence_list[:n_sentences], "floor": floor, "runs": found}
-    report["frequencies"] = frequencies(runs, domains, scores)
+                by_run[run.name] = str(e)
+        split = domain_split(name, trained_texts)
+        reason = ", because a run was trained on this text" if data.resolved(name) in trained_texts else ""
+        read = "The complete text was read." if split == "all" else f"The {split} split was read{reason}."
+        floor = data.embedded_floor(name, "test", n_sentences) if name in data.DOMAINS else None
+        report["domains"][name] = {"sentences": texts, "read": read, "floor": floor, "runs": by_run}
+    report["frequencies"] = frequencies(runs, domains, scores, report["notes"])
     for run in runs:
         if run.corpus in data.DOMAINS and getattr(run.tokenizer, "words", None) == data.embedded_vocabulary():
             report["memory"].setdefault(run.corpus, {})[run.name] = name_memory(run)
@@ -501,97 +531,114 @@ def markdown_table(rows):
     return "".join(f"| {' | '.join(format_number(v).translate(escaped) for v in line)} |\n" for line in lines)
 
 
-def write_report(folder, lines):
-    """Lines of markdown as report.md."""
-    more = [] if pyplot() else ["No figures, because matplotlib is not installed: pip install matplotlib\n"]
-    write_text(folder / "report.md", "\n".join([*lines, *more]))
+NO_FIGURES = "There are no figures, because matplotlib is not installed. Type: pip install matplotlib"
+
+
+def write_report(folder, lines, redraw=""):
+    """Write report.md. The first of these lines of markdown is its title. redraw: a command that draws the
+    figures later."""
+    if pyplot() is None:
+        hint = f"{NO_FIGURES}; then: {redraw}" if redraw else NO_FIGURES
+        print(hint)
+        lines = [lines[0], hint + "\n", *lines[1:]]
+    write_text(folder / "report.md", "\n".join(lines))
 
 
 def stages_section(report, out):
     stages = [(run, "in domain" if column == "val_ppl" else column.removeprefix("ppl_"), values)
               for run, columns in report["stages"].items() for column, values in columns.items()]
+    if not stages:
+        return []
     labels = [f"{share:.0%}" for share in STAGES]
     rows = [{"run": run, "text": text} | dict(zip(labels, values)) for run, text, values in stages]
-    if not rows:
-        return []
     bars = {f"{run}, {text}": values for run, text, values in stages[:12]}
     return ["## Perplexity at stages of the training (Figure 2)\n",
-            "A stage between two evaluations is on the line of their losses. `--also climate`, say, logs "
-            "another text's perplexity too.\n", markdown_table(rows),
-            draw("Perplexity at stages", plot_bars, bars, labels, "perplexity", True, out / "stages.png")]
+            "A value between two evaluations is interpolated in the loss. `--also climate` logs the "
+            "perplexity of another text, too.\n", markdown_table(rows),
+            draw("Perplexity at stages", plot_bars, bars, labels, "perplexity", "log", out / "stages.png")]
 
 
 def domains_section(report, out):
     """Each domain under each run, and sentence by sentence."""
+    if not report["domains"]:
+        return []
     lines, bits = ["## Other domains (Table 1)\n"], {}
-    if report["vocabularies"] > 1:
-        lines.append("These runs have different vocabularies, and a token is not the same thing to them: "
-                     "compare bits per character, and these only where the characters are the same too.\n")
     columns = {"mean": "mean of sentence perplexities", "corpus": "corpus perplexity", "tokens": "tokens",
                "unknown": "unknown words, share", "characters": "characters",
                "bits_per_character": "bits per character"}
     for name, domain in report["domains"].items():
-        rows, each = [], [{"sentence": sentence} for sentence in domain["sentences"][:20]]
-        for run, found in domain["runs"].items():
-            reason = found if isinstance(found, str) else ""
-            found = {"mean": f"– ({reason})"} if reason else found
-            rows.append({"run": run} | {title: found.get(key) for key, title in columns.items()})
-            bits.setdefault(run, []).append(found.get("bits_per_character"))
-            each = [row | {run: ppl} for row, ppl in zip(each, found.get("sentences", [None] * len(each)))]
-        floor = f"The grammar's own perplexity on these documents is {domain['floor'] or 0:.2f}.\n"
-        lines += [f"### {name}\n", floor * bool(domain["floor"]), markdown_table(rows),
-                  f"The first {len(each)} of {len(domain['sentences'])} sentences:\n", markdown_table(each)]
-    if bits:
-        lines.append(draw("Bits per character in each domain", plot_bars, bits, [*distinct_names(
-            report["domains"]).values()], "bits per character", False, out / "domains.png"))
-    return lines
+        rows, by_sentence = [], [{"sentence": text.strip()} for text in domain["sentences"][:20]]
+        for run, figures in domain["runs"].items():
+            if isinstance(figures, str):                        # the reason why there are no figures
+                figures = {"mean": f"– ({figures})"}
+            rows.append({"run": run} | {title: figures.get(key) for key, title in columns.items()})
+            bits.setdefault(run, []).append(figures.get("bits_per_character"))
+            for row, ppl in zip(by_sentence, figures.get("sentences", [None] * len(by_sentence))):
+                row[run] = ppl
+        lines += [f"### {name}\n", domain["read"] + "\n", markdown_table(rows)]
+        if domain["floor"]:
+            lines.append(f"The grammar's own perplexity on these documents is {domain['floor']:.2f}.\n")
+        lines += [f"The first {len(by_sentence)} of {len(domain['sentences'])} sentences:\n",
+                  markdown_table(by_sentence)]
+    labels = list(distinct_names(report["domains"]).values())
+    return [*lines, draw("Bits per character in each domain", plot_bars, bits, labels, "bits per character",
+                         "linear", out / "domains.png")]
 
 
 def frequencies_section(report, out):
-    lines = ["## Word frequencies (Figure 3)\n"]
+    lines = []
     for k, (name, found) in enumerate(report["frequencies"].items()):
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
         lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. "
                   "Correlation of a token's loss with how much rarer its word was in training than it is "
-                  f"here: {runs}.\n",
+                  f"in this text: {runs}.\n",
                   draw("Word frequencies", plot_frequencies, found, out / f"frequencies_{k + 1}.png"),
                   markdown_table(found["words"])]
-    return lines
+    return ["## Word frequencies (Figure 3)\n", *lines] if lines else []
 
 
 def memory_section(report, out):
     lines = []
     labels = [f"{a}–{b}" if b < 10 ** 6 else f"over {a - 1}" for a, b in DISTANCES]
-    for corpus, memory in report["memory"].items():
-        any_run = next(iter(memory.values()))
-        cells = [(run, 0, row) for run, row in memory.items()]
+    for corpus, by_run in report["memory"].items():
+        any_run = next(iter(by_run.values()))
+        cells = [(run, 0, row) for run, row in by_run.items()]
         cells += [("floor", 1, any_run), ("cases", 2, any_run)]
         rows = [{"run": name} | {label: cell and cell[k] for label, cell in zip(labels, row)}
                 for name, k, row in cells]
         lines += [f"### {corpus}\n", markdown_table(rows), draw(
-            "Loss at the repeated name", plot_memory, memory, labels, out / f"memory_{corpus}.png")]
+            "Loss at the repeated name", plot_memory, by_run, labels, out / f"memory_{corpus}.png")]
     return lines and ["## Memory: the loss where a name must be repeated\n",
-                      "Nats, by how many words ago the name was last said. The grammar leaves no choice "
-                      "there: its own loss is the floor. A guess among the 20 names costs ln 20 = 3.00.\n",
-                      *lines]
+                      "Nats, by the number of words since the name was last said. The grammar leaves no "
+                      "choice at these words, and its own loss is the floor. A guess among the 20 names "
+                      "costs ln 20 = 3.00.\n", *lines]
+
+
+def policies_section(report, out):
+    if not report["rewards"]:
+        return []
+    return ["## Policies trained by PPO\n", markdown_table(report["rewards"]), draw(
+        "Reward against KL while training", plot_frontier, report["frontier"], out / "frontier.png")]
 
 
 def draw_report(report, out):
-    """report.md and its figures in the folder out, from what measure_runs returned or report.json holds."""
-    lines = ["# Report\n", "Losses are in nats per token, perplexity is their exponential; eval.py defines "
-             "all at its top.\n"]
+    """Write report.md and its figures into the folder out. report: what measure_runs returned."""
+    lines = ["# Report\n", "Losses are in nats per token, and perplexity is their exponential. The head of "
+             "eval.py defines all figures.\n", *(note + "\n" for note in report["notes"])]
     if report["summary"]:
-        lines += ["## Summary\n", markdown_table(report["summary"]), "## Loss curves (Figure 1)\n",
-                  draw("Loss while training", plot_curves, report["logs"], out / "loss_curves.png")]
+        lines += ["## Summary\n", markdown_table(report["summary"])]
+        if report["vocabularies"] > 1:
+            lines.append("These runs have different vocabularies, so their tokens differ: compare bits per "
+                         "character, and these only where the numbers of characters are the same, too.\n")
+        if curves := draw("Loss while training", plot_curves, report["logs"], out / "loss_curves.png"):
+            lines += ["## Loss curves (Figure 1)\n", curves]
         for section in (stages_section, domains_section, frequencies_section, memory_section):
             lines += section(report, out)
         rows = [{"run": run} | row for run, rows in report["samples"].items() for row in rows]
-        lines += ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\"; the "
-                  "first is shown.\n", markdown_table(rows)]
-    if report["rewards"]:
-        lines += ["## Policies trained by PPO\n", markdown_table(report["rewards"]), draw(
-            "Reward against KL while training", plot_frontier, report["frontier"], out / "frontier.png")]
-    write_report(out, lines)
+        lines += ["## Samples (Table 2)\n", f"16 continuations of 40 tokens of \"{report['prompt']}\". The "
+                  "table shows the first.\n", markdown_table(rows)]
+    lines += policies_section(report, out)
+    write_report(out, lines, f"python eval.py --redraw --out {data.quoted(out)}")
 
 
 # ------------------------------------------------------------------------------- figures, from the dictionary
@@ -601,8 +648,8 @@ MARKERS = "osD^vPX"
 
 
 def pyplot():
-    """matplotlib.pyplot, set up; None where it is not installed, and then nothing is drawn."""
-    os.environ["MPLBACKEND"] = "Agg"            # a notebook's shell names one that is not here
+    """matplotlib.pyplot with the settings of all figures, or None if it is not installed."""
+    os.environ["MPLBACKEND"] = "Agg"            # a notebook names a backend that does not exist here
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -615,91 +662,101 @@ def pyplot():
     return plt
 
 
-def figure(path, panels=1, width=4.2, height=3.2):
-    """`for panels in figure(path)`: the axes of a figure, side by side, which is written to path after the
-    block; without matplotlib the block is passed over."""
+def draw(title, plot, *args):
+    """plot(plt, *args); -> the figure's line of markdown, "" if there is none. The last argument is the path.
+    A figure that cannot be drawn is left out with a line: it ends no training and no report."""
+    path = args[-1]
     path.unlink(missing_ok=True)
     if plt := pyplot():
-        drawn, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False)
-        yield axes[0]
-        write_atomically(path, lambda f: drawn.savefig(f, format="png"))
-        plt.close(drawn)
+        try:
+            plot(plt, *args)
+        except Exception as e:                                              # matplotlib raises many types
+            print(f"{plot.__name__} is left out: {type(e).__name__}: {e}", file=sys.stderr)
+        plt.close("all")
+    return f"![{title}]({path.name})\n" if path.exists() else ""
 
 
-def draw(title, plot, *args):
-    """plot(*args), the last one the figure's path; -> its line of markdown. What cannot be drawn is left out,
-    with a line, and ends no training and no report."""
-    try:
-        plot(*args)
-    except Exception as e:                                                  # of matplotlib, of any kind
-        print(f"{plot.__name__} is left out: {type(e).__name__}: {e}", file=sys.stderr)
-    return f"![{title}]({args[-1].name})\n" * args[-1].exists()
+def save_figure(figure, path):
+    write_atomically(path, lambda f: figure.savefig(f, format="png"))
 
 
-def plot_curves(logs, path):
-    """Figure 1: {run: rows of log.csv}; validation and training loss against tokens and against time."""
-    for panels in figure(path, panels=2):
-        for axes, column, scale, label in zip(panels, ("tokens", "seconds"), (1e-6, 1 / 60),
-                                              ("million tokens seen", "minutes of training")):
-            for name, rows in logs.items():
-                points = {loss: [(r[column] * scale, r[loss]) for r in rows if r.get("tokens") and loss in r]
-                          for loss in ("val_loss", "train_loss")}
-                [line] = axes.plot(*zip(*points["val_loss"] or [(math.nan, math.nan)]), label=name)
-                axes.plot(*zip(*points["train_loss"] or [(math.nan, math.nan)]), color=line.get_color(),
-                          linestyle=line.get_linestyle(), marker="", alpha=0.45, linewidth=0.8)
-            axes.set(xlabel=label, ylabel="loss (nats per token)")
-        panels[0].set_title("marked: validation; thin: training")
-        panels[0].legend()
+def label_of(name):
+    """A name as a label: matplotlib reads $ as mathematics, and hides labels that begin with _."""
+    text = str(name).replace("$", r"\$")
+    return " " + text if text.startswith("_") else text
 
 
-def plot_bars(groups, labels, ylabel, log_scale, path):
-    """groups: {series: [value or None per label]}."""
-    for [axes] in figure(path, width=6.5):
-        width = 0.8 / len(groups)
-        for k, (name, values) in enumerate(groups.items()):
-            at = np.arange(len(labels)) + (k - (len(groups) - 1) / 2) * width
-            axes.bar(at, [v or 0 for v in values], width, label=name, hatch=("", "//", "..", "xx")[k % 4],
-                     edgecolor="white")
-        if log_scale:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:,.0f}")
-            axes.yaxis.set_minor_formatter("{x:,.0f}")
-        axes.set_xticks(range(len(labels)), labels, fontsize=7)
-        axes.set_ylabel(ylabel)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)     # above, not over the bars
+def plot_curves(plt, logs, path):
+    """Figure 1: the validation and training loss of {run: rows of log.csv}, by tokens and by minutes."""
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.2))
+    for axes, column, scale, label in zip(panels, ("tokens", "seconds"), (1e-6, 1 / 60),
+                                          ("million tokens seen", "minutes of training")):
+        for name, rows in logs.items():
+            points = {loss: [(r[column] * scale, r[loss]) for r in rows if r.get("tokens") and loss in r]
+                      for loss in ("val_loss", "train_loss")}
+            [line] = axes.plot(*zip(*points["val_loss"] or [(math.nan, math.nan)]), label=label_of(name))
+            axes.plot(*zip(*points["train_loss"] or [(math.nan, math.nan)]), color=line.get_color(),
+                      linestyle=line.get_linestyle(), marker="", alpha=0.45, linewidth=0.8)
+        axes.set(xlabel=label, ylabel="loss (nats per token)")
+    panels[0].set_title("marked: validation; thin: training")
+    panels[0].legend()
+    save_figure(figure, path)
 
 
-def plot_memory(memory, labels, path):
-    for [axes] in figure(path, width=5):
-        for name, cells in memory.items():
-            axes.plot(range(len(labels)), [cell[0] if cell else math.nan for cell in cells], label=name)
-        axes.axhline(math.log(20), color="grey", linewidth=0.8, linestyle=":", label="a guess: ln 20")
-        axes.set_xticks(range(len(labels)), labels)
-        axes.set(xlabel="words since the name was last said", ylabel="loss at the repeated name (nats)",
-                 ylim=(-0.1, 3.4))
-        axes.legend(loc="center left")
+def plot_bars(plt, groups, labels, ylabel, scale, path):
+    """Bars of {series: [value or None, for each label]}. scale: of the y axis, "linear" or "log"."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.2))
+    width = 0.8 / len(groups)
+    for k, (name, values) in enumerate(groups.items()):
+        x = np.arange(len(labels)) + (k - (len(groups) - 1) / 2) * width
+        axes.bar(x, [v or 0 for v in values], width, label=label_of(name), edgecolor="white",
+                 hatch=("", "//", "..", "xx")[k % 4])
+    if scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
+    axes.set_xticks(range(len(labels)), [label_of(label) for label in labels], fontsize=7)
+    axes.set_ylabel(ylabel)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)         # above the bars
+    save_figure(figure, path)
 
 
-def plot_frequencies(found, path):
-    trained, read = found["texts"]
-    for (ranks, apart) in figure(path, panels=2, height=3.8):
-        for label, shares in zip(found["texts"], found["shares"]):
-            ranks.loglog(*zip(*shares), marker="", label=label)
-        ranks.set(xlabel="rank of the word", ylabel="share of all words")
-        ranks.legend()
-        rows = sorted(found["words"], key=lambda r: r["z"])
-        apart.barh(range(len(rows)), [r["z"] for r in rows], color=[COLOURS[r["z"] > 0] for r in rows])
-        apart.set_yticks(range(len(rows)), [r["word"].replace("$", r"\$") for r in rows], fontsize=6)
-        apart.set_xlabel(f"log-odds z: {trained} < 0 < {read}")
+def plot_memory(plt, by_run, labels, path):
+    """The loss at repeated names, of {run: [(loss, floor, cases) or None, for each label]}."""
+    figure, axes = plt.subplots(figsize=(5, 3.2))
+    for name, cells in by_run.items():
+        axes.plot(range(len(labels)), [cell[0] if cell else math.nan for cell in cells], label=label_of(name))
+    axes.axhline(math.log(20), color="grey", linewidth=0.8, linestyle=":", label="a guess: ln 20")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(xlabel="words since the name was last said", ylabel="loss at the repeated name (nats)",
+             ylim=(-0.1, 3.4))
+    axes.legend(loc="center left")
+    save_figure(figure, path)
 
 
-def plot_frontier(frontier, path):
-    """Reward against KL: what a nat of KL buys."""
-    for [axes] in figure(path, width=5):
-        for name, points in frontier.items():
-            axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.8, label=name)
-        axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+def plot_frequencies(plt, found, path):
+    """Figure 3, of what compare_frequencies returned: shares by rank, and the words that differ most."""
+    trained, read = map(label_of, found["texts"])
+    figure, (by_rank_axes, by_word_axes) = plt.subplots(1, 2, figsize=(8.4, 3.8))
+    for label, shares in zip((trained, read), found["shares"]):
+        by_rank_axes.loglog(*zip(*shares), marker="", label=label)
+    by_rank_axes.set(xlabel="rank of the word", ylabel="share of all words")
+    by_rank_axes.legend()
+    rows = sorted(found["words"], key=lambda r: r["z"])
+    by_word_axes.barh(range(len(rows)), [r["z"] for r in rows], color=[COLOURS[r["z"] > 0] for r in rows])
+    by_word_axes.set_yticks(range(len(rows)), [label_of(r["word"]) for r in rows], fontsize=6)
+    by_word_axes.set_xlabel(f"log-odds z: {trained} < 0 < {read}")
+    save_figure(figure, path)
+
+
+def plot_frontier(plt, frontier, path):
+    """Reward against KL, of {run: [(KL, reward)]}: what a policy gains for a nat of KL."""
+    figure, axes = plt.subplots(figsize=(5, 3.2))
+    for name, points in frontier.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.8, label=label_of(name))
+    axes.set(xlabel="KL to the reference (nats a response)", ylabel="reward")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -707,7 +764,7 @@ def plot_frontier(frontier, path):
 def token_table(run, text):
     """Print the loss of every token of a sentence, and what the model would have said."""
     model, tokenizer = run.model, run.tokenizer
-    ids, unknown, _ = read_sentence(tokenizer, text)
+    ids, unknown, _ = encode_text(tokenizer, text)
     if not ids:
         raise UserError("nothing in this text is a word of the run's vocabulary")
     losses = per_document_nll(model, [ids], tokenizer.eos)[0]
@@ -739,8 +796,20 @@ def default_domains(runs):
     return names + ["wikitext2"] * (on_disk and bool(trained - {*data.DOMAINS, "wikitext2"}))
 
 
+def run_folders(names):
+    """The folders of runs with these names, of all runs if there are none. A pattern that the shell has not
+    expanded is expanded, and a report among several folders is passed over."""
+    if not names:
+        return sorted({path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")})
+    folders = []
+    for name in names:
+        folders += map(Path, [name] if Path(name).exists() else sorted(glob.glob(name)) or [name])
+    return [folder for folder in folders if len(folders) == 1 or not (folder / "report.json").exists()]
+
+
 def opened(names, chosen, opener, *args):
-    """{name: opener(name, *args)}. What cannot be opened is left out, unless it was asked for by name."""
+    """{name: opener(name, *args)}. What cannot be opened is skipped, but if it was named on the command line
+    (chosen), it raises its error."""
     out = {}
     for name in names:
         try:
@@ -766,8 +835,7 @@ def main(argv=None):
         return print(f"written to {out}/report.md")
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
-    found = {path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")}
-    folders = list(map(Path, config.runs)) or sorted(found)
+    folders = run_folders(config.runs)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("two of these runs have the same name: they are one folder, name it once")
     runs = opened(folders, config.runs, open_run, device, product_dtype)
@@ -776,8 +844,12 @@ def main(argv=None):
     for folder, run in runs.items():
         run.name = distinct_names(runs)[folder]
     runs = list(runs.values())
-    domains = opened(config.domains or default_domains(runs), config.domains, read_domain)
+    trained_texts = {text for run in runs for text in run.trained_on}
+    names = config.domains or default_domains(runs)
+    domains = opened(names, config.domains, read_domain, trained_texts)
     report = measure_runs(runs, domains, config.prompt, config.sentences)
+    for note in report["notes"]:
+        print(note)
     save_json(out / "report.json", report)
     draw_report(report, out)
     for row in report["summary"] + report["rewards"]:

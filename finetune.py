@@ -46,7 +46,7 @@ from eval import (draw, format_number, markdown_table, perplexities, plot_curves
 from fast.layer import speed_up
 from qwen_load import save_model
 from sample import (build_model, context_length, count_parameters, encode_prompt, generate, kind_of, load_run,
-                    pick_device, pick_dtype, tokenizer_from)
+                    pick_device, pick_dtype, tokenizer_from, trained_on)
 from train import (RunOptions, check_rows, check_text, claim_folder, environment, evaluate, finished_trial,
                    first_process_first, join_processes, leave_processes, perplexity,
                    perplexity_of, resume_or_refuse, shard_as, train, warn_of_unknown)
@@ -129,13 +129,14 @@ def is_embedded(tokenizer):
 
 def held_out(name, n):
     """The first n documents of a corpus's test split, each with its end."""
-    return list(itertools.islice((text for text in data.documents(name, "test") if text.strip()), n))
+    texts = data.documents(name, "test")
+    return list(itertools.islice((text for text in texts if text.replace(data.SEPARATOR, "").strip()), n))
 
 
-def retained_ids(name, tokenizer, most=20_000):
-    """Tokens from the beginning of a corpus's validation split, or of your own text, behind the end token."""
+def retained_ids(name, tokenizer, base, most=20_000):
+    """The first tokens of a text that the base was not trained on, with the end token before them."""
     ids = []
-    for text in data.documents(name, "valid" if name in data.CORPORA else "all"):
+    for text in data.documents(name, data.unseen_split(name, trained_on(base))):
         ids += tokenizer.encode(text)
         if len(ids) >= most:
             break
@@ -147,11 +148,11 @@ def retained_ids(name, tokenizer, most=20_000):
 def measure(model, tokenizer, config):
     """All figures of a model: held-out documents, the text from outside, continuations."""
     texts = held_out(config.data, config.held_out)
-    scores = perplexities(model, tokenizer, texts, ends=tokenizer.kind == "word")
+    scores = perplexities(model, tokenizer, texts)
     out = {"documents": scores["sentences"], "retained": None, "samples": []}
     out |= {name: scores[name] for name in ("mean", "corpus", "tokens", "unknown")}
     if config.retain:
-        out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer))
+        out["retained"] = perplexity(model, retained_ids(config.retain, tokenizer, config.base))
     for prompt in config.prompts:
         new = generate(model, [encode_prompt(tokenizer, prompt)], config.sample_tokens, config.temperature,
                        eos=tokenizer.stops, seed=config.seed, suppressed_tokens=tokenizer.suppressed)
@@ -170,8 +171,9 @@ def report(config, result):
     rows = [{"": label, "before": before[name], "after": after[name]} for name, label in
             (("mean", "mean of the documents' perplexities"), ("corpus", "corpus perplexity"))]
     if before["retained"]:
-        rows.append({"": f"{config.retain} (not trained on)", "before": before["retained"]["ppl"],
-                     "after": after["retained"]["ppl"]})
+        is_own = data.resolved(config.retain) in trained_on(config.base)
+        label = f"{config.retain} ({'its validation split, ' if is_own else ''}not trained on)"
+        rows.append({"": label, "before": before["retained"]["ppl"], "after": after["retained"]["ppl"]})
     lines = [f"# {config.base} fine-tuned on {config.data}\n",
              f"{result['params']:,} parameters, {result['train_tokens']:,} training tokens "
              f"({100 * config.data_fraction:g} % of the text), {result['epochs']:.2f} epochs, "
@@ -191,8 +193,9 @@ def report(config, result):
                   markdown_table([{"": when, b["prompt"]: sample["text"] or "(nothing)"}
                                   for when, sample in (("before", b), ("after", a))])]
     log = {run.name: read_log(run / "log.csv")}
-    figure = draw("Loss while fine-tuning", plot_curves, log, run / "loss.png")
-    write_report(run, [*lines, "## Loss (Figure 4)\n", figure])
+    if figure := draw("Loss while fine-tuning", plot_curves, log, run / "loss.png"):
+        lines += ["## Loss (Figure 4)\n", figure]
+    write_report(run, lines)
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
@@ -326,7 +329,7 @@ def resolve_defaults(config, model, tokenizer):
         config.retain = "wikitext2" if qwen2 else run_options(config.base)[1].get("data", "")
         try:
             if config.retain != config.data:
-                return retained_ids(config.retain, tokenizer)
+                return retained_ids(config.retain, tokenizer, config.base)
             reason = "the base was trained on the same text; name another with --retain"
         except UserError as e:
             reason = e

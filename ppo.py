@@ -62,7 +62,7 @@ import torch.nn.functional as F
 
 import data
 from data import UserError, option, read_json, save_json
-from eval import COLOURS, distinct, draw, figure, markdown_table, read_log, write_report
+from eval import COLOURS, distinct, draw, markdown_table, read_log, save_figure, write_report
 from fast.layer import speed_up
 from fast.products import keep_memory
 from finetune import by_base, is_embedded
@@ -74,7 +74,7 @@ from train import (NotFinite, Run, RunOptions, check_rows, claim_folder, clip_gr
                    load_optimizer, perplexity_of, resume_or_refuse, set_lr, step_seed, train)
 from transformer import Scorer, ScorerConfig
 
-REVIEWS = [name for name, source in data.CORPORA.items() if source.labelled]
+REVIEWS = list(data.LABELLED)
 
 # by base: pretrained (searched on SmolLM2-135M; every update passes over all weights, so it reads many
 # responses), a run of ours
@@ -510,24 +510,25 @@ def train_policy(task, checkpoint=None):
 NAMED = "Life Begins", "Now I don't", "There are no people like"
 
 
-def plot_rewards(rows, path):
-    """Figure 5: reward with its band of one standard deviation; KL; variety. rows: of log.csv."""
-    for panels in figure(path, panels=3):
-        for axes, column, colour, label in (
-                (0, "reward", 0, "mean"), (0, "eval_reward", 1, "validation prompts"),
-                (1, "kl_estimate", 2, "from the sampled tokens"), (1, "kl", 0, "all tokens at each prefix"),
-                (2, "distinct_2", 0, "distinct-2"), (2, "repetition", 1, "repeated bigrams")):
-            points = [(r["step"], r[column]) for r in rows if column in r]
-            panels[axes].plot([x for x, _ in points], [y for _, y in points], color=COLOURS[colour],
-                              label=label, marker="o" if column.startswith("eval") else "", markersize=3)
-        band = np.array([(r["step"], r["reward"] - r["reward_std"], r["reward"] + r["reward_std"])
-                         for r in rows if "reward" in r])
-        panels[0].fill_between(*band.T, color=COLOURS[0], alpha=0.2, linewidth=0, label="± deviation")
-        panels[2].set_ylim(0, 1)
-        for axes, label in zip(panels, ("reward (logit of positive)", "KL to the reference (nats a response)",
-                                        "share")):
-            axes.set(xlabel="iteration", ylabel=label)
-            axes.legend()
+def plot_rewards(plt, rows, path):
+    """Figure 5, of the rows of log.csv: reward with a band of one standard deviation; KL; variety."""
+    figure, panels = plt.subplots(1, 3, figsize=(12.6, 3.2))
+    for axes, column, colour, label in (
+            (0, "reward", 0, "mean"), (0, "eval_reward", 1, "validation prompts"),
+            (1, "kl_estimate", 2, "from the sampled tokens"), (1, "kl", 0, "all tokens at each prefix"),
+            (2, "distinct_2", 0, "distinct-2"), (2, "repetition", 1, "repeated bigrams")):
+        points = [(r["step"], r[column]) for r in rows if column in r]
+        panels[axes].plot([x for x, _ in points], [y for _, y in points], color=COLOURS[colour],
+                          label=label, marker="o" if column.startswith("eval") else "", markersize=3)
+    band = np.array([(r["step"], r["reward"] - r["reward_std"], r["reward"] + r["reward_std"])
+                     for r in rows if "reward" in r])
+    panels[0].fill_between(*band.T, color=COLOURS[0], alpha=0.2, linewidth=0, label="± deviation")
+    panels[2].set_ylim(0, 1)
+    for axes, label in zip(panels, ("reward (logit of positive)", "KL to the reference (nats a response)",
+                                    "share")):
+        axes.set(xlabel="iteration", ylabel=label)
+        axes.legend()
+    save_figure(figure, path)
 
 
 def reward_hacking_examples(each, badness, n=4):
@@ -553,13 +554,14 @@ def report(config, result):
              f"## Before and after, {len(before['each'])} held-out prompts\n",
              markdown_table([{"": label, "before": before[name], "after": after[name]}
                              for name, label in EVALUATED.items()]),
-             f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n",
-             "## Reward (Figure 5)\n", draw("Reward, KL and variety while training", plot_rewards,
-                                            read_log(run / "log.csv"), run / "rewards.png"),
-             "## The same prompts, the same seed (Table 7)\n",
-             markdown_table([{"prompt": b["prompt"], "before": b["text"], "its reward": b["reward"],
-                              "after": a["text"], "reward": a["reward"]} for b, a in pairs]),
-             "## Unexpected outputs, found automatically (Table 8)\n"]
+             f"The reward rose by {result['rise']:.2f} of its standard deviations before training.\n"]
+    log, path = read_log(run / "log.csv"), run / "rewards.png"
+    if figure := draw("Reward, KL and variety while training", plot_rewards, log, path):
+        lines += ["## Reward (Figure 5)\n", figure]
+    lines += ["## The same prompts, the same seed (Table 7)\n",
+              markdown_table([{"prompt": b["prompt"], "before": b["text"], "its reward": b["reward"],
+                               "after": a["text"], "reward": a["reward"]} for b, a in pairs]),
+              "## Unexpected outputs, found automatically (Table 8)\n"]
     columns = {"text": "text", "reward": "reward", "repetition": "repeated bigrams",
                "ref_ppl": "perplexity under the reference"}
     for title, badness in (("repetition", lambda r: r["repetition"]),

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import shutil
 import unicodedata
 from collections import Counter
 from contextlib import suppress
@@ -41,7 +42,7 @@ from pathlib import Path
 
 import torch
 
-from data import (HUB, SEPARATOR, NotFound, UserError, data_dir, download, read_json, save_json,
+from data import (HUB, SEPARATOR, NotFound, UserError, data_dir, download, quoted, read_json, save_json,
                   write_atomically, write_text)
 from transformer import Scorer, ScorerConfig, Transformer, TransformerConfig
 
@@ -144,7 +145,7 @@ def is_pretrained(name):
     """Whether this names weights in the hub's layout, in a folder or on the hub, and not a run. What has the
     form of a repository's name but lies beside runs, or in runs/, is a run that is missing."""
     path = Path(name)
-    if (path / "best.pt").exists() or (path / "last.pt").exists():
+    if path.is_file() or (path / "best.pt").exists() or (path / "last.pt").exists():
         return False
     beside_runs = path.parent.name == "runs" or any(path.parent.glob("*/last.pt"))
     return (path / "config.json").exists() or bool(re.fullmatch(REPOSITORY, str(name))) and not beside_runs
@@ -156,38 +157,51 @@ def contents(folder):
     return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6) or "nothing"
 
 
-def cached_folder(name):
-    """The folder of a repository in the user's Hugging Face cache, if all its weights are there."""
-    home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
-    snapshots = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-    for folder in sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with suppress(UserError):
-            if (folder / "config.json").exists() and all(path.exists() for path in weight_files(folder)):
-                return folder
-    return None
+def cached_snapshot(name):
+    """The folder of a repository in the user's Hugging Face cache: the revision that refs/main names. None if
+    there is none."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    repository = Path(cache).expanduser() / f"models--{name.replace('/', '--')}"
+    if not (repository / "refs" / "main").exists():
+        return None
+    return repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
+
+
+def is_complete(folder):
+    """Whether a folder holds a configuration, all weights and a tokenizer."""
+    try:
+        weights = weight_files(folder)
+    except UserError:
+        return False
+    tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "merges.txt", "vocab.txt"))
+    return tokenizer and all(path.exists() for path in (folder / "config.json", *weights))
 
 
 def repo_folder(name, read=None):
-    """The local folder of a hub repository (or of a folder, itself): the user's Hugging Face cache, or
-    data/hub, into which what is missing is downloaded: the configuration, which read(folder) may refuse, then
-    the weights and the tokenizer."""
-    here = Path(name)
-    if re.fullmatch(r"distilbert-[\w-]+", str(name)) and not here.exists():
+    """The local folder of a hub repository (of a folder, the folder itself). A complete one in the user's
+    Hugging Face cache is used where it is. Else data/hub gets what the cache has, and the rest is downloaded:
+    first the configuration, which read(folder) may refuse, then the weights and the tokenizer."""
+    path = Path(name)
+    if re.fullmatch(r"distilbert-[\w-]+", str(name)) and not path.exists():
         name = f"distilbert/{name}"                             # the hub's first names had no owner
-    repository = re.fullmatch(REPOSITORY, str(name)) and ".." not in str(name)
-    if (here / "config.json").exists() or here.is_dir() and not repository:
-        return here
-    if not repository:
+    is_repository = re.fullmatch(REPOSITORY, str(name)) and ".." not in str(name)
+    if (path / "config.json").exists() or path.is_dir() and not is_repository:
+        return path
+    if not is_repository:
         raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
-    folder = data_dir() / "hub" / name
+    folder, cached = data_dir() / "hub" / name, cached_snapshot(name)
     if (folder / ".complete").exists():                            # everything is there: no network is needed
         return folder
-    if cached := cached_folder(name):
+    if cached and is_complete(cached):
         return cached
 
     def fetch(*names):
-        """The first of these files that there is; None if there is none."""
+        """The first of these files that the repository has; None if it has none."""
         for file in names:
+            if cached and (cached / file).exists() and not (folder / file).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(cached / file, folder / file)
             with suppress(NotFound):
                 download(f"{HUB}/{name}/resolve/main/{file}", folder / file)
                 return file
@@ -196,7 +210,7 @@ def repo_folder(name, read=None):
         if not fetch("config.json"):
             raise UserError(f"the hub has no config.json for {name}; is the name right?")
     except UserError as e:
-        what = (f"the folder {name} holds no model that can be read here ({contents(here)})" if here.is_dir()
+        what = (f"the folder {name} holds no model that can be read here ({contents(path)})" if path.is_dir()
                 else f"there is no run at {name}")
         raise UserError(f"{what}; and as a name on the hub: {e}") from e
     if read:
@@ -204,11 +218,11 @@ def repo_folder(name, read=None):
     weights = fetch("model.safetensors", "model.safetensors.index.json",
                     "pytorch_model.bin", "pytorch_model.bin.index.json")
     if weights and weights.endswith(".index.json"):
-        for path in weight_files(folder):
-            fetch(path.name)
+        for file in weight_files(folder):
+            fetch(file.name)
     if fetch("vocab.json", "vocab.txt") == "vocab.json":
         fetch("merges.txt")
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+    for file in OTHER_FILES:
         fetch(file)
     (folder / ".complete").touch()
     return folder
@@ -231,33 +245,33 @@ def weight_files(folder):
     raise UserError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
 
 
+def read_weights(path):
+    """{name: tensor} of one file of weights. UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            need(f.read(11) != b"version htt", f"{path} is git-lfs's pointer to one: git lfs pull")
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:                                                  # damaged in any of many ways
+        what = "is missing" if not path.exists() else f"cannot be read ({type(e).__name__})"
+        raise UserError(str(e) if f"{path} is" in str(e) else f"{path} {what}; fetch it again") from e
+
+
 def fill(model, folder, prefix, dtype, new=()):
-    """Give a model on the meta device the weights of a hub folder, under its names without a prefix; what
-    begins with one of `new`, BERT's initial ones. UserError unless there is every parameter, in its shape."""
-    wanted, state = model.state_dict(), {}
+    """Give a model on the meta device the weights of a hub folder, whose names have a prefix. Parameters that
+    begin with one of `new` get BERT's initial values instead. UserError if the weights do not fit."""
+    state = {}
     for path in weight_files(folder):
-        try:
-            with open(path, "rb") as f:
-                need(f.read(11) != b"version htt", f"{path} is git-lfs's pointer to one: git lfs pull")
-            tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
-                torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:                                              # damaged in any of many ways
-            what = "is missing" if not path.exists() else f"cannot be read ({type(e).__name__})"
-            raise UserError(str(e) if f"{path} is" in str(e) else f"{path} {what}; fetch it again") from e
+        tensors = read_weights(path)
         for name in list(tensors):
-            tensor = tensors.pop(name)                          # converted one by one: never two whole copies
+            tensor = tensors.pop(name)                          # one by one, so that two copies never exist
             ours = name.removeprefix(prefix)
-            # old files keep these constants too
+            # old files hold constants, too
             if new and ours.startswith(new) or name.endswith(("rotary_emb.inv_freq", "position_ids")):
                 continue
             if not tensor.is_floating_point():
                 raise UserError(f"{path} has {name}, packed integers of a quantized model: take another one")
-            if ours not in wanted or ours in state:
-                what = "is there twice" if ours in state else "is no parameter of this model"
-                raise UserError(f"{path} has {name}, which {what}")
-            if tensor.shape != wanted[ours].shape:
-                raise UserError(f"{path} has {name} in the shape {list(tensor.shape)}; by its config.json it "
-                                f"should be {list(wanted[ours].shape)}")
             state[ours] = tensor.to(dtype)
     if new:
         state |= {name: torch.randn(p.shape) * 0.02 * (p.dim() == 2)
@@ -266,9 +280,11 @@ def fill(model, folder, prefix, dtype, new=()):
     if tied and not torch.equal(state.setdefault("lm_head.weight", state["embed_tokens.weight"]),
                                 state["embed_tokens.weight"]):
         raise UserError(f"{folder}: config.json ties the head to the embedding, lm_head.weight differs")
-    if missing := [name for name in wanted if name not in state]:
-        raise UserError(f"{folder} lacks {len(missing)} parameters: {prefix}{', '.join(missing[:3])}")
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as e:
+        reasons = " ".join(str(e).partition("\n")[2].split())
+        raise UserError(f"the weights in {folder} are not those of its config.json: {reasons[:300]}") from e
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.requires_grad_(True).eval()
@@ -333,45 +349,68 @@ def save_weights(model, folder):
     save_json(folder / "config.json", config)
 
 
-# Qwen2 cuts a text into these pieces before any pair is merged; a digit stands alone
+# Qwen2 cuts a text into these pieces before it merges any pair. A digit is always a piece of its own.
 QWEN2_PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")         # the added tokens, if no file lists any
+OTHER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
+               "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", *OTHER_FILES)
 
 
 def byte_letters():
-    """{letter: byte}: how vocab.json writes bytes. Printable ones stand for themselves, the others are the
-    letters from U+0100 on (GPT-2's convention)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + k): b for k, b in enumerate(hidden)}
+    """{letter: byte}: how vocab.json writes bytes. A printable character stands for its own byte; the letters
+    from U+0100 on stand for the others (GPT-2's convention)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
 
 
 class Qwen2Tokenizer:
-    """Qwen2's byte-pair encoding, through tiktoken, in Unicode's NFC form. vocab {token in byte letters: id},
-    merges ["a b", ...] in their order, added {text: id}: tokens found before anything else, special: those
-    that its files call so, vocab_size: the model's, which may have ids that stand for nothing, stops: ids
-    that end a text (None: <|endoftext|>)."""
+    """Qwen2's byte-pair encoding through tiktoken, in Unicode's NFC form. files: {name: text} of the
+    TOKENIZER_FILES of a hub folder; a checkpoint and an export keep them as they are. vocab_size: of the
+    model, which may have ids that stand for nothing. UserError for a tokenizer of another kind."""
     kind = "qwen2"
 
-    def __init__(self, vocab, merges, added, vocab_size, stops=None, special=None, chat_template=None):
+    def __init__(self, files, vocab_size):
         import tiktoken
-        letters = byte_letters()
+        self.files, self.vocab_size = files, vocab_size
+        names = [name for name in TOKENIZER_FILES if name.endswith(".json")]
+        parsed = {name: json.loads(files.get(name, "{}")) for name in names}
+        whole, config = parsed["tokenizer.json"], parsed["tokenizer_config.json"]
+        check_pipeline(whole, config)
+        if whole:
+            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        else:
+            vocab, lines = parsed["vocab.json"], files["merges.txt"].split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        self.added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            self.added[token["content"]] = int(i)
+        self.added |= parsed["added_tokens.json"]
+        letters, added = byte_letters(), self.added
         ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
         made = [vocab[merge.replace(" ", "", 1)] for merge in merges]          # the id that each merge makes
         if any(a >= b for a, b in zip(made, made[1:])) or len(ranks) != 256 + len(made):
             raise UserError("a tokenizer's ids are not in the order of its merges")
-        self.vocab, self.merges, self.added, self.vocab_size = vocab, merges, added, vocab_size
         self.encoding = tiktoken.Encoding("qwen2", pat_str=QWEN2_PIECES, mergeable_ranks=ranks,
-                                          special_tokens=added)
-        self.special, self.chat_template = sorted(added) if special is None else special, chat_template
-        self.known = set(ranks.values()) | set(added.values())
+                                          special_tokens=self.added)
+        self.known = set(ranks.values()) | set(self.added.values())
         if max(self.known) >= vocab_size:
             raise UserError(f"a tokenizer has the id {max(self.known)}, but its model only those below "
                             f"{vocab_size}: they do not belong together")
-        self.split = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
-        self.eos, self.begin = added[SEPARATOR], []             # its texts begin with nothing
-        self.stops = sorted({self.eos} if stops is None else stops)
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.eos, self.begin = self.added[SEPARATOR], []        # its texts begin with no token
+        stops = parsed["generation_config.json"].get("eos_token_id", self.eos)
+        self.stops = sorted({stops} if isinstance(stops, int) else set(stops))
         self.suppressed = [i for i in range(vocab_size) if i not in self.known]     # they stand for nothing
+        self.chat_template = config.get("chat_template")
+        if isinstance(self.chat_template, list):                # several, by name
+            self.chat_template = {t["name"]: t["template"] for t in self.chat_template}.get("default")
+        if "chat_template.jinja" in files:                      # transformers 5 writes this file
+            self.chat_template = files["chat_template.jinja"]
 
     def encode(self, text):
         ids = []
@@ -386,64 +425,103 @@ class Qwen2Tokenizer:
         return self.encoding.decode([i for i in ids if i in self.known], errors="replace")
 
     def state(self):
-        return {"kind": "qwen2", "vocab": self.vocab, "merges": self.merges, "added": self.added,
-                "vocab_size": self.vocab_size, "stops": self.stops, "special": self.special,
-                "chat_template": self.chat_template}
+        return {"kind": "qwen2", "files": self.files, "vocab_size": self.vocab_size}
 
 
-ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")                     # where the files do not list any
+def check_pipeline(whole, config):
+    """UserError if tokenizer.json (whole) or tokenizer_config.json (config) prepares a text in another way
+    than Qwen2 does: it would be wrong to ignore that."""
+    def steps(name, parts):
+        step = whole.get(name) or {}
+        return step[parts] if step.get("type") == "Sequence" else [step] if step else []
+
+    pre_tokenizers = steps("pre_tokenizer", "pretokenizers")
+    split = [step for step in pre_tokenizers if step["type"] == "Split"]
+    is_qwen2 = ([step["type"] for step in pre_tokenizers] == ["Split", "ByteLevel"]
+                and split[0]["pattern"] == {"Regex": QWEN2_PIECES})
+    for is_known, what in (
+            (all(step["type"] == "NFC" for step in steps("normalizer", "normalizers")), "a normalizer"),
+            (not pre_tokenizers or is_qwen2, "another way to split words"),
+            (all(step["type"] == "ByteLevel" or step.get("special_tokens") == {}
+                 for step in steps("post_processor", "processors")), "tokens that begin or end every text"),
+            (not config.get("add_bos_token"), "a token that begins every text"),
+            (not config.get("add_prefix_space"), "a space before every text"),
+            (not whole.get("model", {}).get("ignore_merges"), "words that are not merged")):
+        if not is_known:
+            raise UserError(f"its tokenizer has {what}, unlike Qwen2's; this is not implemented here")
 
 
 def read_tokenizer(folder, vocab_size):
-    """The tokenizer of a hub folder: vocab.json and merges.txt, or tokenizer.json; all added tokens that its
-    files list; the tokens that end a text, by generation_config.json or config.json."""
+    """The tokenizer of a hub folder: tokenizer.json, or vocab.json and merges.txt, with all added tokens that
+    the files list. generation_config.json, or else config.json, says which tokens end a text."""
     folder = Path(folder)
-    whole, config, more, generation = (read_json(folder / name, {}) for name in (
-        "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json"))
     try:
-        if (folder / "vocab.json").exists():
-            vocab = read_json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
-        elif whole:
-            vocab = whole["model"]["vocab"]
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
-        else:
+        files = {name: (folder / name).read_bytes().decode("utf-8") for name in TOKENIZER_FILES
+                 if (folder / name).exists()}
+        if "tokenizer.json" not in files and "vocab.json" not in files:
             raise UserError(f"{folder} holds no tokenizer: no vocab.json with merges.txt, no tokenizer.json")
-        listed = config.get("added_tokens_decoder", {})
-        described = [*whole.get("added_tokens", ()), *(token | {"id": int(i)} for i, token in listed.items())]
-        special = sorted({t["content"] for t in described if t.get("special")}) if described else None
-        added = {token["content"]: token["id"] for token in described} | more
-        added = added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
+        if "vocab.json" in files and not files.keys() & {"merges.txt", "tokenizer.json"}:
+            raise UserError(f"{folder}/merges.txt is not there; vocab.json is of no use without it")
+        generation = json.loads(files.get("generation_config.json", "{}"))
         stops = (read_json(folder / "config.json", {}) | generation).get("eos_token_id")
-        template, written = config.get("chat_template"), folder / "chat_template.jinja"
-        if isinstance(template, list):                                      # several, by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        if written.exists():                                                # as transformers 5 writes it
-            template = written.read_text(encoding="utf-8")
-        return Qwen2Tokenizer(vocab, merges, added, vocab_size, [stops] if isinstance(stops, int) else stops,
-                              special, template)
-    except FileNotFoundError as e:
-        raise UserError(f"{e.filename} is not there; vocab.json is of no use without it") from e
+        if stops is not None and "eos_token_id" not in generation:
+            files["generation_config.json"] = json.dumps(generation | {"eos_token_id": stops})
+        if not files.keys() & {"tokenizer.json", "tokenizer_config.json", "added_tokens.json"}:
+            first = len(json.loads(files["vocab.json"]))
+            added = {str(first + k): {"content": text, "special": True} for k, text in enumerate(ADDED)}
+            files["tokenizer_config.json"] = json.dumps({
+                "tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0],
+                "unk_token": None, "bos_token": None, "added_tokens_decoder": added})
+        return Qwen2Tokenizer(files, vocab_size)
+    except UserError as e:
+        raise UserError(f"{folder}: {e}" if str(folder) not in str(e) else str(e)) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the tokenizer in {folder} is not one of Qwen2's kind "
                         f"({type(e).__name__}: {e})") from e
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write what transformers' AutoTokenizer opens, and the end tokens."""
-    folder = Path(folder)
-    plain = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": ADDED[0], "pad_token": ADDED[0],
-              "unk_token": None, "bos_token": None,
-              "added_tokens_decoder": {str(i): {"content": text, "special": text in tokenizer.special} | plain
-                                       for text, i in tokenizer.added.items()}}
-    if tokenizer.chat_template:
-        config["chat_template"] = tokenizer.chat_template
-    save_json(folder / "vocab.json", tokenizer.vocab)
-    write_text(folder / "merges.txt", "\n".join(tokenizer.merges) + "\n")
-    save_json(folder / "tokenizer_config.json", config)
-    save_json(folder / "generation_config.json", {"eos_token_id": tokenizer.stops})
+    """Write the tokenizer's files, and the settings of generation, as they were read."""
+    for name, text in tokenizer.files.items():
+        write_text(Path(folder) / name, text)
+
+
+# The chat templates that are known here, as lists of their statements; SYSTEM is the model's system message.
+# CHATML_SYSTEM is the template of Qwen2 and SmolLM2. Qwen2.5's has QWEN25 between its parts for tools.
+TURN = r"'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
+LAST = ["endfor", "if add_generation_prompt", r"'<|im_start|>assistant\n'", "endif"]
+CHATML = ["for message in messages", TURN, *LAST]
+CHATML_SYSTEM = ["for message in messages", "if loop.first and messages[0]['role'] != 'system'", "SYSTEM",
+                 "endif", TURN, *LAST]
+QWEN25 = ["else", "if messages[0]['role'] == 'system'",
+          r"'<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n'", "else", "SYSTEM", "endif",
+          "endif", "for message in messages",
+          "if (message['role'] == 'user') or (message['role'] == 'system' and not loop.first) or "
+          "(message['role'] == 'assistant' and not message['tool_calls'])", TURN]
+
+
+def system_text(template):
+    """The system message with which a chat template begins a conversation, None if it begins without one.
+    UserError for a template that is not known here."""
+    pattern, statements, system = r"(?s)\{[{%]-?\s*(.*?)\s*-?[}%]\}", [], None
+    for text in re.findall(pattern, template):
+        # templates differ in quotes, in how they write a new line, in white space and in message.role
+        parts = re.split(r"('[^']*')", text.replace('"', "'"))
+        for k, part in enumerate(parts):
+            if part.startswith("'"):
+                parts[k] = part.replace("\n", r"\n")
+            else:
+                parts[k] = re.sub(r"\bmessage\.(\w+)", r"message['\1']", re.sub(r"\s+", " ", part))
+        text = "".join(parts)
+        if match := re.fullmatch(r"'<\|im_start\|>system\\n([^']*)<\|im_end\|>\\n'", text):
+            text, system = "SYSTEM", match[1].replace(r"\n", "\n")
+        statements.append(text)
+    starts = [k for k in range(len(statements)) if statements[k:k + len(QWEN25)] == QWEN25]
+    is_qwen25 = statements[:1] == ["if tools"] and len(starts) == 1 and statements[-len(LAST):] == LAST
+    if re.sub(pattern, "", template).strip() or not (is_qwen25 or statements in (CHATML, CHATML_SYSTEM)):
+        raise UserError("its chat template is none that --chat knows, which are those of Qwen2, Qwen2.5 and "
+                        "SmolLM2. Without --chat, --prompt takes any text")
+    return system
 
 
 def load_model(name, device="cpu", dtype=None):
@@ -523,6 +601,26 @@ class WordPiece:
         return {"kind": "wordpiece", "vocab": self.vocab, "lower": self.lower}
 
 
+def read_wordpiece(folder):
+    """The WordPiece tokenizer of a hub folder, whose words are in vocab.txt or, as transformers 5 writes
+    them, in tokenizer.json. UserError for what is missing or not implemented."""
+    whole, config = (read_json(folder / name, {}) for name in ("tokenizer.json", "tokenizer_config.json"))
+    model, normalizer = whole.get("model") or {}, whole.get("normalizer") or {}
+    if (folder / "vocab.txt").exists():
+        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    elif model.get("type") == "WordPiece":
+        vocab = sorted(model["vocab"], key=model["vocab"].get)
+    else:
+        raise UserError(f"{folder}/vocab.txt is missing, and no tokenizer.json has its words; fetch it again")
+    lower = config.get("do_lower_case", normalizer.get("lowercase", True))
+    accents = config.get("strip_accents", normalizer.get("strip_accents"))
+    chinese = config.get("tokenize_chinese_chars", normalizer.get("handle_chinese_chars", True))
+    if accents not in (None, lower) or not chinese:
+        raise UserError(f"{folder}: strip_accents other than do_lower_case, and tokenize_chinese_chars "
+                        "false, are not implemented")
+    return WordPiece(vocab, lower)
+
+
 def build_wordpiece(texts, size=8000):
     """A vocabulary for these texts: their characters, alone and inside a word; then whole words, the most
     frequent first, and in the last eighth the endings that the words left out have most often."""
@@ -582,21 +680,14 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
     repository. -> Scorer in eval mode. new_head: any DistilBERT, under a head with initial weights."""
     if not is_pretrained(name) and not str(name).startswith("distilbert-"):
         raise UserError(f"there is no scorer at {name}. "
-                        f"Train one first: python ppo.py --train-reward --data reviews --run {name}")
+                        f"Train one first: python ppo.py --train-reward --data reviews --run {quoted(name)}")
     folder = repo_folder(name, lambda folder: scorer_config(folder, new_head))
-    config, vocab_file = scorer_config(folder, new_head), folder / "vocab.txt"
-    if not vocab_file.exists():
-        raise UserError(f"{vocab_file} is missing; fetch it again")
-    vocab = vocab_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    if len(vocab) > config.vocab_size:
-        raise UserError(f"{vocab_file} and its model do not belong together: more pieces than embeddings")
-    said = read_json(folder / "tokenizer_config.json", {})
-    lower = said.get("do_lower_case", True)
-    if said.get("strip_accents") not in (None, lower) or not said.get("tokenize_chinese_chars", True):
-        raise UserError(f"{folder}/tokenizer_config.json: strip_accents other than do_lower_case, and "
-                        "tokenize_chinese_chars false, are not implemented")
+    config, tokenizer = scorer_config(folder, new_head), read_wordpiece(folder)
+    if len(tokenizer.vocab) > config.vocab_size:
+        raise UserError(f"the vocabulary of {folder} and its model do not belong together: more pieces than "
+                        "embeddings")
     with torch.device("meta"):
-        scorer = Scorer(config, WordPiece(vocab, lower))
+        scorer = Scorer(config, tokenizer)
     scorer = fill(scorer, folder, "distilbert.", dtype, HEADS if new_head else ())
     return scorer.to(device).requires_grad_(new_head)
 

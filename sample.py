@@ -21,7 +21,6 @@ steps, generate_stream.
 import contextlib
 import math
 import os
-import re
 import select
 import sys
 from dataclasses import dataclass, replace
@@ -116,7 +115,7 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
         return checkpoint
     except FileNotFoundError as e:
         raise UserError(f"{path} is not there; train a model first, for example: {first} --run "
-                        f"{Path(path).parent}") from e
+                        f"{data.quoted(Path(path).parent)}") from e
     except (PermissionError, IsADirectoryError, MemoryError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     except Exception as e:                          # truncated zip, hostile pickle, wrong content: many types
@@ -163,32 +162,46 @@ def command_for(folder):
     if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
         return f"python train.py --model {kind} --data {corpus}"
     if kind in ("finetune", "ppo"):
-        return f"python {kind}.py --run {folder} (python {kind}.py --help says from what)"
-    return f"python train.py --model {kind if kind in MODELS else 'lstm'} --run {folder}"
+        return f"python {kind}.py --run {data.quoted(folder)} (python {kind}.py --help says from what)"
+    return f"python train.py --model {kind if kind in MODELS else 'lstm'} --run {data.quoted(folder)}"
+
+
+def checkpoint_file(folder):
+    """The checkpoint of a run: a file itself; best.pt, else last.pt of a folder; None if there is none."""
+    for path in (folder, folder / "best.pt", folder / "last.pt"):
+        if path.is_file():
+            return path
+    return None
 
 
 def load_run(folder, device="cpu", dtype=None):
-    """Open a run: -> (model in eval mode, tokenizer, config). best.pt if it is there, else last.pt. Or
-    pretrained weights: a folder in the hub's layout, or the name of a repository there; dtype None keeps
-    theirs. A run is float32."""
+    """Open a run: -> (model in eval mode, tokenizer, config). folder: of a run, whose best.pt is read, or
+    else its last.pt; or a checkpoint itself. Or pretrained weights: a folder in the hub's layout, or the name
+    of a repository on the hub. A run is float32; dtype None keeps the dtype of pretrained weights."""
     if qwen_load.is_pretrained(folder):
         model, tokenizer = qwen_load.load_model(folder, device, dtype)
         speed_up(model)
         return model, tokenizer, model.config
     folder = Path(folder)
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(f"there is no run at {folder}. Train one first: {command_for(folder)}")
-    path = folder / "best.pt"
-    if not path.exists() and not (folder / "last.pt").exists():
+    path = checkpoint_file(folder)
+    if path is None:
         raise UserError(f"{folder} is neither a run nor a model that can be read here: it holds "
                         f"{qwen_load.contents(folder)}")
-    checkpoint = read_checkpoint(path if path.exists() else folder / "last.pt")
+    checkpoint = read_checkpoint(path)
     if checkpoint["kind"] not in MODELS:
         raise UserError(f"{folder} holds a {checkpoint['kind']}, which is no language model; name a run of "
                         "train.py")
     model = build_model(checkpoint["kind"], checkpoint["config"], checkpoint["model"]).to(device).eval()
     speed_up(model)
     return model, tokenizer_from(checkpoint["tokenizer"]), model.config
+
+
+def trained_on(folder):
+    """The resolved names of the texts that a run was trained on, its base's first; [] if it does not say."""
+    path = checkpoint_file(Path(folder))
+    return read_checkpoint(path, mmap=True).get("trained_on", []) if path else []
 
 
 def context_length(model):
@@ -308,16 +321,17 @@ CHAT_CONTEXT = 4096                                                         # to
 
 def read_message():
     """A line that is typed, or lines that are pasted together. UnicodeEncodeError for what is no text."""
-    text = input("> ")
+    lines = [input("> ")]
     while os.name == "posix" and sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
-        text += "\n" + input()
-    return text.encode().decode()
+        lines.append(input())
+    return "\n".join(line.removesuffix("\r") for line in lines).encode().decode()
 
 
 def system_message(tokenizer):
-    """The message that a chat begins with, as the model was tuned: the text in its chat template."""
-    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"<{]+)<\|im_end\|>", tokenizer.chat_template or "")
-    text = "You are a helpful assistant." if tokenizer.chat_template is None else found and found[1]
+    """The message that a chat begins with: that of the model's chat template, with which it was tuned."""
+    if tokenizer.chat_template is None:
+        return MESSAGE.format(role="system", text="You are a helpful assistant.")
+    text = qwen_load.system_text(tokenizer.chat_template)
     return MESSAGE.format(role="system", text=text) if text else ""
 
 
@@ -410,8 +424,10 @@ def main(argv=None):
     if config.chat and not config.prompt:
         return chat(model, tokenizer, config)
     asked, eos = config.prompt, tokenizer.stops if qwen2 or config.stop else []
-    asked = ("".join(data.read_lines(asked.removeprefix("file:"))) if asked.startswith("file:")
-             else asked.replace("\\n", "\n").replace("\\t", "\t"))
+    if asked.startswith("file:"):                       # an editor ends a file with a new line
+        asked = "".join(data.read_lines(asked.removeprefix("file:"))).removesuffix("\n")
+    else:
+        asked = asked.replace("\\n", "\n").replace("\\t", "\t")
     if config.chat:
         eos = [*eos, tokenizer.added["<|im_end|>"]]
         asked = system_message(tokenizer) + MESSAGE.format(role="user", text=asked) + ANSWER

@@ -70,7 +70,7 @@ from data import RANK, WORLD, UserError, option, prepend_eos, read_json, save_js
 from fast.layer import runs_textbook, speed_up
 from fast.products import compile_c, keep_memory, processor_name
 from sample import (MODELS, autocast, build_model, count_parameters, device_of, dtype_name, generate, kind_of,
-                    pick_device, pick_dtype, read_checkpoint, tokenizer_from)
+                    pick_device, pick_dtype, read_checkpoint, tokenizer_from, trained_on)
 
 # defaults by model, for the embedded languages
 DEFAULTS = {
@@ -490,6 +490,7 @@ class Progress:
     rows: list = field(default_factory=list)        # of log.csv
     losses: list = field(default_factory=list)      # training losses since the last row
     train_tokens: int = 0                           # of the training text
+    trained_on: list = field(default_factory=list)  # resolved names of texts, the base's first
 
 
 class Run(Progress):
@@ -498,7 +499,9 @@ class Run(Progress):
     the k-th step. `with run:` turns Ctrl-C, or a polite kill, into stop_requested. batches: None in PPO."""
 
     def __init__(self, config, batches=None, checkpoint=None):
-        super().__init__(train_tokens=batches.train_tokens if batches else 0)
+        of_base = trained_on(config.base) if getattr(config, "base", None) else []
+        super().__init__(train_tokens=batches.train_tokens if batches else 0,
+                         trained_on=[*of_base, data.resolved(config.data)])
         self.config, self.batches, self.folder = config, batches, Path(config.run)
         self.stop_requested = False
         self.log_is_written = True                              # log.csv holds all rows
@@ -665,7 +668,7 @@ class Run(Progress):
         self.saved_step = self.step
         if RANK == 0:
             best = {"kind": kind_of(model), "config": asdict(model.config), "model": weights,
-                    "tokenizer": tokenizer.state(), "step": self.step}
+                    "tokenizer": tokenizer.state(), "trained_on": self.trained_on, "step": self.step}
             last = best | more | {
                 "version": VERSION, "script": self.config.script, "options": asdict(self.config),
                 "optimizer": moments, "state": state,
@@ -1068,7 +1071,7 @@ def main(argv=None):
         check_text(corpus)
         corpora = {"valid": corpus}
         for name in config.also:
-            split = "valid" if name in data.CORPORA else "all"              # your own text is read completely
+            split = data.unseen_split(name, [data.resolved(config.data)])
             also = data.load(name, corpus.tokenizer, (split,))
             also.ids["valid"] = also.ids.pop(split)
             check_text(also)

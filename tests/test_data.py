@@ -1,5 +1,4 @@
 """The embedded languages and their floor, tokenizers, corpora, downloads and batches."""
-import dataclasses
 import gzip
 import hashlib
 import io
@@ -7,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import requests
 import torch
 
 import data
@@ -194,6 +195,7 @@ def vocabulary(*more):
 ])
 def test_normaliser_follows_ptb(text, words):
     tokenizer = vocabulary(*sorted({w for w in words if w[0] != "<"} | {"$"}))
+    tokenizer.separated = data.SEPARATOR in text
     assert tokenizer.normalize(text) == words
     assert [tokenizer.words[i] for i in tokenizer.encode(text)] == words
 
@@ -362,11 +364,12 @@ def test_files_of_a_folder_called_as_splits_are_its_splits(tmp_path, capfd):
         folder = write_folder(tmp_path / str(k), train=text["train"], test=text["test"], other="not this\n", **{valid: text["valid"]})
         assert [joined(folder, split) for split in SPLITS] == list(text.values())
         assert joined(folder, "all") == "".join(text.values())
-        assert f"{folder}: 3 files, {len(''.join(text.values())):,} characters; left out: other.txt" in capfd.readouterr().out
+        assert (f"{folder}: 3 files, {len(''.join(text.values())):,} characters; left out, because their names say no split: other.txt"
+                in capfd.readouterr().out)
     folder = write_folder(tmp_path / "two", train=text["train"])
     assert joined(folder, "train", "valid") == text["train"] and joined(folder, "valid") == "train says so\n" * 3
     assert list(data.load(str(folder)).ids) == ["train", "valid"]                   # no test split: as Shakespeare
-    with pytest.raises(UserError, match="has test.txt but no train.txt"):
+    with pytest.raises(UserError, match="has test.txt but no training text: call it train.txt"):
         data.load(str(write_folder(tmp_path / "three", test="a\n", other="b\n")))
 
 
@@ -475,7 +478,7 @@ def test_encoding_stories_takes_bounded_memory(tmp_path):
     program = ("import re, data\n"
                "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
                "before = peak()\ncorpus = data.load('tinystories')\nafter = peak()\n"
-               "text = open(data.source_file('tinystories', 'train')).read()\nprint(len(corpus.ids['train']), after - before, peak() - before)")
+               "text = open(data.corpus_file('tinystories', 'train')).read()\nprint(len(corpus.ids['train']), after - before, peak() - before)")
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                          env={"PATH": "", "DATA_DIR": str(tmp_path)})
     tokens, grown, read_whole = map(int, out.stdout.split())
@@ -526,13 +529,10 @@ def test_shakespeare_is_split_as_nanogpt_does():
     assert "".join(data.documents("shakespeare", "test")) == text[int(0.9 * len(text)):]     # what stands in for a test split
 
 
-def test_a_corpus_that_nobody_sends_says_where_its_file_belongs(data_folder, monkeypatch):
-    monkeypatch.setitem(data.CORPORA, "mine", data.Source(data.lines, "mine.txt"))
-    with pytest.raises(UserError, match="mine is not downloaded: place its file at .*mine/mine.txt"):
-        data.load("mine")
-    (data_folder / "mine").mkdir()
-    (data_folder / "mine" / "mine.txt").write_text("a line\n" * 30)
-    assert len(data.load("mine").ids["train"]) == 90
+def test_a_corpus_of_ones_own_is_a_function_of_the_split(data_folder, monkeypatch):
+    monkeypatch.setitem(data.CORPORA, "mine", lambda split: ["a line\n"] * (30 if split == "train" else 3))
+    corpus = data.load("mine")
+    assert len(corpus.ids["train"]) == 90 and len(corpus.ids["test"]) == 9 and corpus.floor["valid"] is None
 
 
 # ---------------------------------------------------------------------------------------------------- downloads
@@ -635,19 +635,19 @@ def test_download_checks_the_sum_that_the_publisher_sends(tmp_path, quick):
 def test_a_login_page_is_not_kept_as_a_corpus(data_folder, monkeypatch, quick, page):
     for name in ("ptb", "tinystories", "shakespeare"):
         with Server(page) as server:
-            source = dataclasses.replace(data.CORPORA[name], url=server.url.removesuffix("file.bin"))
-            monkeypatch.setitem(data.CORPORA, name, source)
+            monkeypatch.setitem(data.FILES, name, (server.url.removesuffix("file.bin"), data.FILES[name][1]))
             with pytest.raises(UserError, match="web page came instead.*Place it by hand"):
                 data.load(name)
         assert not list((data_folder / name).glob("*"))
 
 
 def test_the_corpora_that_never_change_have_the_published_digests():
-    for name, source in data.CORPORA.items():
-        for split, digest in source.sha256.items():
-            file = f"{name}/{source.file.format(split)}"
-            if name != "wikitext2" or split == "valid":
-                assert hashlib.sha256(real(file).read_bytes()).hexdigest() == digest
+    checked = 0
+    for name, (_, file) in data.FILES.items():
+        for file in {file.format(split) for split in SPLITS} & data.SHA256.keys() - {"test.txt"}:
+            assert hashlib.sha256(real(f"{name}/{file}").read_bytes()).hexdigest() == data.SHA256[file]
+            checked += 1
+    assert checked == 5
 
 
 def test_download_resumes_what_an_earlier_run_left(tmp_path, quick):
@@ -675,6 +675,58 @@ def test_download_never_keeps_a_wrong_part(tmp_path, quick, leftover):
 def test_download_without_a_network_says_where_to_place_the_file(data_folder, quick):
     with pytest.raises(UserError, match=r"Place it by hand at .*ptb.train.txt"):
         data.load("ptb")
+
+
+@pytest.mark.parametrize("error, reason", [
+    (requests.exceptions.SSLError("CERTIFICATE_VERIFY_FAILED"), "certificate is not trusted.*REQUESTS_CA_BUNDLE"),
+    (requests.exceptions.ProxyError("Cannot connect to proxy"), "proxy refuses or does not answer; look at HTTPS_PROXY"),
+    (requests.ConnectionError("refused"), "no connection"), (requests.exceptions.ReadTimeout("timed out"), "timed out")])
+def test_what_stands_between_us_and_a_server_is_named(data_folder, monkeypatch, quick, error, reason):
+    def get(*args, **how):
+        raise error
+    monkeypatch.setattr(data.requests, "get", get)
+    for open_it in (lambda: data.load("ptb"), lambda: data.load("wikipedia:Glacier")):
+        with pytest.raises(UserError, match=reason):
+            open_it()
+
+
+def test_a_server_with_a_certificate_of_its_own(tmp_path, quick, monkeypatch):
+    import ssl
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not there; the test above has the error itself")
+    key, certificate = tmp_path / "k.pem", tmp_path / "c.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj",
+                    "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with Server(BODY) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+        url = server.url.replace("http://127.0.0.1", "https://localhost")
+        with pytest.raises(UserError, match="certificate is not trusted"):
+            data.download(url, tmp_path / "a")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        assert data.download(url, tmp_path / "a").read_bytes() == BODY
+
+
+def test_processes_that_wait_for_a_download_never_hold_different_locks(tmp_path):
+    """A third process comes while a second one waits: only one is ever inside."""
+    program = ("import sys, time, data\n"
+               "with data.locked(sys.argv[1]):\n"
+               "    with open('log', 'a') as f: f.write('in ')\n"
+               "    time.sleep(0.3)\n"
+               "    with open('log', 'a') as f: f.write('out ')\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    (tmp_path / "folder").mkdir()
+    processes = [subprocess.Popen([sys.executable, "-c", program, "folder"], cwd=tmp_path, env=environment) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert (tmp_path / "log").read_text().split() == ["in", "out"] * 4 and not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "$HOME", "`id`", "-x", "a;b", "caf\u00e9 (1)", "back\\slash", "a!b"])
+def test_a_quoted_path_is_what_a_shell_reads(name):
+    out = subprocess.run(["bash", "-c", f"printf %s {data.quoted(name)}"], capture_output=True, text=True, check=True).stdout
+    assert out == (f"./{name}" if name.startswith("-") else name)
 
 
 def test_files_already_there_are_taken_as_they_are(data_folder):
@@ -725,7 +777,7 @@ def test_a_text_shorter_than_a_batch_is_refused(recurrent):
 
 def test_marks_that_combine_do_not_cut_words():
     for word in ("\u0915\u093f\u0924\u093e\u092c", "\u0e01\u0e33\u0e25\u0e31\u0e07", "caf\u0065\u0301", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"):
-        assert data.word_pieces(word) == [word] and data.word_pieces(word + ",") == [word, ","]
+        assert data.split_words(word) == [word] and data.split_words(word + ",") == [word, ","]
 
 
 def test_a_file_that_is_held_for_a_moment_is_tried_again(tmp_path, monkeypatch):
@@ -771,9 +823,9 @@ def test_text_that_the_terminal_cannot_show_is_replaced():
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"%PDF-1.7 text", "is a PDF"), (b"{\\rtf1 text", "is a PDF, an Office document or rich text"), (b"BZh91AY", "is packed: unpack it"),
-    (b"\x89PNG\r\n", "is not UTF-8 text but an image"), (b"PK\3\4 text", "is a zip archive"), (b"PAR1 text", "is a parquet or arrow file"),
-    (gzip.compress(b"text"), "is packed by gzip: call it .gz")])
+    (b"%PDF-1.7 text", "is rich text or a PDF: save it as plain text"), (b"{\\rtf1 text", "is rich text or a PDF: save it as plain text"),
+    (b"BZh91AY&SY\x9f", "is not UTF-8 text"), (b"\x89PNG\r\n", "is not UTF-8 text"), (b"PK\3\4\x14\0 text", "has a zero byte"),
+    (b"PAR1\x15\0 text", "has a zero byte"), (gzip.compress(b"text"), "is not UTF-8 text.*packed by gzip must be called .gz")])
 def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, content, message):
     (tmp_path / "mine.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -791,8 +843,9 @@ def test_packed_text_and_lines_of_json_are_read(tmp_path):
     folder = tmp_path / "splits"
     folder.mkdir()
     for name in ("train.txt.gz", "test.v2.txt.gz"):
-        (folder / name).write_bytes(gzip.compress((name + "\\n").encode() * 99))
-    assert "".join(data.documents(str(folder), "train")).startswith("train.txt.gz") and "v2" not in "".join(data.documents(str(folder), "all"))
+        (folder / name).write_bytes(gzip.compress((name + "\n").encode() * 99))
+    assert {line.strip() for line in data.documents(str(folder), "train")} == {"train.txt.gz"}
+    assert "".join(data.documents(str(folder), "test")) == "test.v2.txt.gz\n" * 99
     (tmp_path / "short.txt.gz").write_bytes(gzip.compress(text.encode())[:40])
     (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "list.json").write_text('[{"text":\n "x"}]\n')

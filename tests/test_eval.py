@@ -98,13 +98,13 @@ def test_a_character_that_the_vocabulary_does_not_have_is_charged_21_bits():
 
 def test_a_degree_sign_is_no_initial():
     tokenizer = WordTokenizer(["<eos>", "<unk>", "N", "c", "c."])
-    assert evaluation.in_words(tokenizer, "at 1.1 °C. C. Lee") == ["at", "N", "c", "c.", "lee"]
+    assert tokenizer.normalize("at 1.1 °C. C. Lee") == ["at", "N", "c", "c.", "lee"]
 
 
 def test_wikitexts_marks_are_undone_where_the_vocabulary_does_not_have_them():
     plain, wiki = WordTokenizer(["<eos>", "<unk>", "N", "well-known"]), WordTokenizer(["<eos>", "<unk>", "N", "well", "@-@", "known"])
-    assert evaluation.in_words(plain, "well @-@ known 1 @.@ 5") == ["well-known", "N"]
-    assert evaluation.in_words(wiki, "well @-@ known") == ["well", "@-@", "known"]
+    assert plain.normalize(evaluation.without_marks(plain, "well @-@ known 1 @.@ 5")) == ["well-known", "N"]
+    assert wiki.normalize(evaluation.without_marks(wiki, "well @-@ known")) == ["well", "@-@", "known"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +151,7 @@ def few_documents(monkeypatch):
 @pytest.mark.parametrize("domain", ["finance", "reviews"])
 def test_the_source_as_a_model_has_exactly_the_floor_and_repeats_every_name(domain, few_documents):
     run = evaluation.Trained("source", Source(domain), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": domain})
-    got = evaluation.perplexities(run.model, run.tokenizer, evaluation.read_domain(domain), ends=True)
+    got = evaluation.perplexities(run.model, run.tokenizer, evaluation.read_domain(domain))
     assert got["corpus"] == pytest.approx(data.embedded_floor(domain, "test"), rel=1e-9)
     memory = evaluation.name_memory(run)
     assert sum(cell[2] for cell in memory if cell) > 10
@@ -316,10 +316,62 @@ def test_a_model_that_cannot_read_a_text_is_a_marked_gap(runs, few_documents):
     assert 0.5 < js["runs"]["own-rnn"]["unknown"] < 1
 
 
-def test_without_matplotlib_the_report_is_complete_but_for_the_figures(runs, few_documents, monkeypatch):
+def test_without_matplotlib_the_report_is_complete_but_for_the_figures(runs, few_documents, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for out, name in (("r", "r"), ("my r", '"my r"')):
+        evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", out, "--sentences", "5"])
+        hint = f"There are no figures, because matplotlib is not installed. Type: pip install matplotlib; then: python eval.py --redraw --out {name}"
+        lines = Path(out, "report.md").read_text().splitlines()
+        assert hint in capsys.readouterr().out.splitlines() and lines[0] == "# Report" and hint in lines[:4]
+        assert not list(Path(out).glob("*.png")) and "Loss curves" not in "".join(lines) and "Figure 1" not in "".join(lines)
+    monkeypatch.undo()
+    os.chdir(runs.parent)
+    evaluation.main(["--redraw", "--out", "r"])
+    assert "(Figure 1)" in Path("r/report.md").read_text() and "matplotlib" not in Path("r/report.md").read_text() and list(Path("r").glob("*.png"))
+
+
+def test_a_report_has_no_heading_without_content(runs, few_documents, data_folder):
+    shutil.copytree(runs / "own-rnn", "only")                       # real text: no domains, no memory of names
+    (Path("only") / "log.csv").unlink()
+    evaluation.main(["--runs", "only", "--out", "r", "--sentences", "5"])
+    lines = [line for line in Path("r/report.md").read_text().splitlines() if line.strip()]
+    levels = [len(line) - len(line.lstrip("#")) for line in lines] + [1]
+    empty = [line for line, level, after in zip(lines, levels, levels[1:]) if level > 1 and 0 < after <= level]
+    assert not empty and not any("Other domains" in line or "Memory" in line for line in lines)
+
+
+def test_names_that_matplotlib_would_hide_or_read_as_mathematics_are_in_the_legend(runs, few_documents, monkeypatch):
+    import matplotlib.figure
+    legends, save = [], matplotlib.figure.Figure.savefig
+
+    def savefig(figure, *args, **how):
+        legends.append([text.get_text().strip().replace("\\$", "$") for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()])
+        return save(figure, *args, **how)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    for name in ("_old", "$a$", "__"):
+        shutil.copytree(runs / "rnn", runs / name)
+    evaluation.main(["--runs", "runs/_old", "runs/$a$", "runs/__", "--domains", "climate", "--out", "r", "--sentences", "5"])
+    assert legends and all({"_old", "$a$", "__"} <= {text.removesuffix(", in domain") for text in legend} for legend in legends[:3])
+    assert len(list(Path("r").glob("*.png"))) >= 4
+
+
+@pytest.mark.parametrize("damage", [lambda lines: lines[1:], lambda lines: ["a,b", *lines[1:]], lambda lines: [lines[0], "x" + lines[1], *lines[2:]]])
+def test_a_log_that_was_changed_is_left_out_with_a_line(runs, few_documents, capsys, damage):
+    log = runs / "rnn" / "log.csv"
+    log.write_text("\n".join(damage(log.read_text().splitlines())) + "\n")
     evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--out", "r", "--sentences", "5"])
-    assert "pip install matplotlib" in Path("r/report.md").read_text() and not list(Path("r").glob("*.png"))
+    assert "left out: runs/rnn/log.csv is not as it was written" in capsys.readouterr().err and Path("r/report.md").exists()
+
+
+def test_a_report_among_runs_is_passed_over_and_a_pattern_is_expanded(runs, few_documents, capsys):
+    evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--sentences", "5"])
+    assert Path("runs/report/report.json").exists()
+    for names in (sorted(map(str, Path("runs").glob("*"))), ["runs/*"], ["runs/l*", "runs/rnn"]):
+        evaluation.main(["--runs", *names, "--domains", "climate", "--sentences", "5", "--out", "r"])
+        summary = {row["run"] for row in json.loads(Path("r/report.json").read_text())["summary"]}
+        assert summary == {"lstm", "lstm-2", "rnn"} | ({"own-rnn", "transformer"} if len(names) != 2 else set()) | (summary & {"own-bpe"})
+    with pytest.raises(UserError, match="runs/x\\*"):
+        evaluation.main(["--runs", "runs/x*", "--out", "r"])
 
 
 def test_a_log_cut_off_in_the_middle_is_read_as_far_as_it_goes(runs):
@@ -446,7 +498,8 @@ def test_a_figure_that_cannot_be_drawn_is_left_out_with_a_line(runs, few_documen
 
 def test_figures_are_drawn_whatever_backend_a_shell_names(runs, few_documents, tmp_path):
     program = ("import sys; sys.path.insert(0, sys.argv[1]); import eval\n"
-               "for [axes] in eval.figure(eval.Path('f.png')):\n    axes.plot([1, 2])")
+               "def plot(plt, path):\n    figure, axes = plt.subplots()\n    axes.plot([1, 2])\n    eval.save_figure(figure, path)\n"
+               "eval.draw('f', plot, eval.Path('f.png'))")
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", program, str(ROOT)], check=True, env=environment)
     assert Path("f.png").read_bytes().startswith(b"\x89PNG")
@@ -565,5 +618,5 @@ def test_a_text_may_have_and_in_its_name(tmp_path):
     pytest.importorskip("matplotlib")
     counts = Counter("a a b c".split()), Counter("a b b d".split())
     found = evaluation.compare_frequencies(*counts) | {"texts": ["crime and punishment", "war and peace"]}
-    evaluation.plot_frequencies(found, tmp_path / "f.png")
+    assert evaluation.draw("f", evaluation.plot_frequencies, found, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 1000

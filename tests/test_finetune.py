@@ -191,7 +191,7 @@ def test_before_and_after_are_measured_and_written(base, capsys):
         assert figures["corpus"] == pytest.approx(math.exp(torch.cat(alone).mean()), rel=1e-4) and len(figures["samples"]) == 2
         assert figures["mean"] == pytest.approx(sum(figures["documents"]) / 12)
     assert result["after"]["corpus"] < result["before"]["corpus"] and result["before"]["retained"]["ppl"] != result["after"]["retained"]["ppl"]
-    assert all(f"Table {k}" in report for k in (3, 4, 5)) and "finance (not trained on)" in report and "the floor" in report
+    assert all(f"Table {k}" in report for k in (3, 4, 5)) and "finance (its validation split, not trained on)" in report and "the floor" in report
     sample.main(["--run", "ft", "--tokens", "3"])
 
 

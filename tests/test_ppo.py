@@ -133,7 +133,7 @@ def test_an_encoder_goes_under_a_new_head(tmp_path, kind):
     torch.testing.assert_close(scorer.score(texts), logits[:, 1], atol=1e-5, rtol=1e-4)
     assert all(p.requires_grad for p in scorer.parameters())
     edit_config(tmp_path, n_layers=3)
-    with pytest.raises(UserError, match="lacks 16 parameters: distilbert.transformer.layer.2"):
+    with pytest.raises(UserError, match="Missing key.*transformer.layer.2"):
         load_scorer(tmp_path, new_head=True)
 
 
@@ -168,8 +168,8 @@ def test_what_is_no_scorer_is_refused_in_a_line(tmp_path):
     with pytest.raises(UserError, match="there is no scorer at runs/none. Train one first: python ppo.py --train-reward"):
         load_scorer("runs/none")
     library_scorer(tmp_path / "a")
-    for name, changes, message in (("type", {"model_type": "qwen2"}, "describes a qwen2 model"), ("sizes", {"dim": 64}, "should be"),
-                                   ("more", {"n_layers": 3}, "lacks 16 parameters: distilbert.transformer.layer.2"), ("few", {"vocab_size": 9}, "do not belong together")):
+    for name, changes, message in (("type", {"model_type": "qwen2"}, "describes a qwen2 model"), ("sizes", {"dim": 64}, "are not those of its config.json: size mismatch"),
+                                   ("more", {"n_layers": 3}, "Missing key.*transformer.layer.2"), ("few", {"vocab_size": 9}, "do not belong together")):
         library_scorer(tmp_path / name)
         edit_config(tmp_path / name, **changes)
         with pytest.raises(UserError, match=message):
@@ -180,6 +180,25 @@ def test_what_is_no_scorer_is_refused_in_a_line(tmp_path):
     (tmp_path / "a/vocab.txt").unlink()
     with pytest.raises(UserError, match="vocab.txt is missing"):
         load_scorer(tmp_path / "a")
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_the_words_of_a_scorer_may_be_in_tokenizer_json(tmp_path, lower):
+    library_scorer(tmp_path)
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"), do_lower_case=lower)
+    before = load_scorer(tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").unlink(missing_ok=True)
+    scorer = load_scorer(tmp_path)
+    assert scorer.tokenizer.vocab == before.tokenizer.vocab and scorer.tokenizer.lower == lower
+    for text in ("Good FILM, caf\u00e9!", "a bad film"):
+        assert scorer.tokenizer.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["model"]["type"] = "Unigram"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="vocab.txt is missing, and no tokenizer.json has its words"):
+        load_scorer(tmp_path)
 
 
 def test_batches_for_a_scorer_read_every_text_once_an_epoch_whole_or_cropped():

@@ -308,9 +308,11 @@ def test_every_parameter_is_accounted_for(saved):
     path = folder / "model.safetensors"
     tensors = {k: v.clone() for k, v in read_safetensors(path).items()}
     norm, other = tensors["model.norm.weight"], dict(tensors)
-    for wrong, message in (({"model.norm.weight": None}, "lacks 1 parameters: model.norm.weight"), ({"model.extra": norm}, "model.extra, which is no parameter"),
-                           ({"model.norm.weight": norm[:5]}, r"model.norm.weight in the shape \[5\]; by its config.json it should be \[32\]"),
-                           ({"model.embed_tokens.weight": None}, "lacks 2 parameters"), ({"lm_head.weight": torch.zeros(97, 32)}, "ties the head")):
+    for wrong, message in (({"model.norm.weight": None}, 'are not those of its config.json: Missing key.*: "norm.weight"'),
+                           ({"model.extra": norm}, 'Unexpected key.*: "extra"'),
+                           ({"model.norm.weight": norm[:5]}, r"size mismatch for norm.weight: .*\[5\].*\[32\]"),
+                           ({"model.embed_tokens.weight": None}, 'Missing key.*: "embed_tokens.weight"'),
+                           ({"lm_head.weight": torch.zeros(97, 32)}, "ties the head")):
         write_safetensors({k: v for k, v in (other | wrong).items() if v is not None}, path)
         with pytest.raises(UserError, match=message):
             load_weights(folder)
@@ -756,14 +758,33 @@ def test_a_quantized_model_is_refused_by_name(saved):
 def test_weights_in_the_hugging_face_cache_are_used_from_there(hub, saved, tmp_path, monkeypatch):
     library, server = hub()
     _, folder = saved()
-    snapshot = tmp_path / "home" / "hub" / "models--some--model" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    for file in folder.glob("*.*"):
-        shutil.copy(file, snapshot)
+    write_tokenizer(folder)
+    repository = tmp_path / "home" / "hub" / "models--some--model"
+    for revision in ("abc", "newer"):
+        (repository / "snapshots" / revision).mkdir(parents=True)
+        for file in folder.glob("*.*"):
+            shutil.copy(file, repository / "snapshots" / revision)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert qwen_load.cached_snapshot("some/model") is None              # no revision is the current one
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    snapshot = repository / "snapshots" / "abc"
     assert qwen_load.repo_folder("some/model") == snapshot and not server.asked
-    next(snapshot.glob("*.safetensors")).unlink()                   # not all of it: fetched
-    assert qwen_load.repo_folder("some/model") != snapshot and server.asked
+    for name, value in (("HF_HUB_CACHE", tmp_path / "home" / "hub"), ("HUGGINGFACE_HUB_CACHE", tmp_path / "home" / "hub"),
+                        ("XDG_CACHE_HOME", tmp_path / "cache")):
+        monkeypatch.delenv("HF_HOME", raising=False)
+        monkeypatch.setenv(name, str(value))
+        if name == "XDG_CACHE_HOME":
+            shutil.copytree(tmp_path / "home", tmp_path / "cache" / "huggingface")
+            snapshot = tmp_path / "cache" / "huggingface" / "hub" / "models--some--model" / "snapshots" / "abc"
+        assert qwen_load.repo_folder("some/model") == snapshot and not server.asked
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    snapshot = repository / "snapshots" / "abc"
+    next(snapshot.glob("*.safetensors")).unlink()                   # the rest is fetched, and only the rest
+    assert qwen_load.repo_folder("some/model") != snapshot
+    names = {asked[0].rsplit("/", 1)[1] for asked in server.asked}
+    assert "model.safetensors" in names and not names & {"config.json", "vocab.json", "merges.txt"}
 
 
 def test_two_processes_fetch_one_file_one_after_the_other(hub, data_folder):
@@ -776,13 +797,41 @@ def test_two_processes_fetch_one_file_one_after_the_other(hub, data_folder):
     assert sum(asked[0].startswith("/cdn/") for asked in server.asked) == 1 and [p.name for p in data_folder.iterdir()] == [path.name]
 
 
-TEMPLATES = {
-    "Qwen2": "{% if loop.first %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}",
-    "Qwen2.5": "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{%- endif %}",
-    "none": "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"}
+SYSTEM = "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+TURN = "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+ASK = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+FOR = "{% for message in messages %}"
+QWEN25 = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {{- "\\n\\n# Tools\\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+TEMPLATES = {"Qwen2": FOR + SYSTEM + TURN + ASK, "new lines in quotes": (FOR + SYSTEM + TURN + ASK).replace("\\n", "\n"), "Qwen2.5": QWEN25,
+             "none": FOR + TURN + ASK}
 
 
-@pytest.mark.parametrize("name, expected", [("Qwen2", "You are a helpful assistant."), ("Qwen2.5", "You are Qwen."), ("none", None)])
+@pytest.mark.parametrize("name, expected", [("Qwen2", "You are a helpful assistant."), ("new lines in quotes", "You are a helpful assistant."),
+                                            ("Qwen2.5", "You are Qwen."), ("none", None)])
 def test_the_system_message_is_that_of_the_models_template_and_the_template_is_kept(whole, tmp_path, name, expected):
     _, folder = whole
     added = {str(i): {"content": text, "special": text != "<tool>"} for i, text in ((280, "<|endoftext|>"), (281, "<|im_start|>"), (282, "<|im_end|>"), (283, "<tool>"))}
@@ -794,6 +843,90 @@ def test_the_system_message_is_that_of_the_models_template_and_the_template_is_k
     assert written["chat_template"] == TEMPLATES[name]
     assert {token["content"] for token in written["added_tokens_decoder"].values() if token["special"]} == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
     assert sample.tokenizer_from(tokenizer.state()).chat_template == TEMPLATES[name]
+    library = transformers.AutoTokenizer.from_pretrained(tmp_path / "written")
+    rendered = library.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True)
+    assert rendered == sample.system_message(tokenizer) + sample.MESSAGE.format(role="user", text="Why?") + sample.ANSWER
+
+
+@pytest.mark.parametrize("template", [
+    FOR + TURN.replace("'\\n' + message['content']", "'\\n' + message['content'] | trim") + ASK,                  # changes the text
+    FOR + TURN + "{% endfor %}", "Be short. " + FOR + TURN + ASK,                                                 # no answer; text of its own
+    "{% set s = 'Answer in one word.' %}{{ '<|im_start|>system\\n' + s + '<|im_end|>\\n' }}" + FOR + TURN + ASK,    # a message in a variable
+    QWEN25.replace("and not loop.first", ""), FOR + SYSTEM.replace("!= 'system'", "== 'user'") + TURN + ASK])
+def test_an_unknown_chat_template_is_refused(whole, template, capsys):
+    _, folder = whole
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="chat template is none that --chat knows.*Qwen2, Qwen2.5 and SmolLM2"):
+        sample.main(["--run", str(folder), "--chat", "--prompt", "Why?", "--tokens", "3"])
+    sample.main(["--run", str(folder), "--prompt", "Why?", "--tokens", "3"])
+    assert capsys.readouterr().out.startswith("Why?")
+
+
+def write_library_tokenizer(folder, **parts):
+    """tokenizer.json of a byte-level tokenizer as transformers writes it, with other parts."""
+    write_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {
+        str(280 + k): {"content": text, "special": True} for k, text in enumerate(qwen_load.ADDED)}}))
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    for name, part in parts.items():
+        if name == "model":
+            whole["model"] |= part
+        else:
+            whole[name] = part
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("parts, message", [
+    ({}, None), ({"normalizer": None}, None), ({"normalizer": {"type": "Lowercase"}}, "a normalizer"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip", "strip_left": True, "strip_right": True}]}}, "a normalizer"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}}, "another way to split words"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}},
+     "another way to split words"),
+    ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                         "pair": [], "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [280], "tokens": ["<|endoftext|>"]}}}},
+     "tokens that begin or end every text"),
+    ({"model": {"ignore_merges": True}}, "words that are not merged")])
+def test_a_pipeline_of_its_own_is_refused(whole, parts, message):
+    _, folder = whole
+    write_library_tokenizer(folder, **parts)
+    if message:
+        with pytest.raises(UserError, match=f"{folder.name}: its tokenizer has {message}, unlike Qwen2's"):
+            qwen_load.load_model(folder)
+    else:
+        text = "<|im_start|>Hello the don't 123<|im_end|>"
+        assert qwen_load.load_model(folder)[1].encode(text) == transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("setting", ["add_bos_token", "add_prefix_space"])
+def test_a_token_or_a_space_before_every_text_is_refused(whole, setting):
+    _, folder = whole
+    (folder / "tokenizer_config.json").write_text(json.dumps({setting: True, "added_tokens_decoder": {"280": {"content": "<|endoftext|>"}}}))
+    with pytest.raises(UserError, match="before every text|begins every text"):
+        qwen_load.load_model(folder)
+
+
+@pytest.mark.parametrize("as_one_file", [False, True])
+def test_an_export_has_the_files_of_its_base_byte_for_byte(whole, tmp_path, as_one_file):
+    _, folder = whole
+    if as_one_file:
+        write_library_tokenizer(folder)
+    else:
+        (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}\n')
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "model_max_length": 77, "added_tokens_decoder": {
+            str(280 + k): {"content": text, "special": True} for k, text in enumerate(qwen_load.ADDED)}}, indent=3))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [282, 280], "temperature": 0.7,\n "do_sample": true}')
+    model, tokenizer = qwen_load.load_model(folder)
+    again = sample.tokenizer_from(tokenizer.state())                        # as a checkpoint keeps it
+    qwen_load.save_model(model, again, tmp_path / "export")
+    names = {p.name for p in folder.iterdir()} - {"config.json", "model.safetensors"}
+    assert names and all((tmp_path / "export" / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    library = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert again.stops == [280, 282] and library("Hello<|im_end|>")["input_ids"] == again.encode("Hello<|im_end|>")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "export").temperature == 0.7
 
 
 def test_a_conversation_keeps_its_state_and_says_what_one_long_prompt_would(whole, capsys, monkeypatch):
