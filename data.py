@@ -1304,6 +1304,9 @@ def fetch(url, part, headers, sha256):
         for answer in (*r.history, r):                          # the hub sends the digest of its large files
             linked = re.fullmatch(r'"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-ETag", ""))
             sha256 = sha256 or (linked[1] if linked else None)
+        # and of its small files the id that git gives them
+        tag = r.headers.get("ETag", "") if "X-Repo-Commit" in r.headers else ""
+        git_id = re.fullmatch(r'(?:W/)?"?([0-9a-f]{40})"?', tag)
         content_range = r.headers.get("Content-Range", "")
         if content_range != f"bytes */{n_bytes}":               # this would say that part is complete
             if r.status_code == 416:                            # the file has changed
@@ -1320,13 +1323,17 @@ def fetch(url, part, headers, sha256):
                 live("")
     if n_bytes < size:
         raise requests.RequestException(f"{n_bytes} of {size} bytes arrived")
-    digest = hashlib.sha256()
+    digests = {sha256: hashlib.sha256()} if sha256 else {}
+    if git_id:
+        digests[git_id[1]] = hashlib.sha1(b"blob %d\0" % n_bytes)
     with open(part, "rb") as f:
         is_web_page = f.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html"))
         f.seek(0)
         while block := f.read(1 << 20):
-            digest.update(block)
-    if is_web_page or sha256 and digest.hexdigest() != sha256:
+            for digest in digests.values():
+                digest.update(block)
+    wrong = [digest.name for expected, digest in digests.items() if digest.hexdigest() != expected]
+    if is_web_page or wrong:
         part.unlink()
         raise requests.RequestException("a web page came instead of the file; a login page?" if is_web_page
-                                        else "its sha256 is not the publisher's")
+                                        else f"its {wrong[0]} is not the publisher's")

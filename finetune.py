@@ -1,4 +1,4 @@
-"""Fine-tune all parameters of a trained language model on other text, and show what changed.
+"""Fine-tune all parameters of a trained language model on other text, and report what changed.
 
     python finetune.py --base Qwen/Qwen2-0.5B --data tinystories --run runs/stories     # downloads 1 GB once
     python finetune.py --base runs/transformer-finance --data stories                    # offline, a minute
@@ -7,26 +7,25 @@
     torchrun --nproc-per-node 8 --standalone -- finetune.py --shard --base Qwen/Qwen2-7B --data tinystories
 
 The base is a run of train.py, or Qwen2's weights (a folder in the hub's layout, or a name on the hub). The
-training is train.py's, from these weights instead of random ones; documents stand one behind the other with
-their separator between them, as in nanoGPT, and a batch is windows of that text.
+training is that of train.py, but it starts from the weights of the base. The documents of the text follow
+each other with a separator between them, as in nanoGPT, and a batch holds windows of that text.
 
-Precision. Weights and AdamW's two moments are float32, products are bfloat16 where the hardware has them
-(autocast casts the weights for each). bfloat16 has eight significant bits: an update of less than 1/512 of a
-weight would vanish if the weight were bfloat16, as most would at these learning rates. In bytes per
-parameter: weights 4 + moments 8 + gradients 4 + what is cast 2 = 18.
+Precision. Weights and AdamW's two moments are float32. Products are bfloat16 if the hardware has them, and
+autocast casts the weights for each product. bfloat16 has eight significant bits: an update of less than 1/512
+of a weight would vanish if the weight were bfloat16, and at these learning rates most updates are smaller. A
+parameter takes 4 bytes for the weight, 8 for the moments, 4 for the gradient and 2 for the cast: 18 in all.
 
 Several processes. Under torchrun every process has all weights and some rows of each batch, and the gradients
-are averaged (DistributedDataParallel). With --shard it also has only its share of weights, moments and
-gradients (FSDP2's fully_shard; Rajbhandari et al. 2020, "ZeRO", stage 3): the weights of one layer after the
-other are gathered in bfloat16, used and released, forward and backward; gradients are summed in float32.
-Checkpoints are the same in all three cases, so that a run resumes with any number of processes.
+are averaged (DistributedDataParallel). With --shard a process keeps only a part of the weights, moments and
+gradients (FSDP2's fully_shard; Rajbhandari et al. 2020, "ZeRO", stage 3): forward and backward gather the
+weights of one layer at a time in bfloat16, use them and release them, and gradients are summed in float32.
+Checkpoints are the same in all three cases, so a run resumes with any number of processes.
 
-Measured before and after, always: each held-out document read independently (its perplexity, the mean of
-these, and the corpus perplexity, all as eval.py defines them), the perplexity of a text from outside (what
-was forgotten), and continuations of a prompt in the style of the data and of one that has nothing to do with
-it, from the same seed.
+The report compares the model before and after: the perplexity of held-out documents, each read on its own
+(eval.py defines the figures); the perplexity of a text that the training does not see, which shows what was
+forgotten; and continuations of two prompts with the same seed, one in the style of the data and one not.
 
-Where each is:
+Where to find what:
     a whole fine-tuning                 finetune: stages 3, 4 and 8; train.train: stages 5 to 7
     shares of weights and moments       shard_model
     before and after                    measure; report (Tables 3 to 5), ablate (Table 6)
@@ -55,64 +54,65 @@ STYLE_PROMPT = ("A brave knight sets out on a journey to rescue a princess. Writ
                 "TinyStories style.")
 OTHER_PROMPT = "Climate change is"
 
-# by base: pretrained (searched on SmolLM2-135M), a run of ours
+# "qwen2": for a pretrained base (searched on SmolLM2-135M); "own": for a run of train.py
 DEFAULTS = {"qwen2": dict(lr=1e-4, batch_size=8, block_size=256),
             "own": dict(lr=1e-3, batch_size=16, block_size=128)}
 
 
 def by_base(defaults, name):
-    """What --help says of a default that depends on the base."""
+    """The words of --help for a default that depends on the base."""
     return f"(default: {defaults['qwen2'][name]:g} for Qwen2, {defaults['own'][name]:g} for a run of ours)"
 
 
 @dataclass
 class Config(RunOptions):
-    """Fine-tune all parameters of a trained model on other text, and show what changed."""
+    """Fine-tune all parameters of a trained model on other text, and report what changed."""
     script = "python finetune.py"
     base: str = option("Qwen/Qwen2-0.5B", "a run; or Qwen2's weights: a folder, or their name on the hub")
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     epochs: float = option(None, "passes over the training text (default: 2)")
     steps: int = option(None, "optimizer steps, instead of --epochs")
-    data_fraction: float = option(0.9, "train on this first share of the text", above=0, at_most=1)
-    ablate: bool = option(False, "a complete run for every pair of the next two, and a table")
-    ablate_epochs: list[float] = option([1.0, 2.0], "epochs of the table")
-    ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data of the table", above=0, at_most=1)
+    data_fraction: float = option(0.9, "the first share of the text, on which it trains", above=0, at_most=1)
+    ablate: bool = option(False, "a complete run for each pair of the next two options, and a table of them")
+    ablate_epochs: list[float] = option([1.0, 2.0], "epochs, for --ablate")
+    ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data, for --ablate", above=0, at_most=1)
     lr: float = option(None, f"highest learning rate {by_base(DEFAULTS, 'lr')}", group="the step")
     batch_size: int = option(None, f"windows of a batch {by_base(DEFAULTS, 'batch_size')}")
     block_size: int = option(None, "tokens of a window, at most the base's context "
                                    f"{by_base(DEFAULTS, 'block_size')}")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
-    checkpointing: bool = option(False, "keep the inputs of layers only, compute the rest twice: less memory")
-    shard: bool = option(False, "under torchrun: weights and moments are split across the processes")
-    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
+    checkpointing: bool = option(False, "keep only the inputs of layers and compute the rest twice: less "
+                                        "memory")
+    shard: bool = option(False, "under torchrun, split weights and moments across the processes")
+    weight_decay: float = option(0.01, "weight decay of AdamW, on matrices", at_least=0)
     warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
     log_every: int = option(10, "steps between rows of log.csv")
-    eval_tokens: int = option(8192, "of the validation split, for the loss curve")
+    eval_tokens: int = option(8192, "tokens of the validation split that an evaluation reads")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
-    held_out: int = option(200, "documents of the test split", group="before and after")
-    retain: str = option(None, "a text that is not trained on (default: what the base was trained on; "
-                               "wikitext2 for Qwen2)")
-    prompts: list[str] = option([], "to continue (default: one like the text of --data, another one)")
-    sample_tokens: int = option(60, "of a continuation")
-    temperature: float = option(0.7, "of the continuations", at_least=0)
+    held_out: int = option(200, "documents of the test split to score", group="before and after")
+    retain: str = option(None, "a text that is not trained on (default: the text of the base; wikitext2 for "
+                               "Qwen2)")
+    prompts: list[str] = option([], "prompts to continue (default: one like the text of --data, and another)")
+    sample_tokens: int = option(60, "length of a continuation")
+    temperature: float = option(0.7, "temperature of the continuations", at_least=0)
 
 
 # ----------------------------------------------------------------------------------------- memory and shards
 
 def memory_line(model, shard):
-    """How much memory training needs in each process, by the sum at the top of this file."""
+    """How much memory a training needs in each process, by the sum at the top of this file."""
     n, parts = count_parameters(model), WORLD if shard else 1
     return (f"{n:,} parameters: training needs about {18 * n / parts / 1e9:.1f} GB of memory, and activations"
             " (less with --accumulate, --checkpointing, a smaller --block-size)")
 
 
 def shard_model(model, weights, device):
-    """fully_shard a model on the meta device, layer by layer, and give it the first process's weights."""
+    """Shard a model on the meta device layer by layer, and give it the weights of the first process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (WORLD,))
     policy = MixedPrecisionPolicy(param_dtype=model.product_dtype, reduce_dtype=torch.float32)
-    for module in (*model.layers, model):                           # what is gathered and released at a time
+    for module in (*model.layers, model):                           # the units that are gathered and released
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
     for name, p in model.state_dict().items():
@@ -123,12 +123,12 @@ def shard_model(model, weights, device):
 # ------------------------------------------------------------------------------------------- before and after
 
 def is_embedded(tokenizer):
-    """Whether its words are the embedded languages'."""
+    """Whether a tokenizer has the words of the embedded languages."""
     return tokenizer.kind == "word" and tokenizer.unk is None
 
 
 def held_out(name, n):
-    """The first n documents of a corpus's test split, each with its end."""
+    """The first n documents of the test split of a corpus, each with its end."""
     texts = data.documents(name, "test")
     return list(itertools.islice((text for text in texts if text.replace(data.SEPARATOR, "").strip()), n))
 
@@ -146,7 +146,7 @@ def retained_ids(name, tokenizer, base, most=20_000):
 
 
 def measure(model, tokenizer, config):
-    """All figures of a model: held-out documents, the text from outside, continuations."""
+    """All figures of a model: held-out documents, the text that is not trained on, continuations."""
     texts = held_out(config.data, config.held_out)
     scores = perplexities(model, tokenizer, texts)
     out = {"documents": scores["sentences"], "retained": None, "samples": []}
@@ -161,12 +161,12 @@ def measure(model, tokenizer, config):
 
 
 def grammar_floor(name, n, tokenizer):
-    """The grammar's own corpus perplexity on n test documents, for models that read its words; else None."""
+    """The grammar's own corpus perplexity on n test documents; None if the model does not read its words."""
     return data.embedded_floor(name, "test", n) if name in data.DOMAINS and is_embedded(tokenizer) else None
 
 
 def report(config, result):
-    """report.md: Tables 3, 4 and 5, Figure 4, and what was kept."""
+    """Write report.md: Tables 3, 4 and 5, and Figure 4."""
     before, after, run = result["before"], result["after"], Path(config.run)
     rows = [{"": label, "before": before[name], "after": after[name]} for name, label in
             (("mean", "mean of the documents' perplexities"), ("corpus", "corpus perplexity"))]
@@ -201,16 +201,17 @@ def report(config, result):
 # ------------------------------------------------------------------------------------------------ a whole run
 
 def first_share(ids, fraction, eos):
-    """The first `fraction` of a text, to the end of a document if one is near."""
+    """The first `fraction` of a text, up to the end of a document if one is near."""
     n = int(len(ids) * fraction)
-    start = max(0, n - (1 << 16))                               # where a last document's end is looked for
+    start = max(0, n - (1 << 16))                               # from here on, the end of a document is near
     ends = np.flatnonzero(np.asarray(ids[start:n]) == eos)
     return ids[:n if len(ends) == 0 or fraction == 1 else start + int(ends[-1]) + 1]
 
 
 def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
-    """Fine-tune as config says, into the folder config.run; -> what its result.json holds. model: the base
-    or, of a run that resumes, what was saved; trained in place. before: the base's figures, if known."""
+    """Fine-tune as config says, into the folder config.run; -> the content of its result.json. model: the
+    base or, of a run that resumes, the saved model; it is trained in place. before: the figures of the base,
+    if they are known."""
     # 3 data: windows of the first share of the text
     folder, device, product_dtype = Path(config.run), pick_device(config.device), model.product_dtype
     train_ids = first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
@@ -266,8 +267,8 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
 
 
 def ablate(config, base, tokenizer, corpus):
-    """Every cell of epochs x share of the data: a complete run with its own schedule, on the same held-out
-    documents. A finished cell keeps its result and is not run again."""
+    """Train a complete run with its own schedule for every pair of epochs and share of the data, on the same
+    held-out documents. A finished run keeps its result and is not run again."""
     folder, rows, before = Path(config.run), [], None
     if (folder / "last.pt").exists() or "rows" not in read_json(folder / "result.json", {"rows": []}):
         raise UserError(f"{folder} already holds a run; choose another folder with --run")
@@ -285,7 +286,7 @@ def ablate(config, base, tokenizer, corpus):
         result = finished_trial(cell)
         if result is None:
             result = finetune(cell, copy.deepcopy(base), tokenizer, corpus, before=before)
-        for file in (*path.glob("*.pt"), *path.glob("*.safetensors")):         # the figures are what is kept
+        for file in (*path.glob("*.pt"), *path.glob("*.safetensors")):         # only the figures are kept
             file.unlink()
         before = result["before"]
         rows.append(row(f"{epochs:g}", f"{100 * fraction:g} %", result["after"]))
@@ -302,7 +303,7 @@ def ablate(config, base, tokenizer, corpus):
 # ----------------------------------------------------------------------------------------------- command line
 
 def default_prompts(config, tokenizer):
-    """One in the style of the data, one that has nothing to do with it."""
+    """A prompt in the style of the data, and one that has nothing to do with it."""
     if not is_embedded(tokenizer):
         return [STYLE_PROMPT, OTHER_PROMPT]
     own = config.data if config.data in data.DOMAINS else "stories"
@@ -311,7 +312,7 @@ def default_prompts(config, tokenizer):
 
 
 def resolve_defaults(config, model, tokenizer):
-    """Fill in what depends on the base; UserError for what does not go with it."""
+    """Fill in the options that depend on the base. UserError for an option that the base cannot have."""
     qwen2 = tokenizer.kind == "qwen2"
     if not config.steps:
         config.epochs = config.epochs or 2.0
@@ -333,7 +334,7 @@ def resolve_defaults(config, model, tokenizer):
             reason = "the base was trained on the same text; name another with --retain"
         except UserError as e:
             reason = e
-        data.live(f"nothing is measured from outside: {reason}", "\n")
+        data.live(f"no other text is measured: {reason}", "\n")
         config.retain = ""
 
 
@@ -345,8 +346,8 @@ def open_as(name, device, product_dtype):
 
 
 def open_base(config, checkpoint):
-    """The model to train (with --shard on the meta device, without memory) and its tokenizer: the base, or
-    what a checkpoint holds."""
+    """The model to train and its tokenizer, of the base or of a checkpoint. With --shard the model is on the
+    meta device, without memory."""
     device = pick_device(config.device)
     if checkpoint:
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
@@ -376,7 +377,8 @@ def main(argv=None):
         raise UserError("--shard splits a model across processes; start them with: "
                         "torchrun --nproc-per-node 2 --standalone -- finetune.py --shard")
     if config.ablate and (WORLD > 1 or config.steps or config.resume):
-        raise UserError("--ablate runs in one process, its cells say how long; the same command resumes it")
+        raise UserError("--ablate runs in one process, for --ablate-epochs and without --steps; the same "
+                        "command resumes it")
     kind, checkpoint = "ablate" if config.ablate else "finetune", None
     config.run = config.run or f"runs/{kind}-{data.file_name(config.base)}-{data.file_name(config.data)}"
     if not config.ablate:

@@ -2,19 +2,19 @@
 
 The layer (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000), for t = 1..T:
 
-    i_t = sigma(W_i x_t + U_i h_{t-1} + b_i)        input gate: what to write
-    f_t = sigma(W_f x_t + U_f h_{t-1} + b_f)        forget gate: what to keep
-    g_t = tanh (W_g x_t + U_g h_{t-1} + b_g)        what could be written
-    o_t = sigma(W_o x_t + U_o h_{t-1} + b_o)        output gate: what to show
+    i_t = sigma(W_i x_t + U_i h_{t-1} + b_i)        input gate: how much to write
+    f_t = sigma(W_f x_t + U_f h_{t-1} + b_f)        forget gate: how much to keep
+    g_t = tanh (W_g x_t + U_g h_{t-1} + b_g)        candidate: what to write
+    o_t = sigma(W_o x_t + U_o h_{t-1} + b_o)        output gate: how much to show
     c_t = f_t * c_{t-1} + i_t * g_t                 the cell: a sum, so gradients pass through it unsquashed
     h_t = o_t * tanh(c_t)
 
 weight_ih stacks W_i, W_f, W_g, W_o (torch's order) and weight_hh the U's, so weights of `torch.nn.LSTM` load
 (without the `_l0` of their names).
 
-Back-propagation through time. Write dv for the derivative of the loss with respect to v, a for what a gate
-squashes (W x + U h + b), and grad_h_t for what the layers above send to h_t. With sigma' = sigma (1 - sigma)
-and tanh' = 1 - tanh^2:
+Back-propagation through time. Write dv for the derivative of the loss with respect to v, a for the argument
+of a gate (W x + U h + b), and grad_h_t for the gradient that the layers above send to h_t. With sigma' =
+sigma (1 - sigma) and tanh' = 1 - tanh^2:
 
     dh_t = grad_h_t + [U_i; U_f; U_g; U_o]^T da_{t+1}
     do_t = dh_t * tanh(c_t)
@@ -23,15 +23,15 @@ and tanh' = 1 - tanh^2:
     da_t = [di i (1 - i); df f (1 - f); dg (1 - g^2); do o (1 - o)]_t
 
 Only this recursion is sequential. The weight gradients are one product each over all steps: dW = sum_t da_t
-x_t^T, dU = sum_t da_t h_{t-1}^T, db = sum_t da_t. Initial and final states have gradients too.
+x_t^T, dU = sum_t da_t h_{t-1}^T, db = sum_t da_t. Initial and final states have gradients, too.
 
-Where each is:
+Where to find what:
     i_t, f_t, g_t, o_t, c_t, h_t        LSTM.plain; cell_forward
     dh_t, do_t, dc_t, di_t .. da_t      cell_backward, a line each
     the loops over t; dx, dW, dU, db    LSTMFunction
     forget biases of many time scales   LSTMLM.__init__
 
-Where there is a C compiler, a CPU runs the two cells as fast/cells.c has them, as long as both give the same.
+If there is a C compiler, a CPU runs the two cells in C (fast/cells.c), as long as both give the same.
 
     python train.py --model lstm
 """
@@ -78,9 +78,9 @@ class LSTM(RNN):
 
 
 def cell_forward(gates, from_h, c_before, c, h):
-    """The equations of one step, in place as its twin in C has them. gates [B, 4H] holds W x_t + b when the
-    step begins, and i, f, g, o when it ends. from_h [B, 4H] is U h_{t-1}. c_before, c, h [B, H]; c and h are
-    written."""
+    """The equations of one step. Like its twin in C it works in place: gates [B, 4H] holds W x_t + b when the
+    step begins, and i, f, g, o when it ends. from_h [B, 4H] is U h_{t-1}. c_before, c and h are [B, H]; c and
+    h are written."""
     a_i, a_f, a_g, a_o = (gates + from_h).chunk(4, 1)                       # [B, H] each
     i, f, g, o = torch.sigmoid(a_i), torch.sigmoid(a_f), torch.tanh(a_g), torch.sigmoid(a_o)
     gates.copy_(torch.cat((i, f, g, o), 1))
@@ -146,13 +146,13 @@ LSTMConfig = RNNConfig                                          # the same optio
 
 class LSTMLM(RNNLM):
     """RNNLM with LSTM layers whose forget gates start at many time scales: a unit with forget bias log(tau)
-    (and bias_hh's small random start) keeps its cell for about tau steps. With tau uniform in 1..MEMORY
-    (Tallec & Ollivier 2018, "chrono initialization"), some units remember a sentence from the first step on;
-    from torch's biases near 0 they must first learn to."""
+    keeps its cell for about tau steps. With tau uniform in 1..MEMORY (Tallec & Ollivier 2018, "chrono
+    initialization"), some units remember a sentence from the first step on. With torch's biases near 0 they
+    must first learn to."""
     layer_type = LSTM
     MEMORY = 64                                                 # tokens
-    # Wide: with the usual 0.1 words look so alike at first that a name's trace drowns before its recall is
-    # learned (on `finance`, after 300 steps: 3.04 nats at the repeated name, with 1.0 it is 0.15).
+    # With the usual 0.1 the vectors of words are so alike at first that a name is lost before its recall is
+    # learned (`finance` after 300 steps: 3.04 nats at the repeated name, and 0.15 with 1.0).
     embed_range = 1.0
 
     def __init__(self, config):
@@ -161,4 +161,4 @@ class LSTMLM(RNNLM):
             for layer in self.layers:
                 i, f, _, _ = layer.bias_ih.chunk(4)
                 f.copy_(torch.empty_like(f).uniform_(1, self.MEMORY).log())
-                i.copy_(-f)                                     # what is kept long is written seldom
+                i.copy_(-f)                                     # a unit that keeps long writes seldom

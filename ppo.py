@@ -7,13 +7,13 @@
     python ppo.py --base Qwen/Qwen2-0.5B --scorer lvwerra/distilbert-imdb --run runs/ppo-qwen2      # 1.3 GB
     python ppo.py --resume --run runs/ppo-transformer-reviews           # after a kill
 
-**The reward model** is DistilBERT with a classification head (transformer.py has its equations, qwen_load.py
-its tokenizer), a small one trained from scratch or a pretrained one. The reward of a text is the logit of the
-positive class and not its probability, which is nearly 1 soon and then rewards nothing.
+**The reward model** is DistilBERT with a classification head: a small one trained from scratch, or a
+pretrained one. (transformer.py has its equations, and qwen_load.py its tokenizer.) The reward of a text is
+the logit of the positive class. Its probability would soon be nearly 1, and then reward nothing.
 
-**PPO** (Schulman et al. 2017; on language models Ziegler et al. 2019). The policy pi begins as a copy of the
-reference. In an iteration it continues a batch of prompts; token t of a response is an action a_t in the
-state s_t, all tokens before it.
+**PPO** (Schulman et al. 2017; for language models Ziegler et al. 2019). The policy pi begins as a copy of the
+reference. In an iteration it continues a batch of prompts. Token t of a response is an action a_t in the
+state s_t, which is all tokens before it.
 
     r_t = -beta (log pi(a_t|s_t) - log ref(a_t|s_t)), and at the last token also the scorer's reward
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
@@ -22,12 +22,12 @@ state s_t, all tokens before it.
     policy loss = -mean min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
     value loss = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
 
-V(s) is a linear function of the model's hidden state. Without the KL term the policy ends in whatever the
-scorer likes best, one sentence for all prompts; with it the optimum is ref(text) exp(reward / beta),
-normalised. The KL is logged twice: as the mean of log pi - log ref over the sampled tokens, which is noisy,
-and in full, sum over all tokens of pi log(pi / ref) at every prefix that was sampled.
+V(s) is a linear function of the model's hidden state. Without the KL term the policy ends with the one
+sentence that the scorer likes best, for all prompts. With it the optimum is ref(text) exp(reward / beta),
+normalised. The log has two estimates of the KL: the mean of log pi - log ref over the sampled tokens, which
+is noisy; and in full, the sum over all tokens of pi log(pi / ref) at every prefix that was sampled.
 
-Where each is:
+Where to find what:
     an iteration                        iterate, stages 7.1 to 7.6
     a_t                                 rollout (sample.generate_stream)
     log pi_old, log ref, V, full KL     evaluate_actions
@@ -37,12 +37,13 @@ Where each is:
     log pi and its gradient             rnn.softmax_loss (rnn.TokenLoss)
     the reward model's training         train_reward
 
-Where the code follows one of the published details (Huang et al. 2023, "The N Implementation Details of RLHF
-with PPO"), or departs from it, it says "Detail".
+A comment that begins with "Detail" marks a line that follows one of the published details (Huang et al. 2023,
+"The N Implementation Details of RLHF with PPO"), or departs from it.
 
-The repairs for what a scorer drives a policy to are three: the KL coefficient and the learning rate;
---repetition-coef, which takes 1 - distinct-2 of the batch from the reward, split among the responses by
-what each repeats; --sft-every, supervised training on real text after some iterations.
+A policy learns to please its scorer with degenerate texts. There are three repairs: the KL coefficient and
+the learning rate; --repetition-coef, which subtracts 1 - distinct-2 of the batch from the reward, divided
+among the responses by how much each repeats; and --sft-every, supervised training on real text after some
+iterations.
 """
 import copy
 import math
@@ -76,8 +77,8 @@ from transformer import Scorer, ScorerConfig
 
 REVIEWS = list(data.LABELLED)
 
-# by base: pretrained (searched on SmolLM2-135M; every update passes over all weights, so it reads many
-# responses), a run of ours
+# "qwen2": for a pretrained base (searched on SmolLM2-135M; an update of all its weights is dear, so it reads
+# many responses); "own": for a run of train.py
 DEFAULTS = {"qwen2": dict(steps=20, lr=5e-5, batch_size=256, minibatch=64, update_epochs=2, kl_coef=0.05),
             "own": dict(steps=100, lr=1e-4, batch_size=64, minibatch=16, update_epochs=4, kl_coef=0.2)}
 
@@ -89,9 +90,10 @@ class Config(RunOptions):
     script = "python ppo.py"
     train_reward: bool = option(False, "train a scorer instead; it has options of its own")
     base: str = option("Qwen/Qwen2-0.5B", "the policy to begin with: a run, or Qwen2's weights (1 GB)")
-    scorer: str = option("lvwerra/distilbert-imdb", "what --train-reward wrote, or a DistilBERT (0.3 GB)")
-    data: str = option(None, "whose beginnings are the prompts (default: reviews for an embedded language, "
-                             "else imdb)", choices=REVIEWS)
+    scorer: str = option("lvwerra/distilbert-imdb", "a folder that --train-reward wrote, or a DistilBERT "
+                                                    "(0.3 GB)")
+    data: str = option(None, "reviews, whose beginnings are the prompts (default: reviews for an embedded "
+                             "language, else imdb)", choices=REVIEWS)
     held_out: int = option(256, "prompts that the policy is evaluated on", at_least=2)
     sample: bool = option(True, "print a response at every evaluation")
     log_every: int = option(1, "iterations between rows of log.csv")
@@ -101,30 +103,32 @@ class Config(RunOptions):
     warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
     batch_size: int = option(None, f"responses of an iteration {by_base(DEFAULTS, 'batch_size')}")
     minibatch: int = option(None, f"responses of an update {by_base(DEFAULTS, 'minibatch')}")
-    update_epochs: int = option(None, f"times that a response is used {by_base(DEFAULTS, 'update_epochs')}")
+    update_epochs: int = option(None, f"updates for each response {by_base(DEFAULTS, 'update_epochs')}")
     response_tokens: int = option(24, "longest response")
     kl_coef: float = option(None, f"price of a nat of KL to the reference {by_base(DEFAULTS, 'kl_coef')}",
                             at_least=0)
-    kl_target: float = option(0.0, "adapt the coefficient to so many nats a response; 0: fixed", at_least=0)
-    max_update_kl: float = option(0.1, "end an iteration's updates at so many nats of KL a token")
+    kl_target: float = option(0.0, "adapt the coefficient to this KL, in nats a response; 0: fixed",
+                              at_least=0)
+    max_update_kl: float = option(0.1, "end the updates of an iteration at this KL, in nats a token")
     clip_coef: float = option(0.2, "clip the ratio, and the values, to within this")
     value_coef: float = option(0.1, "weight of the value loss", at_least=0)
     gamma: float = option(1.0, "discount", at_least=0, at_most=1)
     gae_lambda: float = option(0.95, "GAE's lambda", at_least=0, at_most=1)
     whiten: bool = option(True, "advantages with mean 0 and variance 1")
-    repetition_coef: float = option(0.0, "price of a response whose bigrams are all said before or elsewhere",
+    repetition_coef: float = option(0.0, "price of a response that only repeats bigrams",
                                     at_least=0, group="against degenerate texts")
-    sft_every: int = option(0, "after every Nth iteration, train on --data's text; 0: never", at_least=0)
+    sft_every: int = option(0, "after every Nth iteration, train on the text of --data; 0: never", at_least=0)
 
 
 # ------------------------------------------------------------------------------------- advantages and losses
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016). All [B, T]; mask: 1 where a token is an
-    action, without gaps. -> advantages, returns (advantages + values), 0 outside."""
+    """Generalised advantage estimation (Schulman et al. 2016). All arguments are [B, T]. mask is 1 where a
+    token is an action; these tokens follow each other. -> advantages and returns (advantages + values), 0
+    outside the mask."""
     advantages, last_gae, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]           # the surprise at t
+        delta = rewards[:, t] + gamma * next_value - values[:, t]           # better than expected at t
         last_gae = (delta + gamma * gae_lambda * last_gae) * mask[:, t]
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = last_gae
@@ -140,8 +144,8 @@ def whiten(x, mask):
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a mean over tokens; all arguments [N]. -> loss,
-    the share of tokens where the clipping holds the policy back, and an estimate of KL(old, new) a token."""
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), a mean over tokens. All arguments are [N]. ->
+    (loss, the share of tokens at which clipping limits the policy, an estimate of KL(old, new) a token)."""
     logratio = log_prob - old_log_prob
     ratio = logratio.exp()
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
@@ -152,15 +156,16 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
 
 
 def value_loss(value, old_value, returns, clip_coef):
-    """Half the squared error of the new value, or, if worse, of that kept within clip of the old one. [N]."""
+    """Half the mean squared error of the values, clipped: of the new value and of the new value within
+    clip_coef of the old one, the larger error counts. All arguments are [N]."""
     near = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2).mean()
 
 
 def shared_repetition(texts):
-    """What the responses of a batch (lists of ids) repeat, of themselves and of each other: a bigram that
-    stands n times in the batch counts 1 - 1/n. -> the mean over each response's bigrams; over all bigrams
-    together it is 1 - distinct-2 of the batch."""
+    """The share of repeated bigrams in each response (a list of ids), counted over the whole batch: a bigram
+    that occurs n times in the batch counts 1 - 1/n. The mean over all bigrams is 1 - distinct-2 of the batch.
+    """
     counts = Counter(pair for ids in texts for pair in zip(ids, ids[1:]))
     return [sum(1 - 1 / counts[pair] for pair in zip(ids, ids[1:])) / max(1, len(ids) - 1) for ids in texts]
 
@@ -168,18 +173,19 @@ def shared_repetition(texts):
 # ------------------------------------------------------------------------------------- prompts and responses
 
 def prompt_batch(prompts, batch_size, seed, step):
-    """The prompts of an iteration, in random order, each once an epoch; depends on (seed, step) only."""
+    """The prompts of an iteration. Their order is random, each comes once an epoch, and the draw depends on
+    (seed, step) only."""
     epoch, k = divmod(step, len(prompts) // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
     return [prompts[i] for i in order[k * batch_size:(k + 1) * batch_size]]
 
 
 def read_prompts(name, split, tokenizer, most=10_000):
-    """The first 2 to 8 tokens of reviews of a split, behind whatever a text begins with: lists of ids.
-    Detail: they need not end with a full stop, because those of the experiment reproduced did not."""
+    """The first 2 to 8 tokens of the reviews of a split, after the tokens with which every text begins: lists
+    of ids. Detail: a prompt need not end with a full stop, as in the experiment that is reproduced."""
     rng, prompts = random.Random(f"{name} {split}"), []
     for text, _ in data.labelled(name, split)[:most]:
-        ids = tokenizer.encode(text[:300].rsplit(" ", 1)[0])    # 300 characters hold 8 tokens; no word is cut
+        ids = tokenizer.encode(text[:300].rsplit(" ", 1)[0])    # enough for 8 tokens, and cuts no word
         if len(ids) >= 2:
             prompts.append(tokenizer.begin + ids[:rng.randint(2, 8)])
     return prompts
@@ -187,57 +193,58 @@ def read_prompts(name, split, tokenizer, most=10_000):
 
 @dataclass
 class Rollout:
-    """What a model wrote after B prompts. Everything is aligned with what the model reads: column t holds
-    what it says after t + 1 tokens."""
+    """The responses of a model to B prompts. Column t of a tensor belongs to the prediction that the model
+    makes after it has read t + 1 tokens."""
     prompts: list               # lists of ids
     responses: list             # lists of ids, without end tokens
     tokens: torch.Tensor        # int64 [B, T + 1]: prompt, response with its end token, zeros
     mask: torch.Tensor          # float32 [B, T]: 1 where the next token is part of the response
-    log_probs: torch.Tensor     # float32 [B, T]: of that token, as the sampler had it (tests compare)
+    log_probs: torch.Tensor     # float32 [B, T]: of that token when it was sampled (for tests)
 
 
 @dataclass
 class Task:
-    """What stays the same during a run."""
+    """The parts of a run that stay the same."""
     config: Config
     reference: nn.Module        # the policy before
     tokenizer: object
     scorer: object              # score(texts) -> float32 [N]
     prompts: dict               # {"train", "valid", "test": lists of lists of ids}
-    text: object = None         # batches of real text, where --sft-every wants them
+    text: object = None         # batches of real text, for --sft-every
     checksum: str = ""          # of the weights of the reference and the scorer
 
     @property
     def suppressed(self):
-        """Ids that have probability 0."""
+        """The ids that have probability 0."""
         return torch.tensor(self.tokenizer.suppressed, dtype=torch.long, device=device_of(self.reference))
 
 
 def rollout(task, model, prompts, seed=None):
-    """Continue each prompt at temperature 1, from all of the distribution. Detail: prompts of unequal length
-    are stepped together, so nothing is padded on the left and no position is shifted; a response ends with
-    its end token, whose probability is part of it."""
+    """Continue each prompt at temperature 1 from the full distribution; -> Rollout. Detail: prompts of
+    unequal length step together, so nothing is padded on the left and no position is shifted. A response ends
+    with its end token, whose probability counts."""
     stream = generate_stream(model, prompts, task.config.response_tokens, eos=task.tokenizer.stops, seed=seed,
                              suppressed_tokens=task.tokenizer.suppressed)
-    new, log_probs, _ = (torch.stack(v, 1) for v in zip(*stream))     # [B, S]; -1: of a prompt, or nothing
+    new, log_probs, _ = (torch.stack(v, 1) for v in zip(*stream))     # [B, S]; new is -1 where there is none
     shortest, width = min(map(len, prompts)), max(map(len, prompts)) + task.config.response_tokens
     tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=new.device)
     tokens = tokens[:, :shortest + new.shape[1]]
     tokens[:, shortest:] = torch.where(new >= 0, new, tokens[:, shortest:])
-    before = (shortest - 1, 0)                                              # columns that say nothing new
+    before = (shortest - 1, 0)                                              # columns within all prompts
     mask, log_probs = F.pad((new >= 0).float(), before), F.pad(log_probs, before)
     responses = [[t for t in row if t >= 0 and t not in task.tokenizer.stops] for row in new.tolist()]
     return Rollout(prompts, responses, tokens, mask, log_probs)
 
 
 def decode_text(task, prompt, response=()):
-    """A prompt, without what every text begins with, and its response: as text."""
+    """A prompt, without the tokens with which every text begins, and its response, as text."""
     return task.tokenizer.decode([*prompt[len(task.tokenizer.begin):], *response])
 
 
 def score_responses(task, r):
-    """The reward model's logits for prompt and response together: float32 [B]; and the texts. UserError where
-    one is not a number. Detail: no response is rejected for its form; rewards are not normalised."""
+    """-> (rewards, float32 [B], the logits of the reward model for prompt and response together; the texts).
+    UserError for a reward that is not a number. Detail: no response is rejected for its form, and rewards are
+    not normalised."""
     if not any(r.responses):
         raise UserError("every response is empty; take another base, or a smaller --lr")
     texts = [decode_text(task, prompt, response) for prompt, response in zip(r.prompts, r.responses)]
@@ -250,7 +257,7 @@ def score_responses(task, r):
 
 
 def response_hidden(model, r, rows):
-    """The model's hidden states where it predicts these rows' responses: [N, D] for N tokens."""
+    """The model's hidden states at which it predicts the responses of these rows: [N, D] for N tokens."""
     mask = r.mask[rows] > 0
     width = int(mask.any(0).nonzero().max()) + 1                            # beyond it all rows are padding
     return model(r.tokens[rows, :width])[0][mask[:, :width]]
@@ -258,15 +265,16 @@ def response_hidden(model, r, rows):
 
 @torch.no_grad()
 def evaluate_actions(task, policy, r, value_head=None):
-    """The policy beside the reference at every token of the responses, without a gradient, float32 [B, T], 0
-    outside the mask: log_prob, ref_log_prob, value; of the full distributions, in nats: kl, entropy."""
+    """The policy and the reference at every token of the responses, without a gradient: a dict of float32 [B,
+    T], 0 outside the mask. log_prob, ref_log_prob and value are those of the token; kl and entropy, in nats,
+    are those of the full distributions."""
     mask, parts = r.mask > 0, []
     actions = r.tokens[:, 1:][mask][:, None]                                # [N, 1]
 
     def log_softmax(model, hidden):
-        # -1e9 and not -inf for what is suppressed, because 0 * -inf is not a number
+        # suppressed ids get -1e9 and not -inf, because 0 * -inf is not a number
         return torch.log_softmax(model.logits(hidden).float().index_fill_(-1, task.suppressed, -1e9), -1)
-    with autocast(policy):                                  # around all, so that weights are cast once
+    with autocast(policy):                              # around both models, so that weights are cast once
         groups = torch.arange(len(mask)).split(task.config.minibatch)
         hidden, ref_hidden = (torch.cat([response_hidden(model, r, rows) for rows in groups])
                               for model in (policy, task.reference))        # [N, D]
@@ -284,7 +292,8 @@ def evaluate_actions(task, policy, r, value_head=None):
 
 
 def evaluate_policy(task, policy, prompts, seed, group=64):
-    """Responses of a policy and what they are worth: figures over all, and a list of single ones."""
+    """Let a policy respond to prompts; -> a dict of figures over all responses, with the list "each" of the
+    single ones."""
     each, responses = [], []
     policy.eval()
     for at in range(0, len(prompts), group):
@@ -310,7 +319,7 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
 
 EVALUATED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
              "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
-             "repetition": "bigrams said before or in another response, share",
+             "repetition": "share of bigrams that occur before or in another response",
              "length": "tokens of a response", "ref_ppl": "perplexity under the reference"}
 
 
@@ -324,8 +333,8 @@ def step_down(loss, optimizer, grad_clip):
 
 
 def update_policy(task, policy, value_head, optimizer, r, old):
-    """Several epochs of minibatches over one rollout; -> the metrics of each update. old: evaluate_actions
-    before the first, with advantages and returns."""
+    """Several epochs of minibatches over one rollout; -> the metrics of each update. old: the result of
+    evaluate_actions before the first update, with advantages and returns."""
     config, updates = task.config, []
     for _ in range(config.update_epochs):
         for rows in torch.randperm(len(r.mask)).split(config.minibatch):
@@ -337,7 +346,7 @@ def update_policy(task, policy, value_head, optimizer, r, old):
                 log_prob = -softmax_loss(hidden, policy.lm_head, actions, "none", task.suppressed)      # [N]
             pg_loss, clipfrac, approx_kl = policy_loss(log_prob, part["log_prob"], part["advantages"],
                                                        config.clip_coef)
-            if approx_kl > config.max_update_kl:  # too far from what sampled these responses: no more updates
+            if approx_kl > config.max_update_kl:    # too far from the policy that sampled these responses
                 return updates
             value = value_head(hidden.float())[:, 0]
             v_loss = value_loss(value, part["value"], part["returns"], config.clip_coef)
@@ -348,7 +357,7 @@ def update_policy(task, policy, value_head, optimizer, r, old):
 
 
 def supervised_steps(task, policy, optimizer, step):
-    """As many updates on real text as one epoch has; -> the metrics of each."""
+    """As many updates on real text as an epoch of PPO has; -> the metrics of each."""
     config, updates = task.config, []
     n = config.batch_size // config.minibatch
     for k in range(n):
@@ -361,7 +370,8 @@ def supervised_steps(task, policy, optimizer, step):
 
 
 def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
-    """An iteration of PPO; -> its figures for log.csv: KL in nats a response, entropy in nats a token."""
+    """An iteration of PPO; -> its figures for log.csv, with KL in nats a response and entropy in nats a
+    token."""
     config = task.config
 
     # 7.1 rollout
@@ -375,14 +385,14 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     # 7.3 log-probs and values of the policy, log-probs of the reference, in the update's precision: [B, T]
     old = evaluate_actions(task, policy, r, value_head)
 
-    # 7.4 reward per token. Detail: KL everywhere, the score at the last token only; rewards are not whitened:
-    # dividing them would change what a nat of KL costs
+    # 7.4 reward per token. Detail: KL at every token, the score at the last one only. Rewards are not
+    # whitened, because dividing them would change the price of a nat of KL
     kl_estimate = old["log_prob"] - old["ref_log_prob"]                     # its mean over samples is the KL
     rewards = -kl_coef * kl_estimate
     last = r.mask.cumsum(1).argmax(1)                                       # [B]: the end of each response
     rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(rewards.device)
 
-    # 7.5 GAE. Detail: advantages are whitened over the batch; a minibatch has a noisy variance
+    # 7.5 GAE. Detail: advantages are whitened over the batch, because the variance of a minibatch is noisy
     advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
     token_mask = r.mask > 0
     unexplained = (returns - old["value"])[token_mask].var() / returns[token_mask].var().clamp(min=1e-8)
@@ -408,14 +418,16 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
 
 
 def configure_adam(policy, value_head, lr):
-    """Detail: epsilon 1e-5 damps Adam's first updates. The value head begins at zero and learns faster."""
+    """Adam for the policy and the value head. Detail: epsilon 1e-5 damps the first updates. The value head
+    begins at zero and has a higher rate."""
     groups = [{"params": list(policy.parameters()), "lr_scale": 1},
               {"params": list(value_head.parameters()), "lr_scale": 10}]
     return torch.optim.Adam(groups, lr, eps=1e-5, fused=device_of(policy).type in ("cpu", "cuda"))
 
 
 def policy_to_sample_from(policy):
-    """The policy itself, or a copy in bfloat16, where products are: half the bytes to read for a token."""
+    """The policy itself; or, if its products are bfloat16, a copy with bfloat16 weights, because generating a
+    token reads all weights once."""
     if policy.product_dtype != torch.bfloat16 or policy.recurrent:
         return policy
     sampler = copy.deepcopy(policy).to(torch.bfloat16)
@@ -424,8 +436,9 @@ def policy_to_sample_from(policy):
 
 
 def train_policy(task, checkpoint=None):
-    """PPO as task.config says, into the folder config.run; -> what its result.json holds."""
-    # 3 what is measured before
+    """Train a policy by PPO as task.config says, into the folder config.run; -> the content of its
+    result.json."""
+    # 3 figures before
     config, tokenizer, folder = task.config, task.tokenizer, Path(task.config.run)
     before = read_json(folder / "before.json", {}) if checkpoint else {}
     if not before:
@@ -433,8 +446,8 @@ def train_policy(task, checkpoint=None):
         save_json(folder / "before.json", before)
 
     # 4 model
-    policy = copy.deepcopy(task.reference).requires_grad_(True).eval()     # no dropout: first ratios are 1
-    # Detail: V(s) is linear in the hidden state, which has read prompt and response, and begins at zero
+    policy = copy.deepcopy(task.reference).requires_grad_(True).eval()      # no dropout: first ratios are 1
+    # Detail: V(s) is linear in the hidden state after prompt and response, and begins at zero
     value_head = nn.Linear(policy.lm_head.in_features, 1).to(device_of(policy))
     for p in value_head.parameters():
         nn.init.zeros_(p)
@@ -469,7 +482,7 @@ def train_policy(task, checkpoint=None):
                 sampler.load_state_dict(policy.state_dict())
             metrics = iterate(task, policy, sampler, value_head, optimizer, run.step, kl_coef)
             run.check_finite(gradient_norm=metrics.get("grad_norm", 0.0))
-            if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL begins at 0
+            if config.kl_target:                # Ziegler et al. 2019, 2.2; it falls slowly, as KL begins at 0
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
             run.step_done(time.perf_counter() - started)
             data.live(f"{run}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
@@ -506,7 +519,7 @@ def train_policy(task, checkpoint=None):
 
 # ------------------------------------------------------------------------------------------------ the report
 
-# prompts of the report, before those of the test split
+# the first prompts of the report; those of the test split follow
 NAMED = "Life Begins", "Now I don't", "There are no people like"
 
 
@@ -532,7 +545,7 @@ def plot_rewards(plt, rows, path):
 
 
 def reward_hacking_examples(each, badness, n=4):
-    """The n responses with the highest sum of reward and badness, each in standard deviations."""
+    """The n responses with the highest sum of reward and badness, both in standard deviations."""
     def standard(values):
         values = np.array(values)
         return (values - values.mean()) / max(values.std(), 1e-9)
@@ -542,7 +555,7 @@ def reward_hacking_examples(each, badness, n=4):
 
 
 def report(config, result):
-    """report.md: figures before and after, Figure 5, Tables 7 and 8."""
+    """Write report.md: figures before and after, Figure 5, Tables 7 and 8."""
     before, after, run = result["before"], result["after"], Path(config.run)
     repairs = ", ".join(f"{name.replace('_', '-')} {getattr(config, name):g}" for name in (
         "kl_coef", "kl_target", "lr", "repetition_coef", "sft_every"))
@@ -575,7 +588,7 @@ def report(config, result):
 # ------------------------------------------------------------------------------------ what a run begins with
 
 def weights_checksum(*modules):
-    """A checksum of all weights: a run that resumes needs those that it was started with."""
+    """A checksum of all weights. A run that resumes needs the weights with which it was started."""
     crc = 0
     for p in (p for module in modules for p in module.parameters()):
         crc = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
@@ -583,7 +596,7 @@ def weights_checksum(*modules):
 
 
 def resolve_defaults(config, tokenizer):
-    """Fill in what depends on the base."""
+    """Fill in the options that depend on the base."""
     for name, value in DEFAULTS["qwen2" if tokenizer.kind == "qwen2" else "own"].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -612,7 +625,8 @@ def check_fit(task):
 
 
 def open_task(config, checkpoint):
-    """UserError for what does not go together or, where a run resumes, is not what it was started with."""
+    """Open the models and the prompts; -> Task. UserError if they do not fit each other, or if a run that
+    resumes was started with other ones."""
     device = pick_device(config.device)
     product_dtype = pick_dtype(config.dtype, device)
     # requires_grad stays True, because autocast caches the cast of a weight only if that requires a gradient
@@ -647,21 +661,22 @@ def open_task(config, checkpoint):
 class RewardConfig(RunOptions):
     """Train a sentiment scorer for ppo.py: a small one from scratch, or a pretrained encoder."""
     script = "python ppo.py --train-reward"
-    train_reward: bool = option(False, "this")
+    train_reward: bool = option(False, "train a scorer, and not a policy")
     data: str = option("reviews", "the labelled texts", choices=REVIEWS)
-    encoder: str = option(None, "a DistilBERT to begin with, under a new head (default: none, from scratch)")
+    encoder: str = option(None, "a DistilBERT to begin with; it gets a new head (default: from scratch)")
     epochs: float = option(None, "passes over the texts (default: 1, for imdb 3, with --encoder 2)")
     lr: float = option(None, "highest learning rate (default: 0.001, with --encoder 0.0001)")
     batch_size: int = option(32, "texts of a batch")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
-    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW, on matrices", at_least=0)
     warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
     eval_every: int = option(None, "steps between evaluations (default: a 10th of the run)")
 
 
 class TextBatches:
-    """Batches of texts of like length: each text in full in every second epoch, in the others a crop of 4 to
-    60 pieces, as short as what PPO has scored. `batch(step)` depends on (seed, step) only."""
+    """Batches of texts of similar length. A text is read in full in every second epoch, and in the others as
+    a crop of 4 to 60 pieces, as short as the texts that PPO scores. `batch(step)` depends on (seed, step)
+    only."""
 
     def __init__(self, scorer, texts, batch_size, seed):
         self.scorer, self.texts, self.batch_size, self.seed = scorer, texts, batch_size, seed
@@ -672,7 +687,7 @@ class TextBatches:
         if self.steps_per_epoch < 1:
             raise UserError(f"{len(texts)} texts are too few for a batch of {batch_size}")
 
-    @lru_cache(1)                                               # of one epoch at a time
+    @lru_cache(1)                                               # keeps one epoch at a time
     def plan(self, epoch):
         """The batches of an epoch as lists of (ids, label)."""
         rng, crops = random.Random(f"{self.seed} {epoch}"), []
@@ -706,7 +721,7 @@ def evaluate_scorer(scorer, texts):
 
 
 def train_reward(config, checkpoint=None):
-    """Train a scorer on labelled reviews, into config.run: a folder in the hub's layout."""
+    """Train a scorer on labelled reviews into config.run, which becomes a folder in the hub's layout."""
     # 3 data
     reviews = {split: data.labelled(config.data, split) for split in ("train", "valid", "test")}
 
@@ -719,7 +734,7 @@ def train_reward(config, checkpoint=None):
         scorer.load_state_dict(checkpoint["model"])
     elif config.encoder:
         scorer = load_scorer(config.encoder, device, new_head=True)
-    else:                       # embeddings as BERT's: wider ones learn too slowly; matrices by their inputs
+    else:                       # BERT's range for embeddings, because wider ones learn too slowly
         tokenizer = build_wordpiece(text for text, _ in reviews["train"])
         scorer = Scorer(ScorerConfig(len(tokenizer.vocab)), tokenizer).to(device)
         for name, p in scorer.named_parameters():
@@ -745,9 +760,9 @@ def train_reward(config, checkpoint=None):
     short = [(ids[:32], label) for ids, label in texts["test"]]
     beginning = evaluate_scorer(scorer, short)["val_accuracy"]
     result = run.result(scorer) | {"held_out": len(short), "accuracy": complete,
-                                                  "accuracy_first_32": beginning}
+                                   "accuracy_first_32": beginning}
     save_json(run.folder / "result.json", result)
-    for path in run.folder.glob("*.pt"):                            # the folder is the scorer now
+    for path in run.folder.glob("*.pt"):                            # the folder itself is the scorer now
         path.unlink()
     print(f"scorer on {config.data}: {result['params']:,} parameters, accuracy on {len(short):,} held-out "
           f"texts {complete:.1%}, on their first 32 pieces {beginning:.1%}, {run.seconds:.0f} s")

@@ -389,6 +389,7 @@ class Qwen2Tokenizer:
         for i, token in config.get("added_tokens_decoder", {}).items():
             self.added[token["content"]] = int(i)
         self.added |= parsed["added_tokens.json"]
+        self.added = self.added or {text: len(vocab) + k for k, text in enumerate(ADDED)}
         letters, added = byte_letters(), self.added
         ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
         made = [vocab[merge.replace(" ", "", 1)] for merge in merges]          # the id that each merge makes
@@ -403,7 +404,11 @@ class Qwen2Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.eos, self.begin = self.added[SEPARATOR], []        # its texts begin with no token
-        stops = parsed["generation_config.json"].get("eos_token_id", self.eos)
+        generation = parsed["generation_config.json"]
+        if generation.get("eos_token_id") is None:
+            generation["eos_token_id"] = [self.eos]
+            self.files = files | {"generation_config.json": json.dumps(generation)}
+        stops = generation["eos_token_id"]
         self.stops = sorted({stops} if isinstance(stops, int) else set(stops))
         self.suppressed = [i for i in range(vocab_size) if i not in self.known]     # they stand for nothing
         self.chat_template = config.get("chat_template")
@@ -463,8 +468,8 @@ def read_tokenizer(folder, vocab_size):
         if "vocab.json" in files and not files.keys() & {"merges.txt", "tokenizer.json"}:
             raise UserError(f"{folder}/merges.txt is not there; vocab.json is of no use without it")
         generation = json.loads(files.get("generation_config.json", "{}"))
-        stops = (read_json(folder / "config.json", {}) | generation).get("eos_token_id")
-        if stops is not None and "eos_token_id" not in generation:
+        stops = read_json(folder / "config.json", {}).get("eos_token_id")
+        if stops is not None and generation.get("eos_token_id") is None:
             files["generation_config.json"] = json.dumps(generation | {"eos_token_id": stops})
         if not files.keys() & {"tokenizer.json", "tokenizer_config.json", "added_tokens.json"}:
             first = len(json.loads(files["vocab.json"]))

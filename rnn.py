@@ -26,13 +26,13 @@ Word-level corpora need regularisation (Gal & Ghahramani 2016; Merity et al. 201
 are dropped from the embedding, one dropout mask serves all time steps, and embedding and softmax share their
 weights.
 
-Where each is:
+Where to find what:
     h_t                                 RNN.plain; RNNFunction.forward, the loop
     dh_t, da_t                          RNNFunction.backward, the loop
     dx, dW_ih, dW_hh, db                RNNFunction.backward, after the loop
     the loss that is trained            softmax_loss, softmax_gradient, LinearCrossEntropy
     each token's loss (PPO, evaluation) TokenLoss; without a gradient token_nll
-    words, masks, elements dropped      embedded_dropout, locked_dropout, dropout
+    dropout of words, units, elements   embedded_dropout, locked_dropout, dropout
 
 Three functions of fast/products.py are matrix products: product(x, W) is x W^T, grad_product(g, x) is g^T x,
 and packed_linear(W, ...) returns the function x -> x W^T.
@@ -51,7 +51,7 @@ from fast.products import grad_product, packed_linear, product
 
 
 def compute_dtype(x):
-    """The dtype matmuls should run in: autocast's where it is on, else that of the tensor x."""
+    """The dtype in which products run: autocast's if it is on, else that of the tensor x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -275,7 +275,7 @@ def locked_dropout(x, p, training):
 
 def dropout(x, p, training):
     """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, so each 64-bit draw serves
-    eight elements: p is rounded to a 256th, and survivors are scaled by what is kept in truth."""
+    eight elements: p is rounded to a multiple of 1/256, and the rest is scaled for the rounded p."""
     if not training or p == 0:
         return x
     if x.device.type != "cpu":
@@ -287,7 +287,7 @@ def dropout(x, p, training):
 
 
 def embedded_dropout(embedding, tokens, p, training):
-    """Embed tokens [B, T] with words of the vocabulary dropped, each wherever it occurs (Merity et al.)."""
+    """Embed tokens [B, T]. Words of the vocabulary are dropped, each wherever it occurs (Merity et al.)."""
     x = embedding(tokens)
     if not training or p == 0:
         return x

@@ -5,17 +5,17 @@
     python sample.py --run Qwen/Qwen2-0.5B --prompt "The meaning of life is" --temperature 0       # 1 GB
     python sample.py --run Qwen/Qwen2-0.5B-Instruct --chat --prompt "Why is the sky blue?"
 
-One step of generation: the model reads one token per row and returns hidden [B, 1, D]; its logits are
-computed; the next token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens
-and to the smallest set of tokens with probability top_p in sum (Holtzman et al. 2020), renormalised.
-temperature 0 takes the most likely token. A repetition penalty c (Keskar et al. 2019) divides the logits
-above 0 of all tokens that the text already has by c, and multiplies those below 0. What the model remembers
-between steps is its state: h, or h and c, or the KV cache.
+One step of generation: the model reads one token of each row and returns hidden [B, 1, D], from which the
+logits follow. The next token is drawn from softmax(logits / temperature). The distribution is first cut to
+the top_k most likely tokens and to the smallest set of tokens whose probabilities sum to top_p (Holtzman et
+al. 2020). Temperature 0 takes the most likely token. A repetition penalty c (Keskar et al. 2019) looks at all
+tokens that the text already has: it divides their logits by c if they are positive, and multiplies them by c
+if they are negative. The state is the model's memory between steps: h, or h and c, or the KV cache.
 
-Prompts of unequal length need no padding: all rows step together from the end of the shortest prompt, and a
-row whose prompt continues is given its next prompt token instead of the sampled one.
+Prompts of unequal length need no padding. All rows step together from the end of the shortest prompt, and a
+row whose prompt continues takes its next prompt token in place of the drawn one.
 
-Where each is: the softmax and the draw, sample_token; the cuts, top_k_top_p; the penalty, penalize; the
+Where to find what: the softmax and the draw, sample_token; the cuts, top_k_top_p; the penalty, penalize; the
 steps, generate_stream.
 """
 import contextlib
@@ -44,19 +44,21 @@ MODELS = {"rnn": (RNNLM, RNNConfig), "lstm": (LSTMLM, LSTMConfig),
 @dataclass
 class Config:
     """Generate text from a trained run, or from Qwen2's pretrained weights."""
-    run: str = option("runs/lstm-finance", "folder of a run, or of Qwen2's weights; or their name on the "
-                                           "hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB)")
-    prompt: str = option("", "what the text begins with; \\n is a new line, file:PATH what a file holds")
-    chat: bool = option(False, "the prompt is a message to an instruction-tuned model, which answers it; "
-                               "without a prompt, a conversation")
+    run: str = option("runs/lstm-finance", "folder of a run, or of Qwen2's weights, or a checkpoint; or a "
+                                           "name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB)")
+    prompt: str = option("", "its beginning; \\n is a new line, \\t a tab, file:PATH the text of a file")
+    chat: bool = option(False, "an instruction-tuned model answers the prompt, which is a message; without a "
+                               "prompt, a conversation begins")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
     top_k: int = option(None, "draw from the N likeliest tokens only")
     top_p: float = option(None, "draw from the likeliest with probability X together", above=0, at_most=1)
-    repetition_penalty: float = option(1.0, "above 1: what was said (in a chat, in this turn) is less likely")
-    tokens: int = option(100, "at most so many new tokens")
+    repetition_penalty: float = option(1.0, "above 1: tokens of the text (in a chat, of this turn) are less "
+                                            "likely to come again")
+    tokens: int = option(100, "the largest number of new tokens")
     n: int = option(1, "how many samples")
     stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
-    seed: int = option(None, "the same seed, the same text (default: random)", at_least=0, below=2 ** 62)
+    seed: int = option(None, "the same seed gives the same text (default: random)", at_least=0,
+                       below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else "
                                 "float32, twice as large", choices=["auto", "float32", "bfloat16"])
@@ -65,21 +67,22 @@ class Config:
 # ------------------------------------------------------------------------------------------- opening a model
 
 def pick_device(name="auto"):
-    """`auto` is cuda, then mps, then cpu. Of several processes, each has its own GPU."""
+    """A torch.device by its name. `auto` is cuda, then mps, then cpu. Each of several processes has a GPU of
+    its own. UserError for a device that does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if data.WORLD > 1:
         name = {"cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "mps": "cpu"}.get(name, name)
     try:
-        torch.zeros(1, device=name).add(1)                      # some GPUs that are there have no kernels
+        torch.zeros(1, device=name).add(1)                      # torch has no kernels for some old GPUs
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not available here; try --device cpu") from e
     return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """A dtype by its name. `auto` is bfloat16 where the hardware multiplies it (CUDA from capability
-    8.0; CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
+    """A dtype by its name. `auto` is bfloat16 if the hardware multiplies it (CUDA from capability 8.0, CPUs
+    with AVX512-BF16 or AMX), else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
@@ -105,8 +108,8 @@ def autocast(model):
 
 
 def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
-    """A checkpoint as a dict, on the CPU; weights_only, so a hostile file cannot run code. mmap: tensors are
-    read where they are used. UserError if it is not readable."""
+    """A checkpoint as a dict on the CPU. weights_only=True, so that a hostile file cannot run code. mmap: a
+    tensor is read when it is used. UserError if the file cannot be read."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         needed = {"model", "kind", "config", "tokenizer"}
@@ -118,7 +121,7 @@ def read_checkpoint(path, first="python train.py --model lstm", mmap=False):
                         f"{data.quoted(Path(path).parent)}") from e
     except (PermissionError, IsADirectoryError, MemoryError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
-    except Exception as e:                          # truncated zip, hostile pickle, wrong content: many types
+    except Exception as e:              # a cut-off zip, a hostile pickle and wrong content raise many types
         raise UserError(f"{path} cannot be loaded: it is damaged or not a checkpoint of this project "
                         f"({type(e).__name__}). Delete it, and train again if there is no other") from e
 
@@ -134,7 +137,7 @@ def tokenizer_from(state):
 
 
 def build_model(kind, config, weights=None):
-    """A model of MODELS from its config as a dict, with weights if given. UserError if they do not fit."""
+    """A model of MODELS from its config, a dict, perhaps with weights. UserError if they do not fit."""
     try:
         model_type, config_type = MODELS[kind]
         model = model_type(config_type(**config))
@@ -157,7 +160,7 @@ def kind_of(model):
 
 
 def command_for(folder):
-    """The command that makes a run of this name, as far as the default names tell."""
+    """The command that makes a run of this name, if its name is a default one."""
     kind, _, corpus = folder.name.partition("-")
     if folder.parent == Path("runs") and kind in MODELS and corpus in data.CORPORA:
         return f"python train.py --model {kind} --data {corpus}"
@@ -212,34 +215,34 @@ def context_length(model):
 # ------------------------------------------------------------------------------------------- drawing a token
 
 def top_k_top_p(logits, top_k=None, top_p=None):
-    """logits [B, V] with everything outside the top_k tokens and the top_p nucleus at -inf. Ties at the edge
-    of top_k all stay; the token that carries the sum over top_p stays."""
+    """logits [B, V] with -inf for all tokens outside the top_k most likely ones and the top_p nucleus. Ties
+    at the edge of top_k all stay. The token with which the sum passes top_p stays, too."""
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p is not None and top_p < 1:
         p, order = torch.softmax(logits, -1).sort(descending=True, stable=True)
-        outside = p.cumsum(-1) - p >= top_p                              # the sum before this token is enough
+        outside = p.cumsum(-1) - p >= top_p                     # the sum before this token reaches top_p
         logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return logits
 
 
 def penalize(logits, seen, penalty):
-    """logits [B, V] with those of the tokens seen [B, T] lowered by the repetition penalty."""
+    """logits [B, V], where those of the tokens seen [B, T] are lowered by the repetition penalty."""
     scores = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """Draw one token per row of logits [B, V]; -> (token [B], its log-probability [B] under the distribution
-    that it was drawn from)."""
+    """Draw a token for each row of logits [B, V]; -> (token [B], log_prob [B]), the log-probability under the
+    distribution from which the token was drawn."""
     if temperature == 0:
         token = logits.max(-1).indices                                      # five times as fast as argmax
         return token, logits.new_zeros(len(logits), dtype=torch.float32)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest 0: no temperature overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature      # the largest is 0: nothing overflows
     log_p = torch.log_softmax(top_k_top_p(logits, top_k, top_p), -1)
-    # where a uniform number falls among the sums of the probabilities (multinomial draws one for every token:
-    # at Qwen2's vocabulary 2.7 ms a row)
+    # The drawn token is the one at whose cumulated probability a uniform number falls. (torch.multinomial
+    # draws a number for every token: 2.7 ms a row with Qwen2's vocabulary.)
     sums = log_p.exp().cumsum(-1, dtype=torch.float32 if log_p.device.type == "mps" else torch.float64)
     u = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)
     token = torch.searchsorted(sums, u * sums[:, -1:], right=True)
@@ -250,10 +253,10 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=(),
                     seed=None, suppressed_tokens=(), repetition_penalty=1.0, state=None):
     """Generate for all prompts (non-empty lists of ids) together, one token a step. Yields (token [B],
-    log_prob [B], done [B]) on the model's device. token is -1 where a row has nothing new: its prompt is not
-    yet read, or it is done, after one of the end tokens eos (yielded) or max_new_tokens. log_prob is under
-    the distribution that the token was drawn from, 0 for temperature 0. seed None: torch's own generator.
-    suppressed_tokens: ids that are never drawn. state: of one row, which the prompt continues."""
+    log_prob [B], done [B]) on the model's device. token is -1 for a row that has nothing new, because its
+    prompt is not read yet, or because it is done: after one of the end tokens `eos` (which is yielded) or
+    after max_new_tokens. log_prob is that of sample_token, 0 for temperature 0. seed None: torch's own
+    generator. suppressed_tokens: ids that are never drawn. state: of one row, which the prompt continues."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
     device, packed = device_of(model), {}
@@ -287,12 +290,12 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
         if done.all():
             return
         unread = text[:, t:t + 1]
-        if not model.recurrent and state.length == state.max_len:       # full: continue from its later half
+        if not model.recurrent and state.length == state.max_len:   # the cache is full: keep the later half
             state, unread = model.init_state(len(prompts), window), text[:, t + 1 - max(1, window // 2):t + 1]
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):
-    """The new ids of each prompt as lists, end tokens excluded. Arguments as for `generate_stream`."""
+    """The new ids of each prompt as lists, without end tokens. The arguments are those of generate_stream."""
     out, stops = [[] for _ in prompts], torch.tensor(eos).flatten().tolist()
     for token, _, _ in generate_stream(model, prompts, max_new_tokens, temperature, eos=eos, **how):
         for row, t in enumerate(token.tolist()):
@@ -302,8 +305,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of a prompt, behind what every text begins with; an empty one has the end token. What the
-    vocabulary does not know is left out with a warning where it has no <unk>."""
+    """The token ids of a prompt, after the tokens with which every text begins. An empty prompt is the end
+    token. Unknown words are left out with a warning if the vocabulary has no <unk>."""
     if tokenizer.kind == "char" or tokenizer.kind == "word" and tokenizer.unk is None:
         pieces = tokenizer.normalize(text)
         if unknown := [piece for piece in pieces if piece not in tokenizer.ids]:
@@ -336,8 +339,8 @@ def system_message(tokenizer):
 
 
 class Printer:
-    """Print a text as it grows, decoding only what is new, after the two tokens before it, which say how it
-    is spaced; half a UTF-8 character waits for its rest."""
+    """Print a text as it grows. Only new tokens are decoded, together with the two tokens before them, which
+    decide the spacing. An incomplete UTF-8 character is held back until the rest arrives."""
 
     def __init__(self, tokenizer, ids):
         self.tokenizer, self.context, self.new = tokenizer, [], list(ids)
@@ -356,8 +359,8 @@ class Printer:
 
 
 def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
-    """Print `shown` and what the model writes after ids, as it grows; -> its tokens. state: of a
-    conversation, which Ctrl-C does not end."""
+    """Print the tokens `shown`, and the model's continuation of ids as it grows; -> the new tokens. state: of
+    a conversation; Ctrl-C then ends the answer only."""
     printer, new = Printer(tokenizer, shown), []
     try:
         for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
@@ -369,19 +372,19 @@ def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
     except KeyboardInterrupt:
         if state is None:
             raise
-    printer.show(last=True)                                                 # a character cut off by the end
+    printer.show(last=True)                                                 # perhaps an incomplete character
     print()
     return new
 
 
 def chat(model, tokenizer, config):
-    """A conversation in the terminal: Ctrl-C stops an answer, Ctrl-D ends. The state is kept from turn to
-    turn, so that only what is new is read."""
+    """A conversation in the terminal. Ctrl-C stops an answer, and Ctrl-D ends. The state is kept from turn to
+    turn, so that the model reads only what is new."""
     limit = min(CHAT_CONTEXT, context_length(model))
     state, new, ids = model.init_state(1, limit), system_message(tokenizer), []
     with contextlib.suppress(ImportError, AttributeError):                  # Windows has no readline
-        sys.stdin.reconfigure(errors="surrogateescape")                     # a wrong byte is no end
-        import readline                                                     # arrow keys
+        sys.stdin.reconfigure(errors="surrogateescape")                     # a wrong byte ends nothing
+        import readline  # noqa: F401                                       # makes the arrow keys work
     stops = [*tokenizer.stops, tokenizer.added["<|im_end|>"]]
     while True:
         try:
@@ -393,7 +396,7 @@ def chat(model, tokenizer, config):
             continue
         new += MESSAGE.format(role="user", text=text) + ANSWER
         ids += tokenizer.encode(new)
-        least = min(config.tokens, limit // 4)                              # of an answer
+        least = min(config.tokens, limit // 4)                              # room for an answer
         if state.length + len(ids) + least > limit:
             print(f"(the conversation is longer than {limit} tokens and begins again)", file=sys.stderr)
             state, new = model.init_state(1, limit), system_message(tokenizer)
@@ -405,8 +408,8 @@ def chat(model, tokenizer, config):
         before = state.length + len(ids)
         room = replace(config, tokens=min(config.tokens, limit - before))
         answer = write(model, tokenizer, ids, room, stops, config.seed, state=state)
-        if state.length >= before:                                          # else nothing was read
-            ids = answer[state.length - before:]                            # drawn, but not read yet
+        if state.length >= before:                                          # else the model has read nothing
+            ids = answer[state.length - before:]                            # tokens drawn, but not read yet
         new = "\n" if answer and answer[-1] in stops else "<|im_end|>\n"
         if new != "\n":
             print("(cut off)", file=sys.stderr)

@@ -72,7 +72,7 @@ from fast.products import compile_c, keep_memory, processor_name
 from sample import (MODELS, autocast, build_model, count_parameters, device_of, dtype_name, generate, kind_of,
                     pick_device, pick_dtype, read_checkpoint, tokenizer_from, trained_on)
 
-# defaults by model, for the embedded languages
+# The defaults of each model for the embedded languages.
 DEFAULTS = {
     "rnn": dict(n_embd=192, n_layer=1, batch_size=32, block_size=32, lr=3e-3, weight_decay=0.01, epochs=3.0),
     "lstm": dict(n_embd=192, n_layer=1, batch_size=32, block_size=64, lr=6e-3, weight_decay=0.01,
@@ -80,7 +80,7 @@ DEFAULTS = {
     "transformer": dict(n_embd=128, n_layer=4, n_head=4, batch_size=16, block_size=128, lr=2e-3,
                         weight_decay=0.01, epochs=2.0),
 }
-# real text (a corpus, or your own file) replaces these of them
+# For real text (a corpus, or a text of one's own) these replace them.
 REAL_TEXT = {
     "rnn": dict(n_embd=512, n_layer=1, batch_size=32, block_size=35, lr=3e-3, dropout=0.3,
                 dropout_input=0.2, dropout_embed=0.05, weight_decay=0.1, epochs=10.0),
@@ -89,14 +89,14 @@ REAL_TEXT = {
     "transformer": dict(n_embd=128, n_layer=6, n_head=4, batch_size=16, block_size=64, lr=5e-3,
                         dropout=0.1, weight_decay=0.6, epochs=10.0),
 }
-# characters of real text replace these of both (10 epochs of Shakespeare: 15 minutes on two cores)
+# For the characters of real text these replace both. (10 epochs of Shakespeare take 15 minutes on two cores.)
 CHARACTERS = {"transformer": dict(n_embd=192, n_head=6, block_size=128, lr=3e-3, weight_decay=0.1)}
 
 
 @dataclass
 class RunOptions:
     """The options of every training, whichever script it belongs to."""
-    run: str = option(None, "folder of the run (default: in runs/, named after what is trained on what)",
+    run: str = option(None, "folder of the run (default: in runs/, named after the model and the text)",
                       group="the run")
     resume: bool = option(False, "resume the run in --run, with the options that it was started with")
     steps: int = option(None, "optimizer steps, instead of --epochs")
@@ -105,10 +105,10 @@ class RunOptions:
     grad_clip: float = option(1.0, "largest gradient norm")
     log_every: int = option(50, "steps between rows of log.csv")
     eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)")
-    seed: int = option(1, "of weights, batches and all other random draws", at_least=0, below=2 ** 62)
+    seed: int = option(1, "seed of weights, batches and all other random draws", at_least=0, below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of matmuls; weights are float32. auto: bfloat16 where the hardware has it",
-                        choices=["auto", "float32", "bfloat16"])
+    dtype: str = option("auto", "dtype of products (weights are float32); auto: bfloat16 if the hardware has "
+                                "it", choices=["auto", "float32", "bfloat16"])
 
 
 @dataclass
@@ -120,7 +120,8 @@ class Config(RunOptions):
     tokenizer: str = option("word", "words (capitals become small, numbers N), characters, or GPT-2's pieces",
                             choices=["word", "char", "gpt2"])
     also: list[str] = option([], "other corpora to log the perplexity of")
-    search: int = option(None, "try N random configurations within --minutes; what you type is held fixed")
+    search: int = option(None, "try N random configurations within --minutes; options that you type are "
+                               "held fixed")
     epochs: float = option(None, "passes over the training text")
     steps: int = option(None, "optimizer steps, instead of --epochs")
     minutes: float = option(None, "as many steps as fit into this time, instead of --epochs")
@@ -128,17 +129,18 @@ class Config(RunOptions):
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory (Transformer only)")
     batch_size: int = option(None, "rows of a batch", group="by model and corpus (the defaults are below)")
-    block_size: int = option(None, "tokens of a row: as far as back-propagation, or a Transformer, goes")
+    block_size: int = option(None, "tokens of a row: how far back gradients, or a Transformer, reach")
     lr: float = option(None, "highest learning rate")
     n_layer: int = option(None, "layers")
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "width")
     n_hidden: int = option(None, "width of lower recurrent layers (n_embd), or of the MLP (3 n_embd)")
-    dropout: float = option(None, "after the last recurrent layer, or attention and MLP", at_least=0, below=1)
-    dropout_hidden: float = option(None, "between recurrent layers", at_least=0, below=1)
-    dropout_input: float = option(None, "on the embedded input", at_least=0, below=1)
-    dropout_embed: float = option(None, "of words of the vocabulary", at_least=0, below=1)
-    weight_decay: float = option(None, "AdamW's, on matrices", at_least=0)
+    dropout: float = option(None, "dropout after the last recurrent layer, or after attention and MLP",
+                            at_least=0, below=1)
+    dropout_hidden: float = option(None, "dropout between recurrent layers", at_least=0, below=1)
+    dropout_input: float = option(None, "dropout of the embedded input", at_least=0, below=1)
+    dropout_embed: float = option(None, "dropout of words of the vocabulary", at_least=0, below=1)
+    weight_decay: float = option(None, "weight decay of AdamW, on matrices", at_least=0)
 
 
 # ---------------------------------------------------------------------------------------- the parts of a step
@@ -275,9 +277,10 @@ def train(config, model, tokenizer, batches, evaluate, warmup_steps, checkpoint=
     return run
 
 
-# how many tokens of a split an evaluation reads, while training and at the end (IMDB's has 7 million)
+# An evaluation reads at most so many tokens of a split, while training and at the end. (IMDB's has 7
+# million.)
 WHILE_TRAINING, AT_THE_END = 100_000, 300_000
-EXACT = 100_000             # at the end, a recurrent model reads a text of up to so many tokens in one piece
+EXACT = 100_000             # at the end, a recurrent model reads a text of up to this length in one piece
 
 
 def pretrain(config, corpora, checkpoint=None):

@@ -1,8 +1,8 @@
-"""Two Transformers by hand: the decoder, which is Part A's small model and, with its numbers, Qwen2; and the
-encoder beside it, which is DistilBERT, the reward model.
+"""Two Transformers by hand. The decoder is the small language model that train.py trains; with Qwen2's sizes
+it is Qwen2. The encoder is DistilBERT, the reward model.
 
-The decoder. A layer, for hidden x_t in R^D at positions t = 0..T-1 (Vaswani et al. 2017; pre-norm as in Xiong
-et al. 2020: what goes into a half of the layer is normalised):
+The decoder. A layer has two halves, and each adds to x_t in R^D at positions t = 0..T-1 (Vaswani et al.
+2017). The input of each half is normalised (pre-norm, Xiong et al. 2020):
 
     x <- x + W_o Attention(RMSNorm(x))
     x <- x + SwiGLU(RMSNorm(x))
@@ -10,31 +10,32 @@ et al. 2020: what goes into a half of the layer is normalised):
 RMSNorm (Zhang & Sennrich 2019):    x / sqrt(mean(x^2) + eps) * weight, in float32
 Attention, for one head of size d:  softmax over s <= t of (q_t . k_s / sqrt(d)), applied to v_s
     q, k, v = W x + b               grouped-query attention (Ainslie et al. 2023): n_kv_head heads of
-                                    keys and values, each shared by n_head / n_kv_head heads of queries
+                                    keys and values; n_head / n_kv_head heads of queries share each of them
 RoPE (Su et al. 2021):              q and k at position t are turned by the angle t * theta^(-2j/d) in the
-                                    plane of coordinates (j, j + d/2), so that q_t . k_s depends on t - s
-                                    alone
+                                    plane of coordinates (j, j + d/2), so that q_t . k_s depends only on
+                                    t - s
 SwiGLU (Shazeer 2020):              W_down (silu(W_gate x) * W_up x)
 
-The KV cache keeps k and v of what was read, so that the next token costs one position and not all of them.
-`attention` is the readable form; F.scaled_dot_product_attention is the fast one; a test holds them equal.
+The KV cache keeps k and v of all tokens that were read, so that the next token costs one position and not all
+of them. `attention` is the readable form, and F.scaled_dot_product_attention is the fast one. A test holds
+them equal.
 
 The encoder (Devlin et al. 2019; Sanh et al. 2019) predicts no next token and sees the text in both
-directions. What differs: learned positions, x = LayerNorm(E[token] + P[position]); padding is masked, nothing
-else; the norm comes after the sum (post-norm, as in 2017); GELU in place of SwiGLU:
+directions. It differs in four things: its positions are learned, x = LayerNorm(E[token] + P[position]); only
+padding is masked; the norm comes after the sum (post-norm, as in 2017); and GELU takes the place of SwiGLU:
 
     x <- LayerNorm(x + W_o Attention(x))
     x <- LayerNorm(x + W_2 GELU(W_1 x))
 
-Its scorer's head reads the first position, [CLS]: logits of two classes W_c relu(W_p x_0).
+The head of the scorer reads the first position, [CLS]: the logits of two classes are W_c relu(W_p x_0).
 
-Where each is:
+Where to find what:
     RMSNorm, SwiGLU                     the classes of these names
     softmax over s <= t                 attention, causal_mask; fast_attention
     q, k, v and W_o                     Attention.forward
     the angles of RoPE                  rotary_cos_sin, apply_rotary_emb
     x <- x + ...                        DecoderLayer.forward; post-norm: EncoderLayer.forward
-    k and v of what was read            KVCache
+    k and v of the tokens read          KVCache
     the head of the scorer              Scorer.forward
 
     python train.py --model transformer
@@ -54,8 +55,9 @@ from rnn import compute_dtype, dropout, softmax_loss
 
 @dataclass
 class TransformerConfig:
-    """Sizes. The defaults are a small model; Qwen2-0.5B is (151936, 131072 positions, 24 layers, 14 heads, 2
-    kv heads, 896 wide, 4864 hidden, theta 1e6, eps 1e-6, tied)."""
+    """The sizes of a decoder. The defaults make a small model. Qwen2-0.5B has a vocabulary of 151936, a
+    context of 131072, 24 layers, 14 heads, 2 kv heads, widths 896 and 4864, theta 1e6 and eps 1e-6, and is
+    tied."""
     vocab_size: int
     block_size: int = 128           # longest context, in tokens
     n_layer: int = 4
@@ -66,12 +68,13 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tied: bool = True
-    dropout: float = 0.0            # on the embedding and on what each half of a layer adds
+    dropout: float = 0.0            # on the embedding and on the output of each half of a layer
 
 
 def rotary_cos_sin(positions, head_dim, theta):
-    """cos and sin, float32 [T, head_dim], of the angles at these positions (each twice: both halves)."""
-    # in Qwen2's order of operations: at position 8,000 a frequency's last bit shows in the fourth decimal
+    """cos and sin, float32 [T, head_dim], of the angles at these positions. Both halves hold the same
+    angles."""
+    # Qwen2's order of operations: at position 8,000 the last bit of a frequency changes the fourth decimal
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = torch.outer(positions.float(), frequency)
     angle = torch.cat((angle, angle), -1)
@@ -79,20 +82,20 @@ def rotary_cos_sin(positions, head_dim, theta):
 
 
 def apply_rotary_emb(x, cos, sin):
-    """Turn each plane (j, j + d/2) of x [B, heads, T, d] by its position's angle."""
+    """Turn each plane (j, j + d/2) of x [B, heads, T, d] by the angle of its position."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
 def causal_mask(T, S, like):
-    """[T, S], 0 where a query may look and -inf where not: the last T of S positions, each sees itself
-    and those before it."""
+    """The mask [T, S] of queries at the last T of S positions: 0 where a query may look, at itself and at
+    earlier positions, and -inf elsewhere."""
     return like.new_full((T, S), float("-inf")).triu(S - T + 1)
 
 
 def attention(q, k, v):
-    """Causal grouped-query attention, the readable form. q [B, n_head, T, d], k, v [B, n_kv_head, S, d], S >=
-    T: the queries are the last T of S positions. -> [B, n_head, T, d]."""
+    """Causal grouped-query attention in its readable form. q [B, n_head, T, d], k and v [B, n_kv_head, S, d];
+    the queries are at the last T of S positions. -> [B, n_head, T, d]."""
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -102,10 +105,11 @@ def attention(q, k, v):
 
 
 def fast_attention(q, k, v):
-    """As attention, through torch's fused kernels where they are faster. Not where a CPU trains on short
-    texts: there their bf16 backward takes 12.7 ms, attention's 4.0 (16 rows of 128 tokens, 4 heads of 32)."""
+    """The same as attention, by torch's fused kernels where they are faster. They are not when a CPU trains
+    on short texts: their bf16 backward takes 12.7 ms and attention's 4.0 (16 rows of 128 tokens, 4 heads of
+    32)."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    if T == 1:                                     # the queries of a group as one head's: nothing is repeated
+    if T == 1:                              # the queries of a group become rows of one head: no k is repeated
         grouped = q.reshape(-1, k.shape[1], group, q.shape[-1])
         return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
     if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 256:
@@ -129,8 +133,8 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: for each layer k and v [B, n_kv_head, max_len, head_dim],
-    allocated once, filled from the front; length: how many positions are filled."""
+    """Keys and values of the tokens read so far: for each layer k and v [B, n_kv_head, max_len, head_dim].
+    They are allocated once and filled from the front. length: how many positions are filled."""
 
     def __init__(self, c, batch_size, max_len, like):
         shape = c.n_layer, batch_size, c.n_kv_head, max_len, c.n_embd // c.n_head
@@ -138,7 +142,7 @@ class KVCache:
         self.length, self.max_len = 0, max_len
 
     def append(self, layer, k, v):
-        """Store k, v [B, n_kv_head, T, d] behind what is there; -> all keys and values of this layer."""
+        """Store k and v [B, n_kv_head, T, d] of the next positions; -> all keys and values of this layer."""
         start, T = self.length, k.shape[2]
         self.k[layer].narrow(2, start, T).copy_(k)
         self.v[layer].narrow(2, start, T).copy_(v)
@@ -199,7 +203,7 @@ class Transformer(nn.Module):
     have the names of Qwen2's checkpoint, without its leading `model.`."""
     recurrent = False
     product_dtype = torch.float32                               # of its products; sample.autocast reads it
-    checkpointing = False      # keep the input of every layer only and compute the rest again when going back
+    checkpointing = False      # keep only the input of each layer, and compute the rest again in backward
 
     def __init__(self, config):
         super().__init__()
@@ -216,10 +220,10 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Matrices Normal(0, 1/sqrt(inputs)), those that write into the residual stream smaller by sqrt(2
-        n_layer) (GPT-2), embeddings Normal(0, 0.1), biases 0. With GPT-2's 0.02 everywhere, queries and keys
-        are so flat in a small model that it never learns to look a name up (`finance`, 300 steps: loss there
-        3.0 nats, with this 0.1)."""
+        """Matrices are Normal(0, 1/sqrt(inputs)); those that write into the residual stream are smaller by
+        sqrt(2 n_layer), as in GPT-2. Embeddings are Normal(0, 0.1), and biases 0. With GPT-2's 0.02
+        everywhere, queries and keys are so small in a small model that it never learns to look a name up
+        (`finance` after 300 steps: 3.0 nats at the repeated name, and 0.1 with these values)."""
         for name, p in self.named_parameters():
             if name == "embed_tokens.weight":
                 nn.init.normal_(p, 0.0, 0.1)
@@ -266,7 +270,7 @@ class Transformer(nn.Module):
 
 @dataclass
 class ScorerConfig:
-    """Sizes, under the names of DistilBERT's config.json."""
+    """The sizes of an encoder, under the names of DistilBERT's config.json."""
     vocab_size: int
     dim: int = 128
     hidden_dim: int = 256
@@ -290,7 +294,7 @@ class EncoderAttention(nn.Module):
         B, T, D = x.shape
         q, k, v = (lin(x).view(B, T, self.n_heads, -1).transpose(1, 2)
                    for lin in (self.q_lin, self.k_lin, self.v_lin))         # [B, heads, T, d]
-        if T > 64:                                        # a step of 32 texts at T = 256: 144 ms, by hand 178
+        if T > 64:                              # 32 texts with T = 256 take 144 ms, and 178 the other way
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             y = torch.softmax(q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2) + mask, -1) @ v
@@ -347,8 +351,8 @@ class Scorer(nn.Module):
         self.classifier = nn.Linear(c.dim, 2)
 
     def forward(self, tokens, state=None, targets=None):
-        """tokens [B, T], [PAD] at the end of the shorter rows -> logits [B, 2]; with targets, labels [B]:
-        (mean cross-entropy, state), as train.train wants it."""
+        """tokens [B, T], with [PAD] at the end of the shorter rows -> logits [B, 2]. With targets, labels
+        [B]: -> (mean cross-entropy, state), as train.train expects it."""
         x = self.embeddings(tokens)                                         # [B, T, D]
         padding = (tokens == self.tokenizer.pad)[:, None, None]             # [B, 1, 1, T]
         mask = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -math.inf)
@@ -358,14 +362,15 @@ class Scorer(nn.Module):
         return logits if targets is None else (F.cross_entropy(logits.float(), targets), state)
 
     def batch(self, texts):
-        """Lists of ids -> tokens [B, T]: [CLS], what fits, [SEP], and [PAD] on the right."""
+        """Lists of ids -> tokens [B, T]: [CLS], as many ids as fit, [SEP], and [PAD] on the right."""
         fits = self.config.max_position_embeddings - 2
         rows = [torch.tensor([self.tokenizer.cls, *ids[:fits], self.tokenizer.sep]) for ids in texts]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad)
 
     @torch.no_grad()
     def classify(self, texts, batch_size=32):
-        """Lists of ids -> float32 [N, 2] on the CPU, without dropout. Like lengths are read together."""
+        """Lists of ids -> logits, float32 [N, 2] on the CPU, without dropout. Texts of similar length share a
+        batch."""
         was_training, device = self.training, self.classifier.weight.device
         self.eval()
         out = torch.empty(len(texts), 2)
@@ -376,5 +381,5 @@ class Scorer(nn.Module):
         return out
 
     def score(self, texts):
-        """The positive class's logit of each text (a string): float32 [N], on the CPU."""
+        """The logit of the positive class for each text (a string): float32 [N] on the CPU."""
         return self.classify([self.tokenizer.encode(text) for text in texts])[:, self.config.positive]
