@@ -1,4 +1,4 @@
-"""Compare trained models across domains: one command turns the runs on disk into a report with tables and
+"""Compare trained models across domains. One command turns the runs on disk into a report with tables and
 figures.
 
     python eval.py                                    # every run under runs/ -> runs/report/report.md
@@ -12,29 +12,27 @@ half makes tables and figures from that dictionary and from nothing else.
 Definitions, with l_i = -log p(token i | all tokens before it in its text), in nats:
 
     perplexity of a text            exp(mean of l_i)
-    mean of sentence perplexities   every sentence is scored independently, after the end token; the plain
-                                    mean of their perplexities, which a few strange sentences decide
+    mean of sentence perplexities   the mean of the perplexities of all sentences, each scored on its own
+                                    after the end token; a few strange sentences decide it
     corpus perplexity               exp(mean of l_i over all tokens of all sentences)
     bits per character              (sum of l_i + bits that spell the unknown words * ln 2) / (ln 2 *
                                     characters)
 
-They stand in `perplexities`; the spelling is Speller's.
+`perplexities` computes them, and Speller the bits of a spelling.
 
 A model that knows few words meets <unk> often and predicts it easily, so perplexity flatters it. Bits per
-character does not: each unknown word is also charged its spelling, under a letter-bigram model fitted on the
-training vocabulary: p(word) = prod_k p(c_k | c_k-1), add-one smoothed, with an end mark; a letter that the
-vocabulary never has is charged 21 bits more (the size of Unicode). An <unk> in the text itself has no
-spelling to charge; a character that a model on characters does not have costs 21 bits. Characters are those
-of the normalised words, one space after each; byte-pair tokenizers read, and are charged for, the text as it
-is.
+character does not, because each unknown word also costs its spelling under a letter-bigram model of the
+training vocabulary: p(word) = prod_k p(c_k | c_k-1), add-one smoothed, with an end mark. A letter that the
+vocabulary never has costs 21 bits more, the size of Unicode. An <unk> in the text itself has no spelling and
+costs nothing more. A character that a model on characters does not have costs 21 bits. The characters of a
+text are those of its normalised words with a space after each; for byte pairs they are the text as it is.
 
 Word frequencies (compare_frequencies) are compared by the log-odds of Monroe, Colaresi & Quinn ("Fightin'
-Words", 2008, section 3.4): counts y_w of n words in a text, plus a prior of a_w = 1000 * p(w in both texts
-together); d_w = log((y_w + a_w) / (n + 1000 - y_w - a_w)) minus the same of the other text, divided by its
-standard deviation sqrt(1/(y_w + a_w) + 1/(y'_w + a_w)). A rare word that happens to differ has a small z; a
-word of |z| > 2 differs significantly. The distance between the two distributions is the Jensen-Shannon
-divergence in bits: 0 if equal, 1 if they share no word.
-"""
+Words", 2008, section 3.4). A word w has the count y_w among the n words of a text, and a prior of a_w = 1000
+* p(w in both texts together). d_w = log((y_w + a_w) / (n + 1000 - y_w - a_w)) minus the same of the other
+text, and z is d_w divided by its standard deviation sqrt(1/(y_w + a_w) + 1/(y'_w + a_w)). A rare word that
+happens to differ has a small z; a word of |z| > 2 differs significantly. The distance between the two
+distributions is the Jensen-Shannon divergence in bits: 0 if they are equal, 1 if they share no word."""
 import csv
 import glob
 import math
@@ -60,21 +58,22 @@ from train import LONGEST_WINDOW, perplexity_of, token_losses
 class Config:
     """Compare trained models across domains: tables, figures, one report."""
     runs: list[str] = option([], "folders of runs (default: all under runs/)")
-    domains: list[str] = option([], f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, a file "
-                                    "(default: other embedded languages; for real text wikitext2, if there)")
+    domains: list[str] = option([], f"texts to read: {', '.join(data.CORPORA)}, wikipedia:TITLE, a file or "
+                                    "a folder (default: the other embedded languages; for real text "
+                                    "wikitext2, if it is downloaded)")
     out: str = option("runs/report", "folder of the report")
     redraw: bool = option(False, "draw the report in --out again from its report.json; no model is needed")
-    sentences: int = option(200, "sentences read of each domain")
-    prompt: str = option("the meaning of life is", "what the samples continue")
+    sentences: int = option(200, "largest number of sentences to read of a domain")
+    prompt: str = option("the meaning of life is", "beginning of the samples")
     run: str = option(None, "with --text: one run")
-    text: str = option(None, "with --run: a sentence, whose loss is printed token by token")
+    text: str = option(None, "with --run: a sentence; its loss is printed token by token")
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("float32", "of the matmuls, so that numbers do not depend on the machine",
+    dtype: str = option("float32", "dtype of products; with float32 the figures depend least on the machine",
                         choices=["auto", "float32", "bfloat16"])
 
 
-TEXT_CHARACTERS = 1 << 20                       # of a domain's text, this much is read
-STAGES = (0.05, 0.1, 0.25, 0.5, 1.0)            # of the training, for Figure 2
+TEXT_CHARACTERS = 1 << 20                       # how much of a domain's text is read
+STAGES = (0.05, 0.1, 0.25, 0.5, 1.0)            # shares of the training, for Figure 2
 DISTANCES = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 10 ** 6))        # words since a name was last said
 
 
@@ -82,15 +81,15 @@ DISTANCES = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 10 ** 6))        # words 
 
 @dataclass
 class Trained:
-    """A trained model with what its training left behind."""
+    """A trained model with the records of its training."""
     name: str
     model: object
     tokenizer: object
-    log: list                                   # rows of log.csv: {column: number}, empty cells left out
+    log: list                                   # rows of log.csv: {column: number}, without empty cells
     result: dict                                # result.json; {} while the training is not finished
     options: dict                               # of the script that trained it
-    steps: int = 0                              # planned
-    train_tokens: int = None                    # of the training text
+    steps: int = 0                              # number of planned steps
+    train_tokens: int = None                    # number of tokens of the training text
     trained_on: tuple = ()                      # resolved names of its training texts, the base's first
 
     @property
@@ -122,7 +121,7 @@ def run_options(folder):
 
 
 def open_run(folder, device, product_dtype=torch.float32):
-    """UserError if there is no complete run in folder."""
+    """-> Trained. UserError if there is no complete run in the folder."""
     model, tokenizer, _ = load_run(folder, device, torch.float32)
     model.product_dtype = product_dtype
     log = read_log(Path(folder) / "log.csv")
@@ -130,7 +129,7 @@ def open_run(folder, device, product_dtype=torch.float32):
 
 
 def distinct_names(names):
-    """{name of a run or a text: its last part, behind as many more as tell it from the others}."""
+    """{name of a run or a text: the shortest end of its path that tells it from the others}."""
     shown = {name: str(name).encode(errors="replace").decode() for name in names}
     for n in range(1, 20):
         parts = {name: "/".join(Path(text).parts[-n:]) for name, text in shown.items()}
@@ -141,21 +140,21 @@ def distinct_names(names):
 
 # ----------------------------------------------------------------------------------------- numbers: sentences
 
-# a full stop behind these ends no sentence; behind the second kind, and behind initials (not the unit in
-# "5 m."), only before a word that often begins one
+# A full stop after the first kind never ends a sentence. After the second kind, and after initials (but not
+# the unit in "5 m."), it does before a word that often begins a sentence.
 NEVER_LAST = (r"mr|mrs|ms|dr|prof|st|gen|col|gov|sen|rep|figs?|eqs?|vol|eds?|pp|cf|ca|approx|vs|e\.g|i\.e|"
               r"no(?=\. \d)")
 SOMETIMES_LAST = (r"jr|sr|etc|inc|corp|co|ltd|est|al|u\.[skn]|[ap]\.m|jan|feb|mar|apr|jun|jul|aug|sept?|oct|"
                   r"nov|dec|(?<!\d\s)(?!I\.)[^\W\d_](?:\.[^\W\d_])*")
 OPENERS = ("The|An?|In|On|At|Its?|This|That|These|Those|He|They|She|We|I|But|And|However|For|From|By|As|"
            "With|When|While|After|Since|If|There")
-QUOTES = "(\\[\"'\u201c\u2018"                                # what may open a sentence
+QUOTES = "(\\[\"'\u201c\u2018"                                # characters that may open a sentence
 ABBREVIATION = re.compile(rf"(?<![^\s{QUOTES}])(?:(?:{NEVER_LAST})|(?:{SOMETIMES_LAST})"
                           rf"(?!\.\S*\s+[{QUOTES}]*(?-i:{OPENERS})\b))\.(?!\.)", re.I)
 ENDS = re.compile(rf"([.!?]+(?:[\"'\u2019\u201d)\]]|\[[^\]\s]{{1,12}}\])*)\s+(?=[{QUOTES}]*(\S?))")
 
 
-LONGEST = 2000                  # characters of a sentence; what is longer, a text without full stops, is cut
+LONGEST = 2000                  # characters of a sentence; a longer one, a text without full stops, is cut
 
 
 def unwrap(text):
@@ -170,15 +169,16 @@ def unwrap(text):
 
 
 def sentences(text):
-    """Raw or tokenized English text -> its sentences, without headings (= like this =). A full stop ends one
-    unless it belongs to an abbreviation, an initial or a number; a line's end always, but in wrapped text."""
+    """Raw or tokenized English text -> its sentences, without headings (= like this =). A full stop ends a
+    sentence unless it belongs to an abbreviation, an initial or a number. The end of a line ends one, too,
+    but not in wrapped text."""
     # a Chinese stop ends a sentence wherever it stands
     text = re.sub(r"([\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*)", r"\1\n", text)
     found = []
     for line in unwrap(text.replace(data.SEPARATOR, "\n")).splitlines():
         if not re.fullmatch(r"\s*=.*=\s*", line):
             line = ABBREVIATION.sub(lambda m: m[0].replace(".", "\0"), line)
-            # an end unless a small letter follows; " . " always is one
+            # no end if a small letter follows; but " . " always is one
             line = ENDS.sub(lambda m: m[0] if m[2].islower() and not re.match(r"\s", line[m.start() - 1:])
                             else m[1] + "\n", line)
             found += line.replace("\0", ".").splitlines()
@@ -207,8 +207,9 @@ def read_domain(name, trained_texts=()):
 
 @torch.no_grad()
 def per_document_nll(model, texts, eos, group=32):
-    """[-log p of every token, float64 array] of texts (lists of ids), each scored independently after the end
-    token. Those of like length are read side by side, padded where a causal model cannot see it."""
+    """[-log p of every token, float64 array] for each text (a list of ids). A text is scored on its own after
+    the end token. Texts of similar length share a batch, padded on the right, where a causal model cannot see
+    it."""
     limit = min(LONGEST_WINDOW, context_length(model))
     out, order = [None] * len(texts), sorted(range(len(texts)), key=lambda k: -len(texts[k]))
     while order:
@@ -218,7 +219,7 @@ def per_document_nll(model, texts, eos, group=32):
             k = order.pop(0)
             out[k] = token_losses(model, [eos, *texts[k]]).numpy()
             continue
-        n = min(group, (1 << 15) // max(1, longest))                        # long texts in smaller groups
+        n = min(group, (1 << 15) // max(1, longest))                        # long texts make smaller groups
         members, order = order[:n], order[n:]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor([eos, *texts[k]]) for k in members],
                                               batch_first=True, padding_value=-1).to(device_of(model))
@@ -231,7 +232,7 @@ def per_document_nll(model, texts, eos, group=32):
 
 
 class Speller:
-    """Bits to spell a word, by the letter bigrams of a vocabulary: see the top of this file."""
+    """The bits that spell a word, by the letter bigrams of a vocabulary: see the top of this file."""
 
     def __init__(self, words):
         self.pairs, self.firsts = Counter(), Counter()
@@ -244,7 +245,7 @@ class Speller:
     def bits(self, word):
         if not self.letters:                                                # the words are characters
             return 21 * len(word)
-        size = len(self.letters) + 1                                        # and one for all other letters
+        size = len(self.letters) + 1                                        # one stands for all other letters
         return sum(-math.log2((self.pairs[a, b] + 1) / (self.firsts[a] + size)) + 21 * (b not in self.letters)
                    for a, b in zip("\n" + word, word + "\n"))
 
@@ -295,8 +296,8 @@ def perplexities(model, tokenizer, texts):
 # ---------------------------------------------------------------------------------- numbers: word frequencies
 
 def compare_frequencies(train, domain, n_words=12):
-    """Two Counters of words -> the distance of their distributions, the words that differ most, and how the
-    share of a word falls with its rank. At least two words are needed."""
+    """Two Counters of words -> a dict: the distance of their distributions, the words that differ most, and
+    how the share of a word falls with its rank. At least two different words are needed."""
     n, m = sum(train.values()), sum(domain.values())
     words = list(train | domain)
     y, x = (np.array([c[w] for w in words], float) for c in (train, domain))
@@ -321,8 +322,8 @@ def by_rank(shares, points=100):
 
 
 def frequency_and_loss(train, domain, tokenizer, scored):
-    """Pearson's correlation, over the tokens of a text, of a word's log-frequency ratio (how much rarer it
-    was in training than it is here; half a count added) with its loss."""
+    """Pearson's correlation over the tokens of a text: of how much rarer a word was in training than it is in
+    this text (the logarithm of the ratio of frequencies, half a count added) with its loss."""
     n, m = sum(train.values()), sum(domain.values())
     words = [tokenizer.words[i] for i in scored["ids"]]
     pairs = [(math.log((domain[w] + 0.5) / (m + 0.5)) - math.log((train[w] + 0.5) / (n + 0.5)), loss)
@@ -351,8 +352,8 @@ def train_counts(run):
 # ----------------------------------------------------------------------------------- numbers: memory, samples
 
 def name_memory(run):
-    """[(mean loss in nats, the grammar's own, how many)] at names that must be repeated, for each range of
-    DISTANCES to where the name was last said; for a run on an embedded language."""
+    """For a run on an embedded language: [(mean loss in nats, the grammar's own loss, number of cases)] at
+    names that must be repeated, for each range of DISTANCES to where the name was last said."""
     documents = [words for words, _ in data.embedded_documents(run.corpus, "test")]
     ids = [[run.tokenizer.ids[w] for w in words] for words in documents]
     names, found = set(data.NAMES.split()), defaultdict(list)
@@ -368,14 +369,14 @@ def name_memory(run):
 
 
 def distinct(texts, n):
-    """Distinct n-grams over all n-grams of texts (lists of ids): 1 if nothing is ever said twice."""
+    """The share of distinct n-grams among all n-grams of texts (lists of ids): 1 if none occurs twice."""
     grams = [tuple(t[k:k + n]) for t in texts for k in range(len(t) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def samples(run, prompt, temperatures=(0.5, 1.2), n=16, tokens=40):
-    """Continuations of a prompt at a low and a high temperature, how varied they are, and their perplexity
-    under the model that wrote them. UserError for a prompt longer than the model's context."""
+    """Continuations of a prompt at a low and a high temperature: their variety, and their perplexity under
+    the model that wrote them. UserError for a prompt longer than the model's context."""
     tokenizer, out = run.tokenizer, []
     prompt = encode_prompt(tokenizer, prompt)
     read = prompt[len(tokenizer.begin):]
@@ -393,7 +394,7 @@ def samples(run, prompt, temperatures=(0.5, 1.2), n=16, tokens=40):
 # ---------------------------------------------------------------------------------------- numbers: the report
 
 def summary(runs):
-    """A row for each run; while it is not finished, its best evaluation so far."""
+    """A row of figures for each run. A run that is not finished has its best evaluation so far."""
     rows = []
     for run in runs:
         result, base = run.result, run.options.get("base")
@@ -409,8 +410,8 @@ def summary(runs):
 
 
 def at_stages(run):
-    """{column: [perplexity at each of STAGES]} from the log: that of an evaluation at this share of the
-    planned steps, or on the line between the losses of two; None more than 3 % outside of all evaluations."""
+    """{column: [perplexity at each of STAGES]} from the log, interpolated in the loss between two
+    evaluations; None for a stage more than 3 % outside of all evaluations."""
     rows = [r for r in run.log if r["step"] > 0]
     end = run.steps or max((r["step"] for r in rows), default=0)
     out = {}
@@ -446,15 +447,15 @@ def frequencies(runs, domains, scores, notes):
 
 
 def reward_at(points, kl):
-    """The reward where KL first comes to this value, on the lines between points [(KL, reward)]."""
+    """The reward where KL first reaches this value, interpolated between points [(KL, reward)]; else None."""
     for (k0, r0), (k1, r1) in zip(points, points[1:]):
         if k0 < kl <= k1:
             return r0 + (r1 - r0) * (kl - k0) / (k1 - k0)
 
 
 def rewards(runs):
-    """A row for each run of PPO, before and after, with the reward when all had moved equally far; and
-    [(KL, reward)] at its evaluations: what a nat of KL buys."""
+    """-> (a row for each run of PPO: before and after, and the reward at a KL that all runs reached; {run:
+    [(KL, reward)] at its evaluations}, which shows what a policy gains for a nat of KL)."""
     points = {run.name: [(r["eval_kl"], r["eval_reward"]) for r in run.log if "eval_kl" in r] for run in runs}
     common = min(max((kl for kl, _ in each), default=0.0) for each in points.values())
     rows = []
@@ -473,8 +474,8 @@ def rewards(runs):
 
 
 def measure_runs(runs, domains, prompt, n_sentences):
-    """All numbers of a report, as report.json has them; the text of a UserError where there is no number.
-    Policies of ppo.py have a part of their own and are in no other."""
+    """All numbers of a report: the content of report.json. If a number cannot be had, the text of a UserError
+    stands in its place. Policies of ppo.py are in a part of their own, and in no other."""
     policies = [run for run in runs if "kl_coef" in run.options]
     runs = [run for run in runs if run not in policies]
     report = {"prompt": prompt, "summary": summary(runs), "logs": {run.name: run.log for run in runs},
@@ -523,7 +524,7 @@ def format_number(value, digits=2):
 
 
 def markdown_table(rows):
-    """A markdown table of dicts with the keys of the first; None is a dash."""
+    """A markdown table of dicts, with the keys of the first one as columns. None becomes a dash."""
     if not rows:
         return ""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([row.get(name) for name in rows[0]] for row in rows)]
@@ -762,7 +763,7 @@ def plot_frontier(plt, frontier, path):
 # ----------------------------------------------------------------------------------------------- command line
 
 def token_table(run, text):
-    """Print the loss of every token of a sentence, and what the model would have said."""
+    """Print the loss of every token of a sentence, and the likeliest token in its place."""
     model, tokenizer = run.model, run.tokenizer
     ids, unknown, _ = encode_text(tokenizer, text)
     if not ids:
@@ -776,7 +777,7 @@ def token_table(run, text):
     def shown(i):
         if tokenizer.kind == "word":
             return tokenizer.words[i]
-        text = tokenizer.decode([i])                                # part of a character: its bytes
+        text = tokenizer.decode([i])                                # a part of a character is shown as bytes
         encoding = getattr(tokenizer, "encoding", None)
         return repr(encoding.decode_single_token_bytes(i) if "\ufffd" in text and encoding else text)
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")

@@ -1,29 +1,30 @@
-"""All that comes from a hub or goes to one: the safetensors format by hand, Qwen2's checkpoints in our
-Transformer, DistilBERT's in our encoder, their tokenizers.
+"""Everything that comes from a hub or goes to one: the safetensors format by hand, the weights of Qwen2 and
+DistilBERT in our Transformer and our encoder, and their tokenizers.
 
-The safetensors format (github.com/huggingface/safetensors): 8 bytes, little-endian: the length n of the
-header; n bytes of JSON,
+The safetensors format (github.com/huggingface/safetensors). A file begins with 8 bytes, little-endian: the
+length n of the header. n bytes of JSON follow:
 
     {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...,
      "__metadata__": {"any": "text"}}
 
-then the tensors' bytes, row-major and little-endian; offsets are counted from the end of the header. Nothing
-in such a file can be executed. What a reader must check before it believes a header: that the length fits the
-file, no name occurs twice, each tensor's bytes are as many as its shape and dtype say, and all together fill
-the rest of the file without gap or overlap. A flipped bit inside the numbers cannot be seen: the format has
-no checksum.
+Then come the bytes of the tensors, row-major and little-endian. Offsets count from the end of the header.
+Nothing in such a file can be executed. A reader must check a header before it believes it: the length fits
+the file, no name occurs twice, each tensor has as many bytes as its shape and dtype say, and all tensors
+together fill the rest of the file without a gap or an overlap. A flipped bit inside the numbers cannot be
+seen, because the format has no checksum.
 
-Qwen2 (Yang et al. 2024) is the decoder of transformer.py, DistilBERT (Sanh et al. 2019) the encoder.
-Parameters have the hub's names there, without the prefix `model.` or `distilbert.`; lm_head.weight is missing
-where the head is tied.
+Qwen2 (Yang et al. 2024) is the decoder of transformer.py, and DistilBERT (Sanh et al. 2019) the encoder.
+Their parameters have the hub's names without the prefix `model.` or `distilbert.`. If the head is tied, a
+file has no lm_head.weight.
 
-WordPiece (Schuster & Nakajima 2012), DistilBERT's tokenizer: the text is lower-cased, without accents, split
-at spaces and punctuation; each word then is cut, from its left end, into the longest pieces that the
-vocabulary has, those inside a word marked with ##. Qwen2's is byte-pair encoding (Sennrich et al. 2016),
-through tiktoken.
+WordPiece (Schuster & Nakajima 2012) is DistilBERT's tokenizer. The text loses capitals and accents and is
+split at spaces and punctuation. Each word is then cut from its left end into the longest pieces that the
+vocabulary has; a piece inside a word begins with ##. Qwen2's tokenizer is byte-pair encoding (Sennrich et al.
+2016), through tiktoken.
 
-Where each is: the format, read_header, read_safetensors, write_safetensors; the hub, repo_folder; weights,
-fill; Qwen2, read_config, Qwen2Tokenizer; DistilBERT, scorer_config; WordPiece, basic_words, WordPiece.pieces.
+Where to find what: the format, read_header, read_safetensors, write_safetensors; the hub, repo_folder;
+weights, fill; Qwen2, read_config, Qwen2Tokenizer; chat templates, system_text; DistilBERT, scorer_config;
+WordPiece, basic_words, WordPiece.pieces.
 
     model, tokenizer = load_model("path/of/Qwen2-0.5B")   # a folder in the hub's layout, or a name on the hub
     scorer = load_scorer("lvwerra/distilbert-imdb")
@@ -67,8 +68,8 @@ def no_duplicates(pairs):
 
 
 def read_header(f):
-    """Of an open file: -> {name: (dtype, shape, begin, end)}, begin and end counted from the start of the
-    file. An error, saying what is wrong, unless everything holds that the format demands."""
+    """The header of an open file: {name: (dtype, shape, begin, end)}, where begin and end count from the
+    start of the file. ValueError, with the fault, if the header breaks a rule of the format."""
     size = os.fstat(f.fileno()).st_size
     length = int.from_bytes(f.read(8), "little")
     need(8 <= size and length <= min(size - 8, MAX_HEADER),
@@ -96,7 +97,7 @@ def read_header(f):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file; ValueError that names the file and the fault."""
+    """{name: tensor} of a safetensors file. ValueError that names the file and the fault."""
     tensors = {}
     try:
         with open(path, "rb") as f:
@@ -106,17 +107,17 @@ def read_safetensors(path):
                 f.seek(begin)
                 need(f.readinto(raw.numpy()) == end - begin, f"it ends inside {name!r}")
                 need(dtype != torch.bool or not (raw > 1).any(), f"{name!r} has truth values beyond 0 and 1")
-    # not what json or torch can count, or of other types than the format's
+    # json and torch raise many types for a header with other contents
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path} is not a complete safetensors file: {e}. Fetch it again") from e
     return tensors
 
 
 def write_safetensors(tensors, path, metadata=None):
-    """Write {name: tensor} to path (another name first: a kill leaves the old file or the whole new one),
-    metadata a table of texts. ValueError for a dtype that the format, as it is read here, does not have."""
+    """Write {name: tensor} and a table of texts, metadata, to path. After a kill, path is the old file or the
+    complete new one. ValueError for a dtype that read_safetensors does not know."""
     header, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
-    # the widest first: all aligned
+    # the widest dtype comes first, so that every tensor is aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
         tensor = tensors[name]
@@ -142,8 +143,8 @@ REPOSITORY = r"[\w.-]+/[\w.-]+"
 
 
 def is_pretrained(name):
-    """Whether this names weights in the hub's layout, in a folder or on the hub, and not a run. What has the
-    form of a repository's name but lies beside runs, or in runs/, is a run that is missing."""
+    """Whether this names weights in the hub's layout, in a folder or on the hub, and not a run. A name that
+    looks like a repository, but lies beside runs or in runs/, is a run that is missing."""
     path = Path(name)
     if path.is_file() or (path / "best.pt").exists() or (path / "last.pt").exists():
         return False
@@ -152,7 +153,7 @@ def is_pretrained(name):
 
 
 def contents(folder):
-    """What lies in a folder, in a few words."""
+    """The names of files in a folder, in a few words."""
     names = sorted(path.name for path in Path(folder).iterdir())
     return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6) or "nothing"
 
@@ -229,7 +230,7 @@ def repo_folder(name, read=None):
 
 
 def weight_files(folder):
-    """The files that hold the weights: safetensors, in one or in shards, or else PyTorch's own format."""
+    """The files that hold the weights: safetensors, one file or shards, or else PyTorch's own format."""
     folder = Path(folder)
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{whole}.index.json"
@@ -292,7 +293,7 @@ def fill(model, folder, prefix, dtype, new=()):
 
 # ------------------------------------------------------------------------------------------------------ Qwen2
 
-# the options of a TransformerConfig, as config.json calls them
+# option of a TransformerConfig -> its name in config.json
 HUB_NAMES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
              "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
              "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
@@ -300,15 +301,15 @@ HUB_NAMES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings"
 
 
 def hub_name(name):
-    """A parameter's name in our Transformer -> its name on the hub."""
+    """The name on the hub of a parameter of our Transformer."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def read_config(folder):
-    """config.json of a Qwen2 or Qwen2.5 checkpoint -> TransformerConfig. UserError, by name, for what is not
-    implemented here: it would be wrong to ignore it."""
+    """config.json of a Qwen2 or Qwen2.5 checkpoint -> TransformerConfig. UserError that names a setting that
+    is not implemented here, because it would be wrong to ignore it."""
     c = {name: value for name, value in read_json(Path(folder) / "config.json").items() if value is not None}
-    # transformers 5 writes the one, 4 the other
+    # transformers 5 writes rope_parameters, and 4 rope_scaling
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     sliding = c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ())
@@ -330,14 +331,14 @@ def read_config(folder):
 
 
 def load_weights(folder, dtype=None):
-    """The model of a hub folder on the CPU, in eval mode; dtype None keeps that of the file."""
+    """The model of a hub folder on the CPU, in eval mode. dtype None keeps that of the file."""
     with torch.device("meta"):
-        model = Transformer(read_config(folder))                   # no memory yet: the file's tensors move in
+        model = Transformer(read_config(folder))            # takes no memory: the tensors of the file move in
     return fill(model, folder, "model.", dtype)
 
 
 def save_weights(model, folder):
-    """Write config.json and model.safetensors as transformers' AutoModelForCausalLM opens them."""
+    """Write config.json and model.safetensors, which transformers' AutoModelForCausalLM opens."""
     c, folder = model.config, Path(folder)
     tensors = {hub_name(name): p for name, p in model.state_dict().items()
                if not (c.tied and name == "lm_head.weight")}
@@ -530,14 +531,15 @@ def system_text(template):
 
 
 def load_model(name, device="cpu", dtype=None):
-    """A Qwen2 repository or folder -> (model in eval mode, tokenizer). dtype None keeps that of the files."""
+    """-> (model in eval mode, tokenizer) of a Qwen2 repository or folder. dtype None keeps that of the files.
+    """
     folder = repo_folder(name, read_config)
     model = load_weights(folder, dtype).to(device)
     return model, read_tokenizer(folder, model.config.vocab_size)
 
 
 def save_model(model, tokenizer, folder):
-    """Write a folder in the hub's layout, which transformers opens as it is."""
+    """Write a folder in the hub's layout, which transformers opens."""
     save_tokenizer(tokenizer, folder)
     save_weights(model, folder)
 
@@ -550,7 +552,8 @@ IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 
 
 @lru_cache(None)
 def clean(ch):
-    """White space as a space; no control and private characters; a Chinese character is a word."""
+    """A character as BERT reads it: white space is a space, control and private characters are nothing, and a
+    Chinese character is a word of its own."""
     if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z":
         return " "
     if ch in "\0\ufffd" or unicodedata.category(ch) in ("Cc", "Cf", "Co", "Cs"):
@@ -560,22 +563,22 @@ def clean(ch):
 
 @lru_cache(None)
 def apart(ch):
-    """Punctuation, and all ASCII signs that Unicode calls symbols, as words of their own."""
+    """A character with spaces around it if it is punctuation, or one of ASCII's symbols."""
     sign = ch.isascii() and ch.isprintable() and not ch.isalnum() and ch != " "
     return f" {ch} " if sign or unicodedata.category(ch)[0] == "P" else ch
 
 
 def basic_words(text, lower=True):
-    """A text as words and punctuation marks, as BERT reads it. lower: without capitals and accents."""
+    """The words and punctuation marks of a text, as BERT reads it. lower: without capitals and accents."""
     text = "".join(map(clean, text))
-    if lower:                                                   # character by character: a last sigma, too
+    if lower:                               # each character alone: str.lower treats a last sigma otherwise
         text = unicodedata.normalize("NFD", text)
         text = "".join(ch.lower() for ch in text if ch.isascii() or unicodedata.category(ch) != "Mn")
     return "".join(map(apart, text)).split()
 
 
 class WordPiece:
-    """vocab: the pieces in the order of their ids, with [PAD] [UNK] [CLS] [SEP] among them."""
+    """vocab: the pieces in the order of their ids; [PAD] [UNK] [CLS] [SEP] must be among them."""
 
     def __init__(self, vocab, lower=True):
         self.vocab, self.lower = list(vocab), lower
@@ -588,7 +591,7 @@ class WordPiece:
 
     @lru_cache(500_000)
     def pieces(self, word):
-        """The ids of one word: the longest piece that it begins with, then the longest of the rest, ..."""
+        """The ids of one word: the longest piece with which it begins, then the longest for the rest, ..."""
         ids, start = [], 0
         while start < len(word) <= 100:
             end = next((e for e in range(len(word), start, -1)
@@ -628,7 +631,7 @@ def read_wordpiece(folder):
 
 def build_wordpiece(texts, size=8000):
     """A vocabulary for these texts: their characters, alone and inside a word; then whole words, the most
-    frequent first, and in the last eighth the endings that the words left out have most often."""
+    frequent first; and in the last eighth the most frequent endings of the other words."""
     counts = Counter(word for text in texts for word in basic_words(text))
     letters = Counter()
     for word, n in counts.items():
@@ -650,7 +653,7 @@ def build_wordpiece(texts, size=8000):
 
 
 def positive_label(config, folder):
-    """Which of a classifier's two labels is the positive one, by its config's id2label."""
+    """The positive one of a classifier's two labels, 0 or 1, by id2label of its config."""
     labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
     if len(labels) != 2:
         raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two")
@@ -661,11 +664,11 @@ def positive_label(config, folder):
     return positive[0]
 
 
-HEADS = ("pre_classifier", "classifier", "vocab_")          # what stands on an encoder, in the hub's files
+HEADS = ("pre_classifier", "classifier", "vocab_")          # the heads of an encoder in the hub's files
 
 
 def scorer_config(folder, new_head=False):
-    """config.json of a DistilBERT -> ScorerConfig. UserError for what is not one, or has not two labels."""
+    """config.json of a DistilBERT -> ScorerConfig. UserError for another model, or without two labels."""
     c = read_json(Path(folder) / "config.json")
     known = c.get("model_type") == "distilbert" and c.get("activation", "gelu") == "gelu"
     if not known or c.get("sinusoidal_pos_embds"):
@@ -681,8 +684,9 @@ def scorer_config(folder, new_head=False):
 
 
 def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
-    """A DistilBERT with two labels, of a folder in the hub's layout (--train-reward writes one) or a
-    repository. -> Scorer in eval mode. new_head: any DistilBERT, under a head with initial weights."""
+    """-> Scorer in eval mode: a DistilBERT with two labels from a folder in the hub's layout (--train-reward
+    writes one) or from a repository. new_head: take any DistilBERT, and give it a head with initial weights.
+    """
     if not is_pretrained(name) and not str(name).startswith("distilbert-"):
         raise UserError(f"there is no scorer at {name}. "
                         f"Train one first: python ppo.py --train-reward --data reviews --run {quoted(name)}")
@@ -698,7 +702,7 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
 
 
 def save_scorer(scorer, folder):
-    """Write a folder in the hub's layout, which transformers opens as it is."""
+    """Write a folder in the hub's layout, which transformers opens."""
     c, folder = scorer.config, Path(folder)
     config = {"architectures": ["DistilBertForSequenceClassification"], "model_type": "distilbert",
               "activation": "gelu", "sinusoidal_pos_embds": False, "attention_dropout": c.dropout,
