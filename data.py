@@ -496,6 +496,8 @@ def embedded_floor(name, split, n_documents=None):
     return math.exp(math.fsum(nll) / len(nll))
 
 
+# The evening's reading of this file ends here.
+
 # The lexicon: the words of each class and domain, from the most to the least frequent. The two functions
 # below inflect verbs and nouns. VERBS take an object.
 LEXICON = """

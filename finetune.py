@@ -266,6 +266,8 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
     return result
 
 
+# The evening's reading of this file ends here.
+
 def ablate(config, base, tokenizer, corpus):
     """Train a complete run with its own schedule for every pair of epochs and share of the data, on the same
     held-out documents. A finished run keeps its result and is not run again."""

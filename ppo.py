@@ -517,6 +517,8 @@ def train_policy(task, checkpoint=None):
     return result
 
 
+# The evening's reading of this file ends here.
+
 # ------------------------------------------------------------------------------------------------ the report
 
 # the first prompts of the report; those of the test split follow

@@ -317,6 +317,8 @@ def encode_prompt(tokenizer, text):
     return tokenizer.begin + ids or [tokenizer.eos]
 
 
+# The evening's reading of this file ends here.
+
 MESSAGE = "<|im_start|>{role}\n{text}<|im_end|>\n"                          # ChatML
 ANSWER = "<|im_start|>assistant\n"
 CHAT_CONTEXT = 4096                                                         # tokens of a conversation

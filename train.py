@@ -445,6 +445,8 @@ def warn_of_unknown(share, what):
                   "train with --tokenizer char or gpt2", "\n")
 
 
+# The evening's reading of this file ends here.
+
 # ----------------------------------------------------------------------------------- a training in its folder
 
 VERSION = 2                         # of checkpoints; last.pt of another version is not resumed

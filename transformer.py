@@ -266,6 +266,8 @@ class Transformer(nn.Module):
         return self.lm_head(hidden)
 
 
+# The evening's reading of this file ends here.
+
 # ------------------------------------------------------------------------------------------------ the encoder
 
 @dataclass
