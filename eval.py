@@ -794,7 +794,9 @@ def default_domains(runs):
     trained = {run.corpus for run in runs}
     names = [d for d in data.DOMAINS if trained & set(data.DOMAINS) and trained != {d}]
     on_disk = (data.data_dir() / "wikitext2" / "valid.txt").exists()
-    return names + ["wikitext2"] * (on_disk and bool(trained - {*data.DOMAINS, "wikitext2"}))
+    if on_disk and trained - {*data.DOMAINS, "wikitext2"}:
+        names.append("wikitext2")
+    return names
 
 
 def run_folders(names):

@@ -155,7 +155,8 @@ def is_pretrained(name):
 def contents(folder):
     """The names of files in a folder, in a few words."""
     names = sorted(path.name for path in Path(folder).iterdir())
-    return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6) or "nothing"
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more if names else "nothing"
 
 
 def cached_snapshot(name):

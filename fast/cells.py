@@ -1,5 +1,5 @@
-"""The LSTM's cell in C (cells.c). What it replaces: lstm.cell_forward and lstm.cell_backward, which make a
-dozen passes over small vectors where C makes one."""
+"""The LSTM's cell in C (cells.c). It replaces lstm.cell_forward and lstm.cell_backward, which pass over small
+vectors a dozen times. C passes over them once."""
 import ctypes
 import functools
 
@@ -10,12 +10,11 @@ from fast.products import compile_c
 
 @functools.lru_cache(None)
 def fast_cells(cell_forward, cell_backward, device_type, dtype):
-    """The same two functions in C: for float32 and bfloat16 on a CPU, where there is a compiler and the C
-    computes what the two functions compute. Else, and so wherever a student has changed them, the two
-    functions themselves."""
+    """The same two functions in C, for float32 and bfloat16 on a CPU with a compiler, if C computes the same.
+    Else, for example if a student has changed them, the two functions themselves."""
     library = None
     if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        library = compile_c("cells", *["-DBF16"] * (dtype == torch.bfloat16))
+        library = compile_c("cells", "-DBF16") if dtype == torch.bfloat16 else compile_c("cells")
     if library is None:
         return cell_forward, cell_backward
     cells_in_c = as_function(library.cell_forward, 5), as_function(library.cell_backward, 7)

@@ -1,8 +1,10 @@
-"""Products of a few rows without a gradient, for a CPU: the steps of generation. What it replaces: nn.Linear.
+"""Products of a few rows without a gradient, for a CPU: the steps of generation. It replaces nn.Linear.
 
-Generation reads every weight for every token, so it is as fast as memory. Two cores of an AMD EPYC with
-AVX512-BF16 read so many GB/s of a large matrix, for 1, 8, 32, 128 rows: in bfloat16 F.linear 17, 14, 8, 3,
-packed by oneDNN 25, 25, 12, 3.3, decode.c (one row) 33; in float32 14, 8, 5, 2, packed 28, 26, 12, 3.
+Generation reads every weight for every token, so its speed is that of memory. These are the GB/s of a large
+matrix that two cores of an AMD EPYC with AVX512-BF16 read, for 1, 8, 32 and 128 rows:
+
+    bfloat16: F.linear 17, 14, 8, 3; packed by oneDNN 25, 25, 12, 3.3; decode.c 33 (one row)
+    float32:  F.linear 14, 8, 5, 2; packed by oneDNN 28, 26, 12, 3
 """
 import contextlib
 import ctypes
@@ -17,7 +19,7 @@ from rnn import compute_dtype
 
 @functools.lru_cache(None)
 def compiled_linear():
-    """decode.c's linear, or None where there is no compiler."""
+    """The function of decode.c, or None without a compiler."""
     library = compile_c("decode", "-DBF16")
     if library is None:
         return None
@@ -42,7 +44,7 @@ def packed_weights(packed):
 
 
 class DecodeLinear(nn.Linear):
-    """nn.Linear, as the head of this file says where no gradient is asked for."""
+    """nn.Linear that takes the fastest way of the head of this file if no gradient is needed."""
 
     def forward(self, x):
         weight, bias, onednn = self.weight, self.bias, torch.ops.mkldnn
@@ -56,7 +58,7 @@ class DecodeLinear(nn.Linear):
             linear(self.out_features, self.in_features // 2, x.data_ptr(), weight.data_ptr(), bias_pointer,
                    y.data_ptr())
             return y
-        if rows == 1 and not is_bf16:           # as fast as packed
+        if rows == 1 and not is_bf16:           # F.linear is as fast as a packed weight
             return onednn._linear_pointwise(x, weight, bias, "none", [], "")
         step = rows == len(x) <= 128            # one token of each row
         if PACKED is None or not step or is_bf16 and not onednn._is_mkldnn_bf16_supported():

@@ -1,6 +1,6 @@
-"""A decoder layer with its backward pass by hand, for a CPU. What it replaces: transformer.DecoderLayer.
+"""A decoder layer with its backward pass by hand, for a CPU. It replaces transformer.DecoderLayer.
 
-Autograd runs a layer as some 60 operations, each a pass over memory, and keeps what each of them read.
+Autograd runs a layer as some 60 operations. Each of them passes over memory, and its inputs are kept.
 LayerFunction is the same layer with its derivatives written out: matrix products, and between two of them one
 pass of layer.c over the rows.
 """
@@ -19,11 +19,12 @@ from lstm import LSTM
 from rnn import compute_dtype, dropout
 from transformer import DecoderLayer, causal_mask, rotary_cos_sin
 
-DTYPES = torch.float32, torch.bfloat16                  # that layer.c knows
+DTYPES = torch.float32, torch.bfloat16                  # those of layer.c
 
 
 def layer_kernels(x_dtype, product_dtype):
-    """layer.c for layers that pass on x_dtype and multiply in product_dtype; None without a compiler."""
+    """layer.c for layers with activations of x_dtype and products of product_dtype; None without a compiler.
+    """
     wide, bf16 = x_dtype == torch.float32, product_dtype == torch.bfloat16
     return compile_c("layer", *["-DWIDE"] * wide, *["-DBF16"] * bf16)
 
@@ -133,8 +134,8 @@ class LayerFunction(torch.autograd.Function):
 
 
 class FastDecoderLayer(DecoderLayer):
-    """DecoderLayer by LayerFunction on a CPU, without a cache, up to 1024 tokens (it keeps P, B n_head T^2
-    numbers, for the backward pass), in the dtypes that layer.c knows."""
+    """DecoderLayer by LayerFunction, if it runs on a CPU without a cache, with up to 1024 tokens (it keeps P,
+    B n_head T^2 numbers, for the backward pass), and in a dtype of layer.c. Else DecoderLayer itself."""
 
     def forward(self, x, cos, sin, cache):
         same = x.dtype == self.input_layernorm.weight.dtype
@@ -145,21 +146,23 @@ class FastDecoderLayer(DecoderLayer):
 
 
 def is_watched(layer):
-    """Whether a hook or a parametrization is on a layer or inside it, which LayerFunction would pass over."""
+    """Whether a layer has a hook or a parametrization, or a module inside it has. LayerFunction ignores them.
+    """
     return any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                or module._backward_pre_hooks or "parametrizations" in module._modules
                for module in layer.modules())
 
 
 def use_layer_kernels(model):
-    """Have LayerFunction compute a Transformer's layers, where there is a compiler and it computes what the
-    layers compute: a class that a student has changed is then trained as changed, by autograd."""
+    """Let LayerFunction compute the layers of a Transformer, if there is a compiler and the results are the
+    same. A class that a student has changed gives other results, and is then trained as changed, by autograd.
+    """
     layer_type = type(model.layers[0])
     if layer_kernels(torch.float32, torch.float32) is None or layer_type is FastDecoderLayer:
         return
     try:
         same = all(agrees(layer_type, model.config, scale) for scale in (1.0, 6.0))
-    except Exception:                                       # its parameters or its arguments are others
+    except Exception:                                       # the class has other parameters or arguments
         return
     if same:
         for layer in model.layers:
@@ -167,18 +170,19 @@ def use_layer_kernels(model):
 
 
 def agrees(layer_type, c, scale):
-    """Whether LayerFunction has the outputs of a layer with random weights of this scale, and its gradients
-    of the input and of all parameters."""
+    """Whether LayerFunction gives the outputs of a layer with random weights of this scale, and the gradients
+    of its input and all its parameters."""
     with torch.random.fork_rng([]), torch.device("cpu"), torch.enable_grad():
         torch.default_generator.manual_seed(0)
-        c = replace(c, n_hidden=min(c.n_hidden, 256))           # a wide MLP only takes longer
-        layer, T = layer_type(c, 0), min(c.block_size, 256)     # up to 256 the textbook's way is attention
+        c = replace(c, n_hidden=min(c.n_hidden, 256))           # a wider MLP would only take longer
+        layer, T = layer_type(c, 0), min(c.block_size, 256)     # up to 256 tokens the class calls `attention`
         for p in layer.parameters():
             nn.init.normal_(p, 0.0, scale * p.shape[1] ** -0.5 if p.dim() == 2 else 1.0)
         x, weight = torch.randn(1, T, c.n_embd, requires_grad=True), torch.randn(1, T, c.n_embd)
         cos, sin = rotary_cos_sin(torch.arange(T), c.n_embd // c.n_head, 1e4)
         results = []
-        for layer.__class__ in layer_type, FastDecoderLayer:    # one layer, computed in both ways
+        for kind in layer_type, FastDecoderLayer:               # one layer, computed in both ways
+            layer.__class__ = kind
             torch.default_generator.manual_seed(0)              # the same dropout
             y = layer(x, cos, sin, None)
             results.append([y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])])
@@ -186,15 +190,15 @@ def agrees(layer_type, c, scale):
 
 
 def speed_up(model):
-    """Put the kernels of this folder into a model that is on its device, where they compute the same."""
+    """Put the kernels of this folder into a model on its device, wherever they compute the same."""
     use_decode_kernels(model)
     if not model.recurrent:
         use_layer_kernels(model)
 
 
 def runs_textbook(model):
-    """Whether a CPU runs a model as the textbook has it although there are kernels, because its code was
-    changed, or because it is compiled."""
+    """Whether a CPU runs the textbook code of a model although there are kernels, because it was changed or
+    is compiled."""
     layer = getattr(model, "layers", [None])[0]
     if isinstance(layer, LSTM):
         cells = fast_cells(lstm.cell_forward, lstm.cell_backward, "cpu", model.product_dtype)

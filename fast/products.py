@@ -1,12 +1,13 @@
-"""Matrix products and memory, as fast as this CPU has them. What it replaces: x @ w.T, g.T @ x.
+"""Matrix products and memory, as fast as this CPU allows. It replaces x @ w.T and g.T @ x.
 
     x W^T + b, g^T x, and a product that is repeated with one W    product, grad_product, packed_linear
     a C file of this folder as a library                           compile_c
     freed memory that stays with the process                       keep_memory
 
-torch multiplies float32 matrices through MKL. On an AMD processor oneDNN, which torch has too, multiplies
-few rows up to three times as fast, and from Zen 5 (family 26) on every product twice as fast. The processor
-decides which of the two is called, never a stopwatch: a resumed run has to compute the same bits.
+torch multiplies float32 matrices through MKL. It also has oneDNN, which on an AMD processor multiplies few
+rows up to three times as fast, and from Zen 5 (family 26) on multiplies everything twice as fast. The
+processor decides which of the two is called, and never a stopwatch, because a resumed run has to compute the
+same bits.
 """
 import ctypes
 import functools
@@ -28,7 +29,7 @@ ONEDNN = AMD and re.search(r"(?i)family\s*:? (2[6-9]|[3-9]\d)\b", CPU) is not No
 
 
 def processor_name():
-    """The processor's name, for result.json."""
+    """The name of the processor, for result.json."""
     match = re.search("model name\\s*: (.+)", CPU)
     return match[1] if match else platform.processor() or platform.machine()
 
@@ -65,8 +66,8 @@ def packed_linear(w, rows, times):
 
 @functools.lru_cache(None)
 def compile_c(name, *flags):
-    """NAME.c of this folder as a library for this CPU (compiled once in a process, in about 0.3 s), or None
-    where there is no compiler ($CC chooses it)."""
+    """NAME.c of this folder as a library for this CPU, or None without a compiler ($CC names one). A process
+    compiles a file once, in about 0.3 s."""
     source = Path(__file__).resolve().parent / f"{name}.c"
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *flags, str(source), "-o"]
     for optional in (["-march=native", "-fopenmp"], ["-march=native"], []):     # not every compiler has them
