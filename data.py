@@ -144,10 +144,13 @@ def split_words(chunk, known=()):
 
 
 class WordTokenizer:
-    """A closed vocabulary of words. An unknown word becomes <unk>, or a UserError in a vocabulary without
-    <unk>; unknown punctuation is dropped. A separator is <eos>. A line end is <eos>, too, unless the corpus
-    that the vocabulary was made from is `separated`: then it holds separators, and line ends are white space.
-    Ends with nothing but white space between them are one <eos>."""
+    """A closed vocabulary of words. The rules:
+    - An unknown word becomes <unk>. If the vocabulary has no <unk>, encode raises UserError.
+    - Unknown punctuation is dropped.
+    - A separator becomes <eos>.
+    - A line end becomes <eos>, too, unless `separated`: then the corpus of the vocabulary holds separators,
+      and a line end is white space.
+    - Several ends with only white space between them become one <eos>."""
     kind = "word"
 
     def __init__(self, words, separated=False):
@@ -191,8 +194,8 @@ class WordTokenizer:
 
 
 class CharTokenizer:
-    """The characters of a corpus, and <unk>, the first, for all others. If the corpus holds separators, the
-    separator is one more token, and it ends a text; else a line end does."""
+    """A token for each character of a corpus, and <unk>, which has id 0, for all others. If the corpus holds
+    separators, the separator is one more token, and it ends a text; else a line end does."""
     kind = "char"
 
     def __init__(self, characters):
@@ -203,13 +206,12 @@ class CharTokenizer:
         self.begin, self.stops, self.suppressed = [self.eos], [self.eos], [self.unk]
 
     def normalize(self, text):
-        return list(unicodedata.normalize("NFC", text).replace(SEPARATOR, "\n"))
+        """The characters of a text. A separator is one of them, or a new line if the corpus has none."""
+        end, parts = self.characters[self.eos], unicodedata.normalize("NFC", text).split(SEPARATOR)
+        return [ch for part in parts for ch in (end, *part)][1:]        # a separator stands between two parts
 
     def encode(self, text):
-        ids = []
-        for part in unicodedata.normalize("NFC", text).split(SEPARATOR):
-            ids += [self.eos, *(self.ids.get(ch, self.unk) for ch in part)]
-        return ids[1:]                                          # a separator stands between two parts
+        return [self.ids.get(ch, self.unk) for ch in self.normalize(text)]
 
     def decode(self, ids):
         return "".join(self.characters[i] for i in ids)
@@ -236,7 +238,11 @@ class GPT2Tokenizer:
         self.begin, self.stops, self.suppressed = [self.eos], [self.eos], []
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special={SEPARATOR}, disallowed_special=())
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text):
+        """The ids of a large text as an array, which takes a fifth of a list's memory."""
+        return self.encoding.encode_to_numpy(text, allowed_special={SEPARATOR}, disallowed_special=())
 
     def decode(self, ids):
         return self.encoding.decode(ids, errors="replace")
@@ -320,18 +326,15 @@ DOMAINS = ("finance", "climate", "stories", "reviews")
 MOOD_RATIO = 6.0                        # how much likelier a mood makes its words
 DOCUMENTS = {"train": 9000, "valid": 500, "test": 500}
 
-# The rules: symbol = weight words -> symbols that follow | the next alternative.
-# For example
-#     END = 60 . | 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP
-# says how a clause ends. With probability 0.60 it ends with a full stop. With 0.20 one of three words comes,
-# and a REASON follows. With 0.06 it is "by", then a NUMBER, a UNIT and a STOP. With 0.14 it is an adverb.
-#     the stock falls .        the stock falls by ten percent .        the stock falls sharply .
-# The sentences differ from the fourth word on, and -log p of this word is -log 0.60, -log 0.06, and -log 0.14
-# plus -log of the share that `sharply` has among the adverbs of the domain.
-# {n} is s or p, singular or plural; {title} and {name} are all titles and names. A word in capitals before an
-# arrow is a class of the LEXICON below, in the form that its ending says.
-
-
+# The rules: symbol = weight words -> symbols that follow | the next alternative. For example     END = 60 . |
+# 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP says how a clause ends. With
+# probability 0.60 it ends with a full stop. With 0.20 one of three words comes, and a REASON follows. With
+# 0.06 it is "by", then a NUMBER, a UNIT and a STOP. With 0.14 it is an adverb.     the stock falls .
+# the stock falls by ten percent .        the stock falls sharply . The sentences differ from the fourth word
+# on, and -log p of this word is -log 0.60, -log 0.06, and -log 0.14 plus -log of the share that `sharply` has
+# among the adverbs of the domain. {n} is s or p, singular or plural; {title} and {name} are all titles and
+# names. A word in capitals that a rule produces, as ADVERBS above, is a class of the LEXICON below: any of
+# its words, in the form that .s or .p says. A name after an arrow is a symbol.
 GRAMMAR = """
 NAME:{title} = 1 {name} -> COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
 MORE:{title}:{name} = 32 {title} -> NAME:{name} VERB.s MORE:{title}:{name}
@@ -409,7 +412,8 @@ class Language:
                         self.add_rule(symbol, words, share * float(weight), follow.split())
 
     def normalize_weights(self):
-        """Make the weights of each symbol's rules probabilities, and turn what follows round, for a stack."""
+        """Turn the weights of each symbol's rules into probabilities, and reverse the symbols that follow, so
+        that the first one is on top of the stack."""
         for symbol, rules in self.rules.items():
             weights, follow = zip(*rules.values())
             totals = [sum(w) for w in zip(*weights)]                            # for each mood
@@ -419,8 +423,8 @@ class Language:
             self.choices[symbol] = list(rules), [np.cumsum(w).tolist() for w in zip(*weights)], push
 
     def words_of(self, produced):
-        """The words that a rule produces, as [(words, share of its weight)]. Of a class, the words of this
-        domain have 90 % of the weight."""
+        """The words that a rule produces, as [(words, share of its weight)]. If the rule names a class, the
+        words of this domain get 90 % of the weight, and the words of the other domains 10 %."""
         name, form = produced.partition(".")[0], FORMS.get(produced, str)
         if not name.isupper():
             return [(produced.split(), 1)]
@@ -572,9 +576,6 @@ def plural(noun):
     return irregular.get(noun) or (noun[:-3] + "men" if noun.endswith("man") else add_s(noun))
 
 
-# The rules: symbol = weight words -> symbols that follow | the next alternative. {n} is s or p, singular or
-
-
 # An entry of LEXICON ends where the next one begins.
 CLASSES = {(name, domain): words.split()
            for name, domain, words in re.findall(r"(?m)^([A-Z]+) (\w+):([^:]*)$", LEXICON)}
@@ -591,7 +592,7 @@ def embedded_corpus(name, split):
     return (" ".join(words[:-1]) + "\n" for words, _ in embedded_documents(name, split))
 
 
-def lines(name, split):
+def line_corpus(name, split):
     """A corpus of which every line is a document."""
     return read_lines(corpus_file(name, split))
 
@@ -605,7 +606,7 @@ def shakespeare(split):
 
 def tinystories(split):
     """Stories. The file has the separator between them, on lines of its own. The validation file serves as
-    two splits: the even stories are `valid`, the odd ones `test`."""
+    two splits: the first, third, fifth, ... story are in `valid`, and the others in `test`."""
     n_stories, unfinished = 0, []                               # parts of a story, whose end is not read yet
     for line in itertools.chain(read_lines(corpus_file("tinystories", split)), [SEPARATOR]):
         before, *after = line.split(SEPARATOR)
@@ -635,7 +636,7 @@ def imdb_archive(path, changed):
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
             for k, member in enumerate(tar):
-                live(f"reading {path.name}: {k:,} files")
+                show(f"reading {path.name}: {k:,} files")
                 if m := re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt", member.name):
                     split = "test" if m[1] == "test" else "train" if int(m[3]) % 20 else "valid"
                     text = tar.extractfile(member).read().decode("utf-8").replace("<br />", " ")
@@ -659,8 +660,8 @@ def reviews_labelled(split):
 
 # To add a corpus, write its function and enter it here.
 CORPORA = {domain: partial(embedded_corpus, domain) for domain in DOMAINS} | {
-    "ptb": partial(lines, "ptb"), "shakespeare": shakespeare, "wikitext2": partial(lines, "wikitext2"),
-    "tinystories": tinystories, "imdb": imdb}
+    "ptb": partial(line_corpus, "ptb"), "shakespeare": shakespeare,
+    "wikitext2": partial(line_corpus, "wikitext2"), "tinystories": tinystories, "imdb": imdb}
 LABELLED = {"reviews": reviews_labelled, "imdb": imdb_labelled}     # corpora of labelled texts
 TOKENIZED = {"ptb", "wikitext2"}                # spaces separate the words already; the vocabulary keeps all
 WITHOUT_TEST = {"shakespeare"}                  # there the validation split stands in for a test split
@@ -759,8 +760,8 @@ def split_in_name(name):
 
 
 def files_by_split(name):
-    """-> ({split: its files}, files that are left out) of a text of one's own. If no name says a split, all
-    files are under "all"."""
+    """Sort the files of a text of one's own by the split that their names say; -> ({split: files}, files that
+    are left out). If no name says a split, all files are under "all"."""
     path = text_path(name)
     files, by_split, left_out = text_files(path), {}, []
     for file in files if path.is_dir() else []:
@@ -773,15 +774,16 @@ def files_by_split(name):
     if not by_split:
         return {"all": files}, []
     if "train" not in by_split:
-        raise UserError(f"{name} has {next(iter(by_split.values()))[0].name} but no training text: call it "
-                        "train.txt, or choose a name without train, valid or test for the other")
+        other = next(iter(by_split.values()))[0].name
+        raise UserError(f"{name} has {other} but no training text. Call the training text train.txt; or, if "
+                        f"{other} is one, give it a name without test and valid")
     return {split: by_split[split] for split in ("train", "valid", "test") if split in by_split}, left_out
 
 
-def join_files(files):
-    """The text of these files, one after the other; a file ends at least with a new line or a separator."""
-    *texts, last = map(read_text, files)
-    return "".join(text if text.endswith(("\n", SEPARATOR)) else text + "\n" for text in texts) + last
+def join_texts(texts):
+    """Join texts. A text that does not end with a new line or a separator gets a new line before the next."""
+    *before, last = texts
+    return "".join(text if text.endswith(("\n", SEPARATOR)) else text + "\n" for text in before) + last
 
 
 def document_end(text):
@@ -793,9 +795,9 @@ def document_end(text):
 
 
 def cut_at(text, share, end):
-    """Where to cut a text at a share of its characters: at the nearest end of a document that is within 2 %
-    of the text, else likewise at the nearest end of a line, else before white space, else exactly there, but
-    never inside a separator."""
+    """Where to cut a text at a share of its characters. Within 2 % of the text, the nearest end of a document
+    is taken; if there is none, the nearest end of a line; else the nearest white space. If there is none, the
+    cut is exactly at the share, but never inside a separator."""
     exact, reach = round(share * len(text)), len(text) // 50
     for pattern in (end, r"\n", r"(?=\s)"):
         matches = re.compile(pattern).finditer(text, max(0, exact - reach), exact + reach)
@@ -806,12 +808,12 @@ def cut_at(text, share, end):
 
 
 @lru_cache(2)
-def read_own_text(name, changed):
-    """-> ({split: text}, the pattern that ends a document); "all" is the complete text. changed: makes the
-    cache forget a text that has changed."""
+def read_own_text(name, sizes_and_times):
+    """-> ({split: text}, the pattern that ends a document); "all" is the complete text. sizes_and_times: of
+    the files, so that the cache does not return an older text."""
     files, left_out = files_by_split(name)
-    texts = {split: join_files(split_files) for split, split_files in files.items()}
-    complete = "".join(texts.values())
+    texts = {split: join_texts(map(read_text, split_files)) for split, split_files in files.items()}
+    complete = join_texts(texts.values())
     end = document_end(complete)
     if RANK == 0:
         n_files, more = sum(map(len, files.values())), ""
@@ -890,16 +892,23 @@ def has_test_split(name):
 
 
 def resolved(name):
-    """The name of a text that a checkpoint keeps: of a file or a folder, its absolute path."""
-    return name if name in CORPORA or name.startswith("wikipedia:") else str(Path(name).resolve())
+    """The name under which a checkpoint keeps a text: of a file or a folder it is the absolute path."""
+    if name.startswith("wikipedia:"):
+        return name.replace("_", " ").strip()
+    return name if name in CORPORA else str(Path(name).resolve())
 
 
 def unseen_split(name, trained_on, prefer="valid"):
-    """The split on which a model may be measured that was trained on these resolved names. Of such a text it
-    is the preferred one, `valid` or `test`, if the text has it. Any other text of one's own is read
-    completely, and of any other corpus the validation split."""
+    """The split of a text that a model has not seen, which was trained on these resolved names. Of a text
+    that is among them it is `prefer`, or `valid` if the text has no test split. Of another corpus it is
+    `valid`, and of another text of one's own "all". UserError for a file that is part of a folder among the
+    names."""
     if resolved(name) in trained_on:
         return "test" if prefer == "test" and has_test_split(name) else "valid"
+    for folder in trained_on:
+        if Path(folder) in Path(resolved(name)).parents and split_in_name(Path(name).name) in (None, "train"):
+            raise UserError(f"{name} is part of {folder}, on which a run was trained: name the folder, and "
+                            "what was held out of it is read")
     return "valid" if name in CORPORA else "all"
 
 
@@ -925,7 +934,7 @@ def build_word_tokenizer(name, max_words=20_000):
     counts, n_chunks, n_changed = Counter(), 0, 0
     for k, text in enumerate(documents(name, "train")):
         if k % 1000 == 0:
-            live(f"collecting the words of {name}: {k:,} texts")
+            show(f"collecting the words of {name}: {k:,} texts")
         text = unicodedata.normalize("NFC", text).replace(SEPARATOR, " ").replace("<eos>", " ")
         chunks = text.split()
         words = [[chunk] if name in TOKENIZED else split_words(chunk) for chunk in chunks]
@@ -944,21 +953,22 @@ def build_word_tokenizer(name, max_words=20_000):
 
 
 IN_MEMORY_BYTES = 8 << 20       # a source up to this size is encoded in memory, a larger one once into a file
-ENCODING_VERSION = 4            # to be raised when a text is read in another way: older files are then unused
+ENCODING_VERSION = 4            # raise it when the reading of texts changes, so that old files are ignored
 
 
 def encode_split(name, split, tokenizer):
     """All token ids of a split, each document followed by its end: an array in memory or, of a large source,
     a memory-mapped file under data/tokens."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    encode = getattr(tokenizer, "encode_to_numpy", tokenizer.encode)
 
     def encoded_texts():
         # a text of one's own is encoded in one call, because byte pairs cross the ends of lines
         for k, text in enumerate(documents(name, split) if name in CORPORA else [own_text(name, split)[0]]):
             if k % 1000 == 0:
-                live(f"encoding {name} ({split}): {k:,} texts")
-            yield np.asarray(tokenizer.encode(text), dtype)
-        live("")
+                show(f"encoding {name} ({split}): {k:,} texts")
+            yield np.asarray(encode(text), dtype)
+        show("")
 
     if name in FILES:
         source = corpus_file(name, split).resolve()
@@ -987,6 +997,14 @@ def encode_split(name, split, tokenizer):
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
+def first_share(ids, fraction, eos):
+    """The first `fraction` of a text, up to the end of a document if one is near."""
+    n = int(len(ids) * fraction)
+    start = max(0, n - (1 << 16))                               # from here on, the end of a document is near
+    ends = np.flatnonzero(np.asarray(ids[start:n]) == eos)
+    return ids[:n if len(ends) == 0 or fraction == 1 else start + int(ends[-1]) + 1]
+
+
 @dataclass
 class Corpus:
     """A corpus with its tokenizer: ids[split] (array of token ids) and floor[split] (perplexity, or None)."""
@@ -998,7 +1016,7 @@ class Corpus:
 
 def load(name, tokenizer="word", splits=("train", "valid", "test")):
     """Open a corpus. tokenizer: `word` or `char` builds one from the corpus, `gpt2` is GPT-2's; or an open
-    tokenizer. A corpus without a test split has no ids of it."""
+    tokenizer. If the corpus has no test split, ids has none."""
     if tokenizer == "gpt2":
         tokenizer = GPT2Tokenizer()
     elif isinstance(tokenizer, str):
@@ -1068,7 +1086,8 @@ def parse_args(Config, argv=None, epilog=None):
     return Config(**given), set(given)
 
 
-# ----------------------------------------------------------------------- scripts, files, network (no subject)
+# ------------------------------------------------------------ scripts, files, network (no language models
+# here)
 
 def run_main(main):
     """Run the main() of a script. A UserError or an OSError ends it with one line and exit status 2."""
@@ -1107,19 +1126,19 @@ def run_main(main):
     sys.exit(status)
 
 
-def live(text, end="\r"):
+def show(text, end="\r"):
     """Show progress on stderr, in the first process only. A terminal rewrites one line in place, at most ten
     times a second. Elsewhere only text with end="\n" is printed."""
     terminal = not sys.stderr.closed and sys.stderr.isatty()
     if RANK or not terminal and end != "\n":
         return
-    if end == "\n" or not text or time.monotonic() - live.last > 0.1:
+    if end == "\n" or not text or time.monotonic() - show.last > 0.1:
         with contextlib.suppress(OSError):          # a closed terminal or pipe must not end a training
             print(("\r\033[K" if terminal else "") + text, end=end, file=sys.stderr, flush=True)
-        live.last = time.monotonic()
+        show.last = time.monotonic()
 
 
-live.last = 0.0
+show.last = 0.0
 
 
 def data_dir():
@@ -1264,9 +1283,9 @@ def locked(folder):
 
 
 def download(url, path, sha256=None):
-    """Download url to path and return path. Three tries are made, and each continues <path>.part. A file of
-    the hub comes from $HF_ENDPOINT, if that names another hub, with the key $HF_TOKEN, if the file is not
-    public. sha256: the digest that the publisher gives. NotFound for a 404, else UserError."""
+    """Download url to path and return path. There are up to three tries, and each continues <path>.part. For
+    a file of the hub, $HF_ENDPOINT replaces the hub's address, and $HF_TOKEN, if it is set, is sent as the
+    key. sha256: the digest that the publisher gives. NotFound for a 404, else UserError."""
     path, headers = Path(path), {"Accept-Encoding": "identity"}
     part = path.with_name(path.name + ".part")
     if path.exists():
@@ -1291,7 +1310,7 @@ def download(url, path, sha256=None):
             if hopeless or 400 <= code < 500 and code not in (408, 416, 429):
                 break
     if code in (401, 403) and "/resolve/" in url:               # the hub
-        reason += ": misspelled, or not public: then set HF_TOKEN"
+        reason += ": the name is misspelled, or the repository is not public; if so, set HF_TOKEN"
     kind = NotFound if code == 404 else UserError
     raise kind(f"could not download {url} ({reason}). Place it by hand at {path} and run again")
 
@@ -1321,8 +1340,8 @@ def fetch(url, part, headers, sha256):
                 for block in r.iter_content(1 << 16):
                     f.write(block)
                     n_bytes += len(block)
-                    live(f"{part.stem}: {n_bytes / 1e6:.1f} of {size / 1e6:.1f} MB")
-                live("")
+                    show(f"{part.stem}: {n_bytes / 1e6:.1f} of {size / 1e6:.1f} MB")
+                show("")
     if n_bytes < size:
         raise requests.RequestException(f"{n_bytes} of {size} bytes arrived")
     digests = {sha256: hashlib.sha256()} if sha256 else {}

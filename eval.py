@@ -25,7 +25,8 @@ character does not, because each unknown word also costs its spelling under a le
 training vocabulary: p(word) = prod_k p(c_k | c_k-1), add-one smoothed, with an end mark. A letter that the
 vocabulary never has costs 21 bits more, the size of Unicode. An <unk> in the text itself has no spelling and
 costs nothing more. A character that a model on characters does not have costs 21 bits. The characters of a
-text are those of its normalised words with a space after each; for byte pairs they are the text as it is.
+text are those of its normalised words with a space after each; for characters and byte pairs they are the
+text as it is, and one for its end.
 
 Word frequencies (compare_frequencies) are compared by the log-odds of Monroe, Colaresi & Quinn ("Fightin'
 Words", 2008, section 3.4). A word w has the count y_w among the n words of a text, and a prior of a_w = 1000
@@ -121,7 +122,7 @@ def run_options(folder):
 
 
 def open_run(folder, device, product_dtype=torch.float32):
-    """-> Trained. UserError if there is no complete run in the folder."""
+    """-> Trained. UserError if the folder holds no run."""
     model, tokenizer, _ = load_run(folder, device, torch.float32)
     model.product_dtype = product_dtype
     log = read_log(Path(folder) / "log.csv")
@@ -140,8 +141,8 @@ def distinct_names(names):
 
 # ----------------------------------------------------------------------------------------- numbers: sentences
 
-# A full stop after the first kind never ends a sentence. After the second kind, and after initials (but not
-# the unit in "5 m."), it does before a word that often begins a sentence.
+# A full stop after the first kind never ends a sentence. After one of the second kind, or an initial, it ends
+# a sentence only if the next word is one of OPENERS. (The m of "5 m." is no initial.)
 NEVER_LAST = (r"mr|mrs|ms|dr|prof|st|gen|col|gov|sen|rep|figs?|eqs?|vol|eds?|pp|cf|ca|approx|vs|e\.g|i\.e|"
               r"no(?=\. \d)")
 SOMETIMES_LAST = (r"jr|sr|etc|inc|corp|co|ltd|est|al|u\.[skn]|[ap]\.m|jan|feb|mar|apr|jun|jul|aug|sept?|oct|"
@@ -187,8 +188,8 @@ def sentences(text):
 
 
 def domain_split(name, trained_texts):
-    """The split of a domain that is read: of an embedded language, and of a text that a run was trained on,
-    the test split."""
+    """The split of a domain that is read. Of an embedded language it is `test`. For other texts see
+    data.unseen_split, which prefers the test split."""
     return "test" if name in data.DOMAINS else data.unseen_split(name, trained_texts, prefer="test")
 
 
@@ -213,7 +214,7 @@ def per_document_nll(model, texts, eos, group=32):
     limit = min(LONGEST_WINDOW, context_length(model))
     out, order = [None] * len(texts), sorted(range(len(texts)), key=lambda k: -len(texts[k]))
     while order:
-        data.live(f"scored {len(texts) - len(order):,} of {len(texts):,} texts")
+        data.show(f"scored {len(texts) - len(order):,} of {len(texts):,} texts")
         longest = len(texts[order[0]])
         if longest > limit:
             k = order.pop(0)
@@ -227,7 +228,7 @@ def per_document_nll(model, texts, eos, group=32):
             nll = model(ids[:, :-1].clamp(min=0), targets=ids[:, 1:], reduction="none")[0]
         for k, row in zip(members, nll.cpu().double().numpy()):
             out[k] = row[:len(texts[k])]
-    data.live("")
+    data.show("")
     return out
 
 
@@ -322,8 +323,8 @@ def by_rank(shares, points=100):
 
 
 def frequency_and_loss(train, domain, tokenizer, scored):
-    """Pearson's correlation over the tokens of a text: of how much rarer a word was in training than it is in
-    this text (the logarithm of the ratio of frequencies, half a count added) with its loss."""
+    """Pearson's correlation, over the tokens of a text, between a token's loss and the logarithm of its
+    word's frequency in this text over that in training (half a count added to both)."""
     n, m = sum(train.values()), sum(domain.values())
     words = [tokenizer.words[i] for i in scored["ids"]]
     pairs = [(math.log((domain[w] + 0.5) / (m + 0.5)) - math.log((train[w] + 0.5) / (n + 0.5)), loss)
@@ -335,9 +336,10 @@ def frequency_and_loss(train, domain, tokenizer, scored):
 
 def training_ids(run):
     """The tokens that a run was trained on. UserError if its text cannot be read, or has changed since."""
-    ids = data.encode_split(run.corpus, "train", run.tokenizer)
-    is_complete = run.options.get("data_fraction", 1) == 1
-    if is_complete and run.train_tokens not in (None, len(ids)):
+    name = run.trained_on[-1] if run.trained_on else run.corpus
+    ids = data.encode_split(name, "train", run.tokenizer)
+    ids = data.first_share(ids, run.options.get("data_fraction", 1), run.tokenizer.eos)
+    if run.train_tokens not in (None, len(ids)):
         raise UserError(f"{run.corpus} has changed since {run.name} was trained on it: it has {len(ids):,} "
                         f"training tokens, and had {run.train_tokens:,}")
     return ids
@@ -358,11 +360,11 @@ def name_memory(run):
     ids = [[run.tokenizer.ids[w] for w in words] for words in documents]
     names, found = set(data.NAMES.split()), defaultdict(list)
     for words, loss in zip(documents, per_document_nll(run.model, ids, run.tokenizer.eos)):
-        source, last = data.language(run.corpus).nll(words), {}
+        grammar_nll, last = data.language(run.corpus).nll(words), {}
         for at, word in enumerate(words):
             if word in last:
                 distance = next(r for r in DISTANCES if at - last[word] <= r[1])
-                found[distance].append((loss[at], source[at]))
+                found[distance].append((loss[at], grammar_nll[at]))
             if word in names:
                 last[word] = at
     return [[*np.mean(found[r], 0).tolist(), len(found[r])] if found[r] else None for r in DISTANCES]
@@ -468,7 +470,7 @@ def rewards(runs):
         row |= {title: after.get(name) for name, title in (
             ("reward", "reward"), ("kl", "KL"), ("distinct_2", "distinct-2"),
             ("repetition", "repeated bigrams"), ("ref_ppl", "perplexity under the reference"))}
-        row["distinct-2 of the reference's"] = after and after["distinct_2"] / before["distinct_2"] or None
+        row["distinct-2, relative to before"] = after and after["distinct_2"] / before["distinct_2"] or None
         rows.append(row | {f"reward when KL came to {common:.1f}": reward_at(points[run.name], common)})
     return rows, points
 
@@ -476,6 +478,7 @@ def rewards(runs):
 def measure_runs(runs, domains, prompt, n_sentences):
     """All numbers of a report: the content of report.json. If a number cannot be had, the text of a UserError
     stands in its place. Policies of ppo.py are in a part of their own, and in no other."""
+    trained_texts = {text for run in runs for text in run.trained_on}
     policies = [run for run in runs if "kl_coef" in run.options]
     runs = [run for run in runs if run not in policies]
     report = {"prompt": prompt, "summary": summary(runs), "logs": {run.name: run.log for run in runs},
@@ -483,7 +486,6 @@ def measure_runs(runs, domains, prompt, n_sentences):
               "vocabularies": len({repr(run.tokenizer.state()) for run in runs}), "domains": {}, "memory": {},
               "samples": {}, "notes": []}
     scores = {}
-    trained_texts = {text for run in runs for text in run.trained_on}
     for name, texts in domains.items():
         texts, by_run = texts[:n_sentences], {}
         for run in runs:
@@ -497,8 +499,9 @@ def measure_runs(runs, domains, prompt, n_sentences):
             except UserError as e:
                 by_run[run.name] = str(e)
         split = domain_split(name, trained_texts)
+        what = "the complete text" if split == "all" else f"the {split} split"
         reason = ", because a run was trained on this text" if data.resolved(name) in trained_texts else ""
-        read = "The complete text was read." if split == "all" else f"The {split} split was read{reason}."
+        read = f"These are the first {len(texts)} sentences of {what}{reason}."
         floor = data.embedded_floor(name, "test", n_sentences) if name in data.DOMAINS else None
         report["domains"][name] = {"sentences": texts, "read": read, "floor": floor, "runs": by_run}
     report["frequencies"] = frequencies(runs, domains, scores, report["notes"])
@@ -579,8 +582,7 @@ def domains_section(report, out):
         lines += [f"### {name}\n", domain["read"] + "\n", markdown_table(rows)]
         if domain["floor"]:
             lines.append(f"The grammar's own perplexity on these documents is {domain['floor']:.2f}.\n")
-        lines += [f"The first {len(by_sentence)} of {len(domain['sentences'])} sentences:\n",
-                  markdown_table(by_sentence)]
+        lines += [f"The first {len(by_sentence)} of them:\n", markdown_table(by_sentence)]
     labels = list(distinct_names(report["domains"]).values())
     return [*lines, draw("Bits per character in each domain", plot_bars, bits, labels, "bits per character",
                          "linear", out / "domains.png")]
@@ -665,7 +667,7 @@ def pyplot():
 
 def draw(title, plot, *args):
     """plot(plt, *args); -> the figure's line of markdown, "" if there is none. The last argument is the path.
-    A figure that cannot be drawn is left out with a line: it ends no training and no report."""
+    If drawing fails, one line is printed, and the report goes on without the figure."""
     path = args[-1]
     path.unlink(missing_ok=True)
     if plt := pyplot():
@@ -811,8 +813,8 @@ def run_folders(names):
 
 
 def opened(names, chosen, opener, *args):
-    """{name: opener(name, *args)}. What cannot be opened is skipped, but if it was named on the command line
-    (chosen), it raises its error."""
+    """{name: opener(name, *args)}. If a name cannot be opened, it is skipped with a message; but if the user
+    chose the names, its error is raised."""
     out = {}
     for name in names:
         try:
@@ -840,7 +842,7 @@ def main(argv=None):
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
     folders = run_folders(config.runs)
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("two of these runs have the same name: they are one folder, name it once")
+        raise UserError("--runs has the same folder twice; the same name counts once")
     runs = opened(folders, config.runs, open_run, device, product_dtype)
     if not runs:
         raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")

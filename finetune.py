@@ -35,7 +35,6 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data
@@ -72,7 +71,8 @@ class Config(RunOptions):
     data: str = option("tinystories", f"{', '.join(data.CORPORA)}, or the path of a UTF-8 text file")
     epochs: float = option(None, "passes over the training text (default: 2)")
     steps: int = option(None, "optimizer steps, instead of --epochs")
-    data_fraction: float = option(0.9, "the first share of the text, on which it trains", above=0, at_most=1)
+    data_fraction: float = option(0.9, "train on this share of the text, from its beginning", above=0,
+                                  at_most=1)
     ablate: bool = option(False, "a complete run for each pair of the next two options, and a table of them")
     ablate_epochs: list[float] = option([1.0, 2.0], "epochs, for --ablate")
     ablate_fractions: list[float] = option([0.6, 0.9], "shares of the data, for --ablate", above=0, at_most=1)
@@ -90,8 +90,8 @@ class Config(RunOptions):
     eval_tokens: int = option(8192, "tokens of the validation split that an evaluation reads")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     held_out: int = option(200, "documents of the test split to score", group="before and after")
-    retain: str = option(None, "a text that is not trained on (default: the text of the base; wikitext2 for "
-                               "Qwen2)")
+    retain: str = option(None, "another text, to see how much is forgotten (default: the validation split of "
+                               "the base's text; wikitext2 for Qwen2)")
     prompts: list[str] = option([], "prompts to continue (default: one like the text of --data, and another)")
     sample_tokens: int = option(60, "length of a continuation")
     temperature: float = option(0.7, "temperature of the continuations", at_least=0)
@@ -134,7 +134,7 @@ def held_out(name, n):
 
 
 def retained_ids(name, tokenizer, base, most=20_000):
-    """The first tokens of a text that the base was not trained on, with the end token before them."""
+    """The first tokens of the part of a text that the base has not seen, with the end token before them."""
     ids = []
     for text in data.documents(name, data.unseen_split(name, trained_on(base))):
         ids += tokenizer.encode(text)
@@ -200,21 +200,13 @@ def report(config, result):
 
 # ------------------------------------------------------------------------------------------------ a whole run
 
-def first_share(ids, fraction, eos):
-    """The first `fraction` of a text, up to the end of a document if one is near."""
-    n = int(len(ids) * fraction)
-    start = max(0, n - (1 << 16))                               # from here on, the end of a document is near
-    ends = np.flatnonzero(np.asarray(ids[start:n]) == eos)
-    return ids[:n if len(ends) == 0 or fraction == 1 else start + int(ends[-1]) + 1]
-
-
 def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
     """Fine-tune as config says, into the folder config.run; -> the content of its result.json. model: the
     base or, of a run that resumes, the saved model; it is trained in place. before: the figures of the base,
     if they are known."""
     # 3 data: windows of the first share of the text
     folder, device, product_dtype = Path(config.run), pick_device(config.device), model.product_dtype
-    train_ids = first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
+    train_ids = data.first_share(corpus.ids["train"], config.data_fraction, tokenizer.eos)
     block_size = min(config.block_size, context_length(model))
     batches = data.batches_of(model, train_ids, config.batch_size, block_size, config.seed)
     valid = prepend_eos(tokenizer, corpus.ids["valid"][:config.eval_tokens])
@@ -222,7 +214,7 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
     warmup_steps = min(config.warmup_steps, max(1, steps // 10))
 
     with claim_folder(config):
-        data.live(memory_line(model, config.shard), "\n")
+        data.show(memory_line(model, config.shard), "\n")
         # figures before
         if RANK == 0:
             if config.resume:
@@ -336,7 +328,7 @@ def resolve_defaults(config, model, tokenizer):
             reason = "the base was trained on the same text; name another with --retain"
         except UserError as e:
             reason = e
-        data.live(f"no other text is measured: {reason}", "\n")
+        data.show(f"no other text is measured: {reason}", "\n")
         config.retain = ""
 
 

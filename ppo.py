@@ -9,11 +9,13 @@
 
 **The reward model** is DistilBERT with a classification head: a small one trained from scratch, or a
 pretrained one. (transformer.py has its equations, and qwen_load.py its tokenizer.) The reward of a text is
-the logit of the positive class. Its probability would soon be nearly 1, and then reward nothing.
+the logit of the positive class. The probability would not do: it is soon nearly 1 for every text, and then
+hardly rewards a better one.
 
-**PPO** (Schulman et al. 2017; for language models Ziegler et al. 2019). The policy pi begins as a copy of the
-reference. In an iteration it continues a batch of prompts. Token t of a response is an action a_t in the
-state s_t, which is all tokens before it.
+**PPO**, proximal policy optimization (Schulman et al. 2017; for language models Ziegler et al. 2019). There
+are three models: the *reference* is the trained model, and stays as it is; the *policy* pi begins as its
+copy, and is trained; pi_old is the policy at the beginning of an iteration. In an iteration pi_old continues
+a batch of prompts. Token t of a response is an action a_t in the state s_t, which is all tokens before it.
 
     r_t = -beta (log pi(a_t|s_t) - log ref(a_t|s_t)), and at the last token also the scorer's reward
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
@@ -22,10 +24,13 @@ state s_t, which is all tokens before it.
     policy loss = -mean min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
     value loss = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
 
-V(s) is a linear function of the model's hidden state. Without the KL term the policy ends with the one
-sentence that the scorer likes best, for all prompts. With it the optimum is ref(text) exp(reward / beta),
-normalised. The log has two estimates of the KL: the mean of log pi - log ref over the sampled tokens, which
-is noisy; and in full, the sum over all tokens of pi log(pi / ref) at every prefix that was sampled.
+V(s) predicts the sum of the rewards to come. It is a linear function of the model's hidden state. The
+advantage A_t says how much better than this prediction the response went. beta is --kl-coef, eps --clip-coef,
+lambda --gae-lambda. The part -beta (...) of the reward is the price of KL, the Kullback-Leibler divergence
+from the reference. Without it the policy answers every prompt with the sentence that the scorer likes best.
+With it the optimum is ref(text) exp(reward / beta), normalised. The log has two estimates of the KL: the mean
+of log pi - log ref over the sampled tokens, which is noisy; and in full, the sum over all tokens of pi log(pi
+/ ref) at every prefix that was sampled.
 
 Where to find what:
     an iteration                        iterate, stages 7.1 to 7.6
@@ -123,9 +128,9 @@ class Config(RunOptions):
 # ------------------------------------------------------------------------------------- advantages and losses
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016). All arguments are [B, T]. mask is 1 where a
-    token is an action; these tokens follow each other. -> advantages and returns (advantages + values), 0
-    outside the mask."""
+    """Generalised advantage estimation (Schulman et al. 2016). All arguments are [B, T]. mask is 1 on the
+    response, which is contiguous in each row. -> advantages and returns (advantages + values), 0 outside the
+    mask."""
     advantages, last_gae, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]           # better than expected at t
@@ -151,13 +156,13 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     with torch.no_grad():
         clipfrac = (clipped < unclipped).float().mean()
-        approx_kl = (ratio - 1 - logratio).mean()                           # r - 1 - log r: never negative
+        approx_kl = (ratio - 1 - logratio).mean()                   # "k3", r - 1 - log r: never negative
     return -torch.minimum(unclipped, clipped).mean(), clipfrac, approx_kl
 
 
 def value_loss(value, old_value, returns, clip_coef):
-    """Half the mean squared error of the values, clipped: of the new value and of the new value within
-    clip_coef of the old one, the larger error counts. All arguments are [N]."""
+    """Half the mean squared error of the values, clipped. The error is computed for the new value, and for
+    the new value limited to the old one +- clip_coef, and the larger one counts. All arguments are [N]."""
     near = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2).mean()
 
@@ -297,7 +302,7 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
     each, responses = [], []
     policy.eval()
     for at in range(0, len(prompts), group):
-        data.live(f"evaluating the policy: {at:,} of {len(prompts):,} prompts")
+        data.show(f"evaluating the policy: {at:,} of {len(prompts):,} prompts")
         r = rollout(task, policy, prompts[at:at + group], seed + at)
         (rewards, texts), outputs = score_responses(task, r), evaluate_actions(task, policy, r)
         kl, ref_nll, tokens = outputs["kl"].sum(1), -outputs["ref_log_prob"].sum(1), r.mask.sum(1)
@@ -319,11 +324,11 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
 
 EVALUATED = {"reward": "reward, mean", "reward_std": "reward, standard deviation",
              "kl": "KL to the reference, nats a response", "distinct_2": "distinct-2",
-             "repetition": "share of bigrams that occur before or in another response",
+             "repetition": "share of repeated bigrams",
              "length": "tokens of a response", "ref_ppl": "perplexity under the reference"}
 
 
-def step_down(loss, optimizer, grad_clip):
+def optimizer_step(loss, optimizer, grad_clip):
     """One step of the optimizer; -> the norm of the gradient before it is clipped."""
     loss.backward()
     grad_norm = clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
@@ -350,21 +355,21 @@ def update_policy(task, policy, value_head, optimizer, r, old):
                 return updates
             value = value_head(hidden.float())[:, 0]
             v_loss = value_loss(value, part["value"], part["returns"], config.clip_coef)
-            grad_norm = step_down(pg_loss + config.value_coef * v_loss, optimizer, config.grad_clip)
+            grad_norm = optimizer_step(pg_loss + config.value_coef * v_loss, optimizer, config.grad_clip)
             updates.append({"clip_fraction": clipfrac.item(), "policy_loss": pg_loss.item(),
                             "value_loss": v_loss.item(), "grad_norm": grad_norm})
     return updates
 
 
 def supervised_steps(task, policy, optimizer, step):
-    """As many updates on real text as an epoch of PPO has; -> the metrics of each."""
+    """batch_size / minibatch updates on real text; -> the metrics of each."""
     config, updates = task.config, []
     n = config.batch_size // config.minibatch
     for k in range(n):
-        x, y = (part.to(device_of(policy)) for part in task.text.batch(step * n + k))
+        x, y = (part.to(device_of(policy)) for part in task.sft_batches.batch(step * n + k))
         with autocast(policy):
             loss, _ = policy(x, targets=y)                                  # nats per token
-        grad_norm = step_down(loss, optimizer, config.grad_clip)
+        grad_norm = optimizer_step(loss, optimizer, config.grad_clip)
         updates.append({"sft_loss": loss.item(), "grad_norm": grad_norm})
     return updates
 
@@ -386,8 +391,8 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     old = evaluate_actions(task, policy, r, value_head)
 
     # 7.4 reward per token. Detail: KL at every token, the score at the last one only. Rewards are not
-    # whitened, because dividing them would change the price of a nat of KL
-    kl_estimate = old["log_prob"] - old["ref_log_prob"]                     # its mean over samples is the KL
+    # whitened, because that would change how much kl_coef counts
+    kl_estimate = old["log_prob"] - old["ref_log_prob"]                     # "k1", whose mean is the KL
     rewards = -kl_coef * kl_estimate
     last = r.mask.cumsum(1).argmax(1)                                       # [B]: the end of each response
     rewards[torch.arange(len(last)), last] += (scores - config.repetition_coef * repeated).to(rewards.device)
@@ -395,6 +400,7 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     # 7.5 GAE. Detail: advantages are whitened over the batch, because the variance of a minibatch is noisy
     advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
     token_mask = r.mask > 0
+    # the share of the returns' variance that the values do not predict
     unexplained = (returns - old["value"])[token_mask].var() / returns[token_mask].var().clamp(min=1e-8)
     if config.whiten:
         advantages = whiten(advantages, r.mask)
@@ -465,7 +471,7 @@ def train_policy(task, checkpoint=None):
         kl_coef = checkpoint["kl_coef"]
 
     # 7 loop
-    data.live(f"{config.base} rewarded by {config.scorer}: {len(task.prompts['train']):,} prompts, "
+    data.show(f"{config.base} rewarded by {config.scorer}: {len(task.prompts['train']):,} prompts, "
               f"{config.steps} iterations, {how_computed(policy)}, {config.run}", "\n")
     with run:
         if not run.rows:
@@ -482,27 +488,28 @@ def train_policy(task, checkpoint=None):
                 sampler.load_state_dict(policy.state_dict())
             metrics = iterate(task, policy, sampler, value_head, optimizer, run.step, kl_coef)
             run.check_finite(gradient_norm=metrics.get("grad_norm", 0.0))
-            if config.kl_target:                # Ziegler et al. 2019, 2.2; it falls slowly, as KL begins at 0
+            if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL is 0 at first
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
             run.step_done(time.perf_counter() - started)
-            data.live(f"{run}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
+            data.show(f"{run}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")
 
             # evaluate, log, save
             more = {"value_head": value_head.state_dict(), "kl_coef": kl_coef, "checksum": task.checksum}
             if run.step % run.eval_every == 0 or run.step == run.steps:
                 scores = evaluate_policy(task, policy, task.prompts["valid"], config.seed)
                 run.log(lr=lr, **metrics, **{f"eval_{name}": scores[name] for name in EVALUATED})
-                worth = scores["reward"] - config.kl_coef * scores["kl"]    # the best policy has the highest
-                better = run.save(policy, tokenizer, optimizer, val_loss=-worth, **more)
-                data.live(f"{run}  coefficient {kl_coef:.3f}  reward {scores['reward']:.2f}  KL "
+                # the best policy has the highest reward minus the price of its KL
+                penalized_reward = scores["reward"] - config.kl_coef * scores["kl"]
+                better = run.save(policy, tokenizer, optimizer, val_loss=-penalized_reward, **more)
+                data.show(f"{run}  coefficient {kl_coef:.3f}  reward {scores['reward']:.2f}  KL "
                           f"{scores['kl']:.2f}  distinct-2 {scores['distinct_2']:.2f}"
                           f"{' *' if better else ''}", "\n")
                 if config.sample:
-                    data.live("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
+                    data.show("    " + " ".join(scores["each"][0]["text"].split())[:100], "\n")
             elif run.step % config.log_every == 0:
                 run.log(lr=lr, **metrics)
             if run.stop_requested:
-                run.leave(policy, tokenizer, optimizer, **more)
+                run.save_and_exit(policy, tokenizer, optimizer, **more)
 
     # 8 results
     policy.load_state_dict(read_checkpoint(folder / "best.pt")["model"])
@@ -648,12 +655,12 @@ def open_task(config, checkpoint):
                         f"{config.run} was started with; restore them, or start a new run")
     n = count_parameters(reference)
     needed = n * (26 if product_dtype == torch.bfloat16 else 20)
-    data.live(f"{n:,} parameters: PPO needs {needed / 1e9:.1f} GB of memory for the policy, its moments and "
+    data.show(f"{n:,} parameters: PPO needs {needed / 1e9:.1f} GB of memory for the policy, its moments and "
               "gradients, and the reference, beside what a minibatch keeps", "\n")
     if config.sft_every:
         ids = data.load(config.data, tokenizer, splits=("train",)).ids["train"]
         block_size = min(context_length(reference), 8 + config.response_tokens)
-        task.text = data.batches_of(reference, ids, config.minibatch, block_size, config.seed)
+        task.sft_batches = data.batches_of(reference, ids, config.minibatch, block_size, config.seed)
     return task
 
 
@@ -714,7 +721,7 @@ class TextBatches:
 
 def evaluate_scorer(scorer, texts):
     """The mean cross-entropy and the accuracy on [(ids, label)]."""
-    data.live(f"scoring {len(texts):,} texts")
+    data.show(f"scoring {len(texts):,} texts")
     with autocast(scorer):
         logits = scorer.classify([ids for ids, _ in texts])
     labels = torch.tensor([label for _, label in texts])

@@ -22,9 +22,12 @@ split at spaces and punctuation. Each word is then cut from its left end into th
 vocabulary has; a piece inside a word begins with ##. Qwen2's tokenizer is byte-pair encoding (Sennrich et al.
 2016), through tiktoken.
 
-Where to find what: the format, read_header, read_safetensors, write_safetensors; the hub, repo_folder;
-weights, fill; Qwen2, read_config, Qwen2Tokenizer; chat templates, system_text; DistilBERT, scorer_config;
-WordPiece, basic_words, WordPiece.pieces.
+Where to find what:
+    the safetensors format              read_header, read_safetensors, write_safetensors
+    the hub, and the user's cache       repo_folder, cached_snapshot
+    Qwen2                               read_config, load_hub_weights, Qwen2Tokenizer
+    chat templates                      system_text
+    DistilBERT and WordPiece            scorer_config, load_scorer, basic_words, WordPiece.pieces
 
     model, tokenizer = load_model("path/of/Qwen2-0.5B")   # a folder in the hub's layout, or a name on the hub
     scorer = load_scorer("lvwerra/distilbert-imdb")
@@ -56,14 +59,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000                        # bytes; the limit of the format's reference reader
 
 
-def need(holds, what):
+def check(holds, what):
     if not holds:
         raise ValueError(what)
 
 
 def no_duplicates(pairs):
     out = dict(pairs)
-    need(len(out) == len(pairs), "a name occurs twice in its header")
+    check(len(out) == len(pairs), "a name occurs twice in its header")
     return out
 
 
@@ -72,27 +75,27 @@ def read_header(f):
     start of the file. ValueError, with the fault, if the header breaks a rule of the format."""
     size = os.fstat(f.fileno()).st_size
     length = int.from_bytes(f.read(8), "little")
-    need(8 <= size and length <= min(size - 8, MAX_HEADER),
+    check(8 <= size and length <= min(size - 8, MAX_HEADER),
          f"it should have a header of {length} bytes, but the file has {size}")
     raw = f.read(length)
-    need(raw.startswith(b"{"), "its header does not begin with {")
+    check(raw.startswith(b"{"), "its header does not begin with {")
     header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     metadata = header.pop("__metadata__", {}).values()
-    need(all(isinstance(text, str) for text in metadata), "its __metadata__ is not a table of texts")
+    check(all(isinstance(text, str) for text in metadata), "its __metadata__ is not a table of texts")
     found, at = {}, 8 + length
     for name, info in header.items():
-        need(info.keys() == {"dtype", "shape", "data_offsets"},
+        check(info.keys() == {"dtype", "shape", "data_offsets"},
              f"{name!r} in its header is not described by dtype, shape and data_offsets")
         kind, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        need(kind in DTYPES, f"{name!r} has the dtype {kind!r}; known here are {' '.join(DTYPES)}")
-        need(all(type(n) is int and n >= 0 for n in shape), f"{name!r} has the shape {shape}")
-        need(end - begin == math.prod(shape) * DTYPES[kind].itemsize,
+        check(kind in DTYPES, f"{name!r} has the dtype {kind!r}; known here are {' '.join(DTYPES)}")
+        check(all(type(n) is int and n >= 0 for n in shape), f"{name!r} has the shape {shape}")
+        check(end - begin == math.prod(shape) * DTYPES[kind].itemsize,
              f"{name!r} lies at {begin} to {end}, which its shape {shape} and dtype {kind} contradict")
         found[name] = DTYPES[kind], shape, at + begin, at + end
     for name, (_, _, begin, end) in sorted(found.items(), key=lambda item: item[1][2:]):
-        need(begin == at, f"the bytes of {name!r} begin at {begin}, but those before them end at {at}")
+        check(begin == at, f"the bytes of {name!r} begin at {begin}, but those before them end at {at}")
         at = end
-    need(at == size, f"its last tensor ends at byte {at}, the file at {size}")
+    check(at == size, f"its last tensor ends at byte {at}, the file at {size}")
     return found
 
 
@@ -105,8 +108,8 @@ def read_safetensors(path):
                 tensors[name] = torch.empty(shape, dtype=dtype)
                 raw = tensors[name].view(-1).view(torch.uint8)
                 f.seek(begin)
-                need(f.readinto(raw.numpy()) == end - begin, f"it ends inside {name!r}")
-                need(dtype != torch.bool or not (raw > 1).any(), f"{name!r} has truth values beyond 0 and 1")
+                check(f.readinto(raw.numpy()) == end - begin, f"it ends inside {name!r}")
+                check(dtype != torch.bool or not (raw > 1).any(), f"{name!r} has truth values beyond 0 and 1")
     # json and torch raise many types for a header with other contents
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path} is not a complete safetensors file: {e}. Fetch it again") from e
@@ -149,7 +152,8 @@ def is_pretrained(name):
     if path.is_file() or (path / "best.pt").exists() or (path / "last.pt").exists():
         return False
     beside_runs = path.parent.name == "runs" or any(path.parent.glob("*/last.pt"))
-    return (path / "config.json").exists() or bool(re.fullmatch(REPOSITORY, str(name))) and not beside_runs
+    is_repository = re.fullmatch(REPOSITORY, path.as_posix())
+    return (path / "config.json").exists() or bool(is_repository) and not beside_runs
 
 
 def contents(folder):
@@ -176,18 +180,20 @@ def is_complete(folder):
         weights = weight_files(folder)
     except UserError:
         return False
-    tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "merges.txt", "vocab.txt"))
-    return tokenizer and all(path.exists() for path in (folder / "config.json", *weights))
+    tokenizers = ["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.txt"]
+    has_tokenizer = any(all((folder / name).exists() for name in names) for names in tokenizers)
+    return has_tokenizer and all(path.exists() for path in (folder / "config.json", *weights))
 
 
 def repo_folder(name, read=None):
-    """The local folder of a hub repository (of a folder, the folder itself). A complete one in the user's
-    Hugging Face cache is used where it is. Else data/hub gets what the cache has, and the rest is downloaded:
-    first the configuration, which read(folder) may refuse, then the weights and the tokenizer."""
-    path = Path(name)
-    if re.fullmatch(r"distilbert-[\w-]+", str(name)) and not path.exists():
+    """The local folder of a hub repository (of a folder, the folder itself). It is in data/hub if it was
+    downloaded before. If it is complete in the user's Hugging Face cache, it is used there. Else data/hub
+    gets the files of the cache, and the rest is downloaded: first the configuration, which read(folder) may
+    refuse, then the weights and the tokenizer."""
+    path, name = Path(name), Path(name).as_posix()
+    if re.fullmatch(r"distilbert-[\w-]+", name) and not path.exists():
         name = f"distilbert/{name}"                             # the hub's first names had no owner
-    is_repository = re.fullmatch(REPOSITORY, str(name)) and ".." not in str(name)
+    is_repository = re.fullmatch(REPOSITORY, name) and ".." not in name
     if (path / "config.json").exists() or path.is_dir() and not is_repository:
         return path
     if not is_repository:
@@ -251,7 +257,8 @@ def read_weights(path):
     """{name: tensor} of one file of weights. UserError if it cannot be read."""
     try:
         with open(path, "rb") as f:
-            need(f.read(11) != b"version htt", f"{path} is git-lfs's pointer to one: git lfs pull")
+            check(f.read(11) != b"version htt",
+                  f"{path} is only git-lfs's pointer to a file. Run: git lfs pull")
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -260,7 +267,7 @@ def read_weights(path):
         raise UserError(str(e) if f"{path} is" in str(e) else f"{path} {what}; fetch it again") from e
 
 
-def fill(model, folder, prefix, dtype, new=()):
+def load_hub_weights(model, folder, prefix, dtype, new=()):
     """Give a model on the meta device the weights of a hub folder, whose names have a prefix. Parameters that
     begin with one of `new` get BERT's initial values instead. UserError if the weights do not fit."""
     state = {}
@@ -317,7 +324,8 @@ def read_config(folder):
     head_dims = None, c.get("hidden_size", 0) // c.get("num_attention_heads", 1)
     for implemented, what in (
             ("quantization_config" not in c, "quantization_config: a quantized model"),
-            (c.get("model_type") == "qwen2", f"model_type {c.get('model_type')!r} (known: 'qwen2')"),
+            (c.get("model_type") == "qwen2",
+             f"model_type {c.get('model_type')!r} (language models are of 'qwen2')"),
             (c.get("hidden_act", "silu") == "silu", f"hidden_act {c.get('hidden_act')!r}"),
             (not sliding, "use_sliding_window"), (scaling == "default", f"rope scaling {scaling!r}"),
             (c.get("head_dim") in head_dims, f"head_dim {c.get('head_dim')}")):
@@ -335,7 +343,7 @@ def load_weights(folder, dtype=None):
     """The model of a hub folder on the CPU, in eval mode. dtype None keeps that of the file."""
     with torch.device("meta"):
         model = Transformer(read_config(folder))            # takes no memory: the tensors of the file move in
-    return fill(model, folder, "model.", dtype)
+    return load_hub_weights(model, folder, "model.", dtype)
 
 
 def save_weights(model, folder):
@@ -396,7 +404,7 @@ class Qwen2Tokenizer:
         ranks = {bytes(letters[ch] for ch in token): i for token, i in vocab.items() if token not in added}
         made = [vocab[merge.replace(" ", "", 1)] for merge in merges]          # the id that each merge makes
         if any(a >= b for a, b in zip(made, made[1:])) or len(ranks) != 256 + len(made):
-            raise UserError("a tokenizer's ids are not in the order of its merges")
+            raise UserError("its tokenizer is no byte-level BPE whose ids follow the order of its merges")
         self.encoding = tiktoken.Encoding("qwen2", pat_str=QWEN2_PIECES, mergeable_ranks=ranks,
                                           special_tokens=self.added)
         self.known = set(ranks.values()) | set(self.added.values())
@@ -440,22 +448,27 @@ def check_pipeline(whole, config):
     than Qwen2 does: it would be wrong to ignore that."""
     def steps(name, parts):
         step = whole.get(name) or {}
-        return step[parts] if step.get("type") == "Sequence" else [step] if step else []
+        steps = step[parts] if step.get("type") == "Sequence" else [step] if step else []
+        return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
 
-    pre_tokenizers = steps("pre_tokenizer", "pretokenizers")
-    split = [step for step in pre_tokenizers if step["type"] == "Split"]
-    is_qwen2 = ([step["type"] for step in pre_tokenizers] == ["Split", "ByteLevel"]
-                and split[0]["pattern"] == {"Regex": QWEN2_PIECES})
-    for is_known, what in (
-            (all(step["type"] == "NFC" for step in steps("normalizer", "normalizers")), "a normalizer"),
-            (not pre_tokenizers or is_qwen2, "another way to split words"),
-            (all(step["type"] == "ByteLevel" or step.get("special_tokens") == {}
-                 for step in steps("post_processor", "processors")), "tokens that begin or end every text"),
-            (not config.get("add_bos_token"), "a token that begins every text"),
-            (not config.get("add_prefix_space"), "a space before every text"),
-            (not whole.get("model", {}).get("ignore_merges"), "words that are not merged")):
-        if not is_known:
-            raise UserError(f"its tokenizer has {what}, unlike Qwen2's; this is not implemented here")
+    qwen2_split = [{"type": "Split", "pattern": {"Regex": QWEN2_PIECES}, "behavior": "Isolated",
+                    "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    faults = []
+    if whole and steps("normalizer", "normalizers") != [{"type": "NFC"}]:
+        faults.append("a normalizer other than NFC")
+    if whole and steps("pre_tokenizer", "pretokenizers") != qwen2_split:
+        faults.append("another way to split words")
+    for step in steps("post_processor", "processors"):
+        if step["type"] != "ByteLevel" and step.get("special_tokens") != {}:
+            faults.append("tokens that begin or end every text")
+    if config.get("add_bos_token"):
+        faults.append("a token that begins every text")
+    if config.get("add_prefix_space"):
+        faults.append("a space before every text")
+    if whole.get("model", {}).get("ignore_merges"):
+        faults.append("ignore_merges, which keeps known words whole")
+    if faults:
+        raise UserError(f"its tokenizer is not one of Qwen2's kind: it has {'; '.join(faults)}")
 
 
 def read_tokenizer(folder, vocab_size):
@@ -526,8 +539,8 @@ def system_text(template):
     starts = [k for k in range(len(statements)) if statements[k:k + len(QWEN25)] == QWEN25]
     is_qwen25 = statements[:1] == ["if tools"] and len(starts) == 1 and statements[-len(LAST):] == LAST
     if re.sub(pattern, "", template).strip() or not (is_qwen25 or statements in (CHATML, CHATML_SYSTEM)):
-        raise UserError("its chat template is none that --chat knows, which are those of Qwen2, Qwen2.5 and "
-                        "SmolLM2. Without --chat, --prompt takes any text")
+        raise UserError("--chat knows the chat templates of Qwen2, Qwen2.5 and SmolLM2, and this model has "
+                        "another one. Without --chat, --prompt takes any text")
     return system
 
 
@@ -552,7 +565,7 @@ IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 
 
 
 @lru_cache(None)
-def clean(ch):
+def clean_character(ch):
     """A character as BERT reads it: white space is a space, control and private characters are nothing, and a
     Chinese character is a word of its own."""
     if ch in "\t\n\r" or unicodedata.category(ch)[0] == "Z":
@@ -563,7 +576,7 @@ def clean(ch):
 
 
 @lru_cache(None)
-def apart(ch):
+def spaced(ch):
     """A character with spaces around it if it is punctuation, or one of ASCII's symbols."""
     sign = ch.isascii() and ch.isprintable() and not ch.isalnum() and ch != " "
     return f" {ch} " if sign or unicodedata.category(ch)[0] == "P" else ch
@@ -571,15 +584,16 @@ def apart(ch):
 
 def basic_words(text, lower=True):
     """The words and punctuation marks of a text, as BERT reads it. lower: without capitals and accents."""
-    text = "".join(map(clean, text))
+    text = "".join(map(clean_character, text))
     if lower:                               # each character alone: str.lower treats a last sigma otherwise
         text = unicodedata.normalize("NFD", text)
         text = "".join(ch.lower() for ch in text if ch.isascii() or unicodedata.category(ch) != "Mn")
-    return "".join(map(apart, text)).split()
+    return "".join(map(spaced, text)).split()
 
 
 class WordPiece:
-    """vocab: the pieces in the order of their ids; [PAD] [UNK] [CLS] [SEP] must be among them."""
+    """BERT's WordPiece tokenizer. vocab: the pieces in the order of their ids; [PAD] [UNK] [CLS] [SEP] must
+    be among them."""
 
     def __init__(self, vocab, lower=True):
         self.vocab, self.lower = list(vocab), lower
@@ -618,7 +632,9 @@ def read_wordpiece(folder):
     if (folder / "vocab.txt").exists():
         vocab = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     elif model.get("type") == "WordPiece":
-        vocab = sorted(model["vocab"], key=model["vocab"].get)
+        vocab = [f"[unused{i}]" for i in range(1 + max(model["vocab"].values()))]     # ids may have gaps
+        for piece, i in model["vocab"].items():
+            vocab[i] = piece
     else:
         raise UserError(f"{folder}/vocab.txt is missing, and no tokenizer.json has its words; fetch it again")
     lower = config.get("do_lower_case", normalizer.get("lowercase", True))
@@ -654,10 +670,10 @@ def build_wordpiece(texts, size=8000):
 
 
 def positive_label(config, folder):
-    """The positive one of a classifier's two labels, 0 or 1, by id2label of its config."""
+    """The index, 0 or 1, of the label that id2label in the config of a classifier calls positive."""
     labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
     if len(labels) != 2:
-        raise UserError(f"{folder} tells {len(labels)} labels apart; a scorer here has two")
+        raise UserError(f"{folder} is a classifier with {len(labels)} labels; a scorer has two")
     positive = [int(i) for i, label in labels.items() if str(label).lower().startswith("pos")]
     if len(positive) != 1:
         raise UserError(f"{folder}: which of the labels {', '.join(map(str, labels.values()))} is the "
@@ -698,7 +714,7 @@ def load_scorer(name, device="cpu", dtype=torch.float32, new_head=False):
                         "embeddings")
     with torch.device("meta"):
         scorer = Scorer(config, tokenizer)
-    scorer = fill(scorer, folder, "distilbert.", dtype, HEADS if new_head else ())
+    scorer = load_hub_weights(scorer, folder, "distilbert.", dtype, HEADS if new_head else ())
     return scorer.to(device).requires_grad_(new_head)
 
 

@@ -5,7 +5,8 @@ The layer (Elman 1990), for t = 1..T, with x_t in R^I, h_t in R^H:
     h_t = tanh(a_t),    a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
 
 Back-propagation through time (Werbos 1990). Let dh_t be the derivative of the loss with respect to h_t. It
-has two parts: what the layers above send down at time t, called grad_h_t, and what the next step sends back:
+has two parts: grad_h_t, which the layers above send down at time t, and what the next step sends back. After
+the last step nothing comes back, so da_{T+1} = 0:
 
     dh_t = grad_h_t + W_hh^T da_{t+1}        da_t = dh_t * (1 - h_t^2)        (tanh' = 1 - tanh^2)
 
@@ -22,9 +23,12 @@ The language model `RNNLM` predicts the next token. The shapes on the way, for B
 
     tokens [B, T] -> embedded [B, T, D] -> time-major [T, B, D] -> h [T, B, H] -> hidden [B, T, H] -> loss
 
+The loss of a token is -log p, the negative log-likelihood (nll), with p = softmax(logits)[token]; its
+gradient with respect to the logits is softmax(logits) - onehot(token).
+
 Word-level corpora need regularisation (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf 2017): words
 are dropped from the embedding, one dropout mask serves all time steps, and embedding and softmax share their
-weights.
+weights (they are `tied`; the last layer is then as wide as the embedding, H = D).
 
 Where to find what:
     h_t                                 RNN.plain; RNNFunction.forward, the loop
@@ -34,8 +38,9 @@ Where to find what:
     each token's loss (PPO, evaluation) TokenLoss; without a gradient token_nll
     dropout of words, units, elements   embedded_dropout, locked_dropout, dropout
 
-Three functions of fast/products.py are matrix products: product(x, W) is x W^T, grad_product(g, x) is g^T x,
-and packed_linear(W, ...) returns the function x -> x W^T.
+Vectors are columns in these equations and rows in the code, so that W x is written x W^T. Three functions of
+fast/products.py are matrix products: product(x, W) is x W^T, grad_product(g, x) is g^T x, and
+packed_linear(W, ...) returns the function x -> x W^T.
 
     python train.py --model rnn                      # trains it; see train.py
 """
@@ -51,7 +56,8 @@ from fast.products import grad_product, packed_linear, product
 
 
 def compute_dtype(x):
-    """The dtype in which products run: autocast's if it is on, else that of the tensor x."""
+    """The dtype in which products run: that of autocast, torch's switch for products of 16 bits, if it is on,
+    else that of the tensor x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -86,12 +92,12 @@ class RNN(nn.Module):
     def forward(self, x, state=None):
         """The same as plain, by RNNFunction, with its gradient written out."""
         h0 = self.zero_state(x.shape[0]) if state is None else state
-        x, w_ih, w_hh, bias = self.operands(x)
+        x, w_ih, w_hh, bias = self.cast_inputs(x)
         with torch.autocast(x.device.type, enabled=False):
             out = RNNFunction.apply(x, h0.to(x.dtype), w_ih, w_hh, bias)        # [T, B, H]
         return out.transpose(0, 1), out[-1].to(h0.dtype)
 
-    def operands(self, x):
+    def cast_inputs(self, x):
         """x in time-major order [T, B, I], the weights and the sum of the biases, all in the dtype of the
         products."""
         if x.shape[1] == 0:
@@ -144,7 +150,8 @@ class RNNFunction(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------- softmax and loss
 
-# The size of a chunk of logits. Every chunk's product reads all of W, so chunks of few rows would be slow.
+# The largest number of logits in a chunk, and the fewest rows: each chunk reads the whole matrix of the
+# vocabulary, so chunks of few rows would be slow.
 MOST_LOGITS, FEWEST_ROWS = 1 << 23, 512
 
 
@@ -174,9 +181,9 @@ def softmax_gradient(logits, targets):
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, in chunks of rows.
 
-    The gradient with respect to the logits needs nothing from the layers above but a factor. So forward forms
-    all gradients, chunk by chunk, and backward only multiplies them by that factor: the [N, V] logits of a
-    large batch or vocabulary never exist together. hidden [N, D], weight [V, D], bias [V] or None, targets
+    The loss is one number, and only one factor comes back to it. So forward already computes all gradients,
+    chunk by chunk, and backward multiplies them by that factor: the [N, V] logits of a large batch or
+    vocabulary never exist together. hidden [N, D], weight [V, D], bias [V] or None, targets
     [N] (-1: ignored) -> float32 scalar, in nats. Products run in hidden's dtype, sums in float32 (float64
     where hidden is).
     """
@@ -206,13 +213,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (d_hidden, d_weight, d_bias), ctx.grads = ctx.grads, None       # scaled in place: usable once
+        (d_hidden, d_weight, d_bias), ctx.grads = ctx.grads, None       # scaled in place: backward runs once
         return d_hidden.mul_(grad), d_weight.mul_(grad), None if d_bias is None else d_bias.mul_(grad), None
 
 
 class TokenLoss(torch.autograd.Function):
-    """-log softmax(hidden W^T + b)[target] of each row, float32 [N], with its gradient. Each row may have
-    another factor from above, so softmax - onehot [N, V] is kept until backward. suppressed: ids that have
+    """-log softmax(hidden W^T + b)[target] of each row, float32 [N], with its gradient. The factor that comes
+    back differs from row to row, so softmax - onehot [N, V] is kept until backward. suppressed: ids that have
     probability 0. hidden [N, D], weight [V, D], bias [V] or None, targets [N]."""
 
     @staticmethod
@@ -231,7 +238,7 @@ class TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, w, d_logits = ctx.saved_tensors
-        d_logits = d_logits.mul_(grad[:, None])                         # in place: usable once
+        d_logits = d_logits.mul_(grad[:, None])                         # in place: backward runs once
         d_bias = d_logits.sum(0) if ctx.needs_input_grad[2] else None
         return product(d_logits, w.t()), grad_product(d_logits, hidden), d_bias, None, None
 
@@ -249,10 +256,10 @@ def token_nll(hidden, weight, bias, targets):
 
 
 def softmax_loss(hidden, head, targets, reduction="mean", suppressed=None):
-    """How badly softmax(head(hidden)) predicts the targets, in nats per token. hidden [..., D], head an
-    nn.Linear(D, V), targets [...]. reduction "mean": a scalar, over the targets that are not -1. "none": the
-    shape of targets, 0 where they are -1; under torch.no_grad() it takes less memory. suppressed: ids that
-    have probability 0, with a gradient for "none" (ppo.py)."""
+    """The loss of predicting the targets by softmax(head(hidden)), in nats per token. hidden [..., D], head
+    an nn.Linear(D, V), targets [...]; a target of -1 does not count. reduction "mean": the mean over the
+    targets. "none": the loss of each, in the shape of targets, 0 where one is -1; under torch.no_grad() this
+    takes less memory. suppressed: ids that have probability 0 (only for "none", in ppo.py)."""
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
     with torch.autocast(hidden.device.type, enabled=False):
         if reduction == "mean":
@@ -299,7 +306,7 @@ def embedded_dropout(embedding, tokens, p, training):
 
 @dataclass
 class RNNConfig:
-    """Sizes and dropouts of a recurrent language model. With `tied`, the last layer is n_embd wide."""
+    """Sizes and dropouts of a recurrent language model."""
     vocab_size: int
     n_embd: int = 200
     n_hidden: int = 200
@@ -308,7 +315,7 @@ class RNNConfig:
     dropout_hidden: float = 0.0     # between layers, likewise
     dropout_input: float = 0.0      # after the embedding, likewise
     dropout_embed: float = 0.0      # words of the vocabulary, wherever they occur in the batch
-    tied: bool = True
+    tied: bool = True               # embedding and softmax share one matrix
 
 
 class RNNLM(nn.Module):
@@ -316,8 +323,8 @@ class RNNLM(nn.Module):
     here has: forward, init_state and logits."""
     layer_type = RNN
     recurrent = True
-    product_dtype = torch.float32                               # of its products; sample.autocast reads it
-    embed_range = 0.1                                           # embeddings start uniform in +- this
+    product_dtype = torch.float32                               # dtype of products, for sample.autocast
+    embed_range = 0.1                                           # embeddings start uniform in [-0.1, 0.1]
 
     def __init__(self, config):
         super().__init__()

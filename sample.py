@@ -15,8 +15,11 @@ if they are negative. The state is the model's memory between steps: h, or h and
 Prompts of unequal length need no padding. All rows step together from the end of the shortest prompt, and a
 row whose prompt continues takes its next prompt token in place of the drawn one.
 
-Where to find what: the softmax and the draw, sample_token; the cuts, top_k_top_p; the penalty, penalize; the
-steps, generate_stream.
+Where to find what:
+    the softmax and the draw            sample_token
+    the cuts to top_k and top_p         top_k_top_p
+    the repetition penalty              penalize
+    the steps                           generate_stream
 """
 import contextlib
 import math
@@ -46,7 +49,7 @@ class Config:
     """Generate text from a trained run, or from Qwen2's pretrained weights."""
     run: str = option("runs/lstm-finance", "folder of a run, or of Qwen2's weights, or a checkpoint; or a "
                                            "name on the hub, as Qwen/Qwen2-0.5B: downloaded once (1 GB)")
-    prompt: str = option("", "its beginning; \\n is a new line, \\t a tab, file:PATH the text of a file")
+    prompt: str = option("", "the text to continue; \\n is a new line, \\t a tab, file:PATH reads a file")
     chat: bool = option(False, "an instruction-tuned model answers the prompt, which is a message; without a "
                                "prompt, a conversation begins")
     temperature: float = option(0.8, "below 1: safer, above 1: wilder, 0: always the likeliest", at_least=0)
@@ -60,8 +63,8 @@ class Config:
     seed: int = option(None, "the same seed gives the same text (default: random)", at_least=0,
                        below=2 ** 62)
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
-    dtype: str = option("auto", "of Qwen2's weights; auto: bfloat16 where the hardware multiplies it, else "
-                                "float32, twice as large", choices=["auto", "float32", "bfloat16"])
+    dtype: str = option("auto", "dtype of Qwen2's weights (a run is float32); auto: bfloat16 if the hardware "
+                                "multiplies it, else float32", choices=["auto", "float32", "bfloat16"])
 
 
 # ------------------------------------------------------------------------------------------- opening a model
@@ -170,7 +173,8 @@ def command_for(folder):
 
 
 def checkpoint_file(folder):
-    """The checkpoint of a run: a file itself; best.pt, else last.pt of a folder; None if there is none."""
+    """The checkpoint of a run: if `folder` is a file, that file; else its best.pt, else its last.pt, else
+    None."""
     for path in (folder, folder / "best.pt", folder / "last.pt"):
         if path.is_file():
             return path
@@ -178,9 +182,9 @@ def checkpoint_file(folder):
 
 
 def load_run(folder, device="cpu", dtype=None):
-    """Open a run: -> (model in eval mode, tokenizer, config). folder: of a run, whose best.pt is read, or
-    else its last.pt; or a checkpoint itself. Or pretrained weights: a folder in the hub's layout, or the name
-    of a repository on the hub. A run is float32; dtype None keeps the dtype of pretrained weights."""
+    """-> (model in eval mode, tokenizer, config). folder: a run (its best.pt is read, else last.pt), a
+    checkpoint, a folder in the hub's layout, or a repository on the hub. A run is float32; dtype None keeps
+    the dtype of pretrained weights."""
     if qwen_load.is_pretrained(folder):
         model, tokenizer = qwen_load.load_model(folder, device, dtype)
         speed_up(model)
@@ -256,7 +260,8 @@ def generate_stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None,
     log_prob [B], done [B]) on the model's device. token is -1 for a row that has nothing new, because its
     prompt is not read yet, or because it is done: after one of the end tokens `eos` (which is yielded) or
     after max_new_tokens. log_prob is that of sample_token, 0 for temperature 0. seed None: torch's own
-    generator. suppressed_tokens: ids that are never drawn. state: of one row, which the prompt continues."""
+    generator. suppressed_tokens: ids that are never drawn. state: of a text of one row that was read before;
+    the prompt continues this text."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token: begin with the end-of-text token")
     device, packed = device_of(model), {}
@@ -306,7 +311,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=(), **how):
 
 def encode_prompt(tokenizer, text):
     """The token ids of a prompt, after the tokens with which every text begins. An empty prompt is the end
-    token. Unknown words are left out with a warning if the vocabulary has no <unk>."""
+    token. Unknown characters are left out with a warning, and unknown words if there is no <unk>."""
     if tokenizer.kind == "char" or tokenizer.kind == "word" and tokenizer.unk is None:
         pieces = tokenizer.normalize(text)
         if unknown := [piece for piece in pieces if piece not in tokenizer.ids]:
@@ -360,9 +365,9 @@ class Printer:
             self.context, self.new = (self.context + self.new)[-2:], []
 
 
-def write(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
-    """Print the tokens `shown`, and the model's continuation of ids as it grows; -> the new tokens. state: of
-    a conversation; Ctrl-C then ends the answer only."""
+def print_continuation(model, tokenizer, ids, config, stops, seed, shown=(), state=None):
+    """Print the tokens `shown`, and the model's continuation of ids as it grows; -> the new tokens. state:
+    the memory of a conversation. With it, Ctrl-C ends the answer and not the program."""
     printer, new = Printer(tokenizer, shown), []
     try:
         for token, _, _ in generate_stream(model, [ids], config.tokens, config.temperature, config.top_k,
@@ -383,7 +388,7 @@ def chat(model, tokenizer, config):
     """A conversation in the terminal. Ctrl-C stops an answer, and Ctrl-D ends. The state is kept from turn to
     turn, so that the model reads only what is new."""
     limit = min(CHAT_CONTEXT, context_length(model))
-    state, new, ids = model.init_state(1, limit), system_message(tokenizer), []
+    state, unread, ids = model.init_state(1, limit), system_message(tokenizer), []
     with contextlib.suppress(ImportError, AttributeError):                  # Windows has no readline
         sys.stdin.reconfigure(errors="surrogateescape")                     # a wrong byte ends nothing
         import readline  # noqa: F401                                       # makes the arrow keys work
@@ -396,24 +401,22 @@ def chat(model, tokenizer, config):
         except UnicodeError:
             print("(this is no UTF-8 text; type it again)", file=sys.stderr)
             continue
-        new += MESSAGE.format(role="user", text=text) + ANSWER
-        ids += tokenizer.encode(new)
-        least = min(config.tokens, limit // 4)                              # room for an answer
-        if state.length + len(ids) + least > limit:
+        message = MESSAGE.format(role="user", text=text) + ANSWER
+        room, alone = min(config.tokens, limit // 4), tokenizer.encode(system_message(tokenizer) + message)
+        if len(alone) + room > limit:                                       # room: for an answer
+            print("(this message is too long; shorten it)", file=sys.stderr)
+            continue
+        ids += tokenizer.encode(unread + message)
+        if state.length + len(ids) + room > limit:
             print(f"(the conversation is longer than {limit} tokens and begins again)", file=sys.stderr)
-            state, new = model.init_state(1, limit), system_message(tokenizer)
-            ids = tokenizer.encode(new + MESSAGE.format(role="user", text=text) + ANSWER)
-            if len(ids) + least > limit:
-                print("(this message is too long; shorten it)", file=sys.stderr)
-                ids = []
-                continue
+            state, ids = model.init_state(1, limit), alone
         before = state.length + len(ids)
-        room = replace(config, tokens=min(config.tokens, limit - before))
-        answer = write(model, tokenizer, ids, room, stops, config.seed, state=state)
+        short = replace(config, tokens=min(config.tokens, limit - before))
+        answer = print_continuation(model, tokenizer, ids, short, stops, config.seed, state=state)
         if state.length >= before:                                          # else the model has read nothing
             ids = answer[state.length - before:]                            # tokens drawn, but not read yet
-        new = "\n" if answer and answer[-1] in stops else "<|im_end|>\n"
-        if new != "\n":
+        unread = "\n" if answer and answer[-1] in stops else "<|im_end|>\n"
+        if unread != "\n":
             print("(cut off)", file=sys.stderr)
 
 
@@ -442,7 +445,7 @@ def main(argv=None):
     for n in range(config.n):
         if n:
             print()
-        write(model, tokenizer, prompt, config, eos, seed + n, shown)
+        print_continuation(model, tokenizer, prompt, config, eos, seed + n, shown)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@
     torchrun --nproc-per-node 2 --standalone -- train.py     # several processes split the rows of a batch
 
 A language model factors the probability of a text into that of each token after all before it, p(w_1..w_n) =
-prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...), in nats per token. Perplexity is
-e^L: the number of equally likely tokens among which a guess would be as hard.
+prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...). Its unit is the nat, because the
+logarithm is the natural one. Perplexity is e^L: a model with perplexity 12 is as uncertain as a choice among
+12 equally likely tokens.
 
-A training, without what surrounds it (`train` is the same loop with its log and its checkpoints):
+A training in its shortest form. (`train` is this loop with its log, its checkpoints and several processes,
+which do nothing if there is one.)
 
     for step in range(steps):
         x, y = batches.batch(step)                           # [B, T] each; y is x one token later
@@ -129,12 +131,14 @@ class Config(RunOptions):
     sample: bool = option(True, "print a line that the model writes at every evaluation")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory (Transformer only)")
     batch_size: int = option(None, "rows of a batch", group="by model and corpus (the defaults are below)")
-    block_size: int = option(None, "tokens of a row: how far back gradients, or a Transformer, reach")
+    block_size: int = option(None, "tokens of a row: how far back gradients reach (RNN, LSTM), or the "
+                                   "context (Transformer)")
     lr: float = option(None, "highest learning rate")
     n_layer: int = option(None, "layers")
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "width")
-    n_hidden: int = option(None, "width of lower recurrent layers (n_embd), or of the MLP (3 n_embd)")
+    n_hidden: int = option(None, "width of the recurrent layers below the last (default: n_embd), or of the "
+                                 "MLP (default: 3 n_embd)")
     dropout: float = option(None, "dropout after the last recurrent layer, or after attention and MLP",
                             at_least=0, below=1)
     dropout_hidden: float = option(None, "dropout between recurrent layers", at_least=0, below=1)
@@ -147,7 +151,7 @@ class Config(RunOptions):
 
 def step_seed(seed, step, rank=0):
     """The seed of a step's random draws. No random state is ever saved, and a resumed run draws what an
-    uninterrupted one would have drawn. 32 bits, because a CPU's generator keeps no more."""
+    uninterrupted one would have drawn. The seed has 32 bits, because a CPU's generator keeps no more."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
@@ -199,13 +203,13 @@ def clip_grad_norm(parameters, limit):
 
 # ----------------------------------------------------------------------------------------------- the training
 
-def train(config, model, tokenizer, batches, evaluate, warmup_steps, checkpoint=None, prompt=()):
+def train(config, model, tokenizer, batches, get_scores, warmup_steps, checkpoint=None, prompt=()):
     """Train a model into the folder config.run; -> its Run.
 
-    batches.batch(step) -> (x, y), the inputs and targets of a step. evaluate() -> {column: figure} for
-    log.csv; the weights with the lowest "val_loss" become best.pt. checkpoint: of a run that resumes, whose
-    weights the model has already. prompt: ids that the model continues at every evaluation, to be looked at.
-    """
+    batches.batch(step) -> (x, y), the inputs and targets of a step. get_scores() -> {column: figure} for
+    log.csv; the weights with the lowest "val_loss" become best.pt. checkpoint: the saved run, if this
+    training resumes; the caller has loaded its weights. prompt: ids that the model continues at every
+    evaluation."""
     device = device_of(model)
 
     # 5 optimizer
@@ -219,14 +223,14 @@ def train(config, model, tokenizer, batches, evaluate, warmup_steps, checkpoint=
         load_optimizer(optimizer, checkpoint["optimizer"])
         state = map_state(lambda rows: own_rows(rows).to(device), checkpoint["state"])
         checkpoint.clear()                                  # its memory is needed
-    data.live(f"{kind_of(model)} on {config.data}: {count_parameters(model):,} parameters, "
+    data.show(f"{kind_of(model)} on {config.data}: {count_parameters(model):,} parameters, "
               f"{batches.train_tokens:,} training tokens, {how_computed(model)}, {config.run}", "\n")
 
     # 7 loop
     model.train()
     with run:                                               # Ctrl-C asks for a stop: Run.request_stop
         if not run.rows:
-            run.log(**evaluate_once(evaluate, model))       # row 0: the model before the first step
+            run.log(**evaluate_once(get_scores, model))     # row 0: the model before the first step
         while run.step < run.steps:
             started = time.perf_counter()
 
@@ -258,36 +262,35 @@ def train(config, model, tokenizer, batches, evaluate, warmup_steps, checkpoint=
             optimizer.zero_grad(set_to_none=True)
             run.step_done(time.perf_counter() - started, loss)
             run.plan_minutes()                              # of --minutes only: how many steps fit
-            data.live(f"{run}  loss {loss:.3f}  {run.tokens_per_second:,.0f} tokens/s")
+            data.show(f"{run}  loss {loss:.3f}  {run.tokens_per_second:,.0f} tokens/s")
 
             # evaluate, log, save
             if run.step % run.eval_every == 0 or run.step == run.steps:
-                scores = evaluate_once(evaluate, model)
+                scores = evaluate_once(get_scores, model)
                 run.check_finite(validation_loss=scores["val_loss"])
                 row = run.log(lr=lr, grad_norm=grad_norm, **scores)
                 better = run.save(model, tokenizer, optimizer, state, scores["val_loss"])
                 figures = "".join(f"  {name} {scores[name]:.2f}" for name in scores if name != "val_loss")
-                data.live(f"{run}  loss {row['train_loss']:.3f}{figures}{' *' if better else ''}", "\n")
+                data.show(f"{run}  loss {row['train_loss']:.3f}{figures}{' *' if better else ''}", "\n")
                 if prompt and RANK == 0:
-                    data.live("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
+                    data.show("    " + sample_line(model, tokenizer, prompt, config.seed), "\n")
             elif run.step % config.log_every == 0:
                 run.log(lr=lr, grad_norm=grad_norm)
             if run.stop_requested:
-                run.leave(model, tokenizer, optimizer, state)       # saves, and ends the process
+                run.save_and_exit(model, tokenizer, optimizer, state)       # saves, and ends the process
     return run
 
 
-# An evaluation reads at most so many tokens of a split, while training and at the end. (IMDB's has 7
-# million.)
+# Upper limits on the tokens that an evaluation reads, during training and at the end
 WHILE_TRAINING, AT_THE_END = 100_000, 300_000
 EXACT = 100_000             # at the end, a recurrent model reads a text of up to this length in one piece
 
 
-def pretrain(config, corpora, checkpoint=None):
-    """Train a model from random weights, into the folder config.run; -> what its result.json holds.
-    corpora["valid"] is the corpus (without a test split in a trial of a search), the others are --also."""
+def pretrain(config, corpus, also=(), checkpoint=None):
+    """Train a model from random weights on a corpus, into the folder config.run; -> the content of its
+    result.json. also: other texts, [(name, ids)], whose perplexity is logged."""
     # 4 model
-    corpus, tokenizer, device = corpora["valid"], corpora["valid"].tokenizer, pick_device(config.device)
+    tokenizer, device = corpus.tokenizer, pick_device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config.model, model_config(config, tokenizer.vocab_size)).to(device)
     if checkpoint:
@@ -299,7 +302,9 @@ def pretrain(config, corpora, checkpoint=None):
         speed_up(model)
     check_rows(config, model)
     batches = data.batches_of(model, corpus.ids["train"], config.batch_size, config.block_size, config.seed)
-    texts = {name: prepend_eos(tokenizer, c.ids["valid"][:WHILE_TRAINING]) for name, c in corpora.items()}
+    texts = {"valid": prepend_eos(tokenizer, corpus.ids["valid"][:WHILE_TRAINING])}
+    for name, ids in also:
+        texts[name] = prepend_eos(tokenizer, ids[:WHILE_TRAINING])
 
     # 5 to 7
     prompt = texts["valid"][:min(9, config.block_size)].tolist() if config.sample else ()
@@ -356,7 +361,7 @@ def token_losses(model, ids, pieces=1, window=None, stride=None):
             window = min(window or min(model.config.block_size, LONGEST_WINDOW), n)
             losses = window_nll(model, ids, window, min(stride or max(1, window // 2), window))
     model.train(was_training)
-    data.live("")
+    data.show("")
     return losses.cpu().double()
 
 
@@ -380,7 +385,7 @@ def recurrent_nll(model, ids, pieces):
     for x, y in zip(inputs.clamp(min=0).split(256, 1), targets.split(256, 1)):      # 256 time steps a call
         nll, state = model(x, state, targets=y, reduction="none")
         losses.append(nll)
-        data.live(f"evaluated {len(losses) * 256 * pieces:,} of {n:,} tokens")
+        data.show(f"evaluated {len(losses) * 256 * pieces:,} of {n:,} tokens")
     counted = targets >= 0                                                  # the last piece may be filled up
     counted[1:, :overlap] = False
     return torch.cat(losses, 1)[counted]
@@ -388,7 +393,7 @@ def recurrent_nll(model, ids, pieces):
 
 def window_nll(model, ids, window, stride):
     """-log p of each of ids[1:], float32, under a Transformer that reads windows which advance by `stride`.
-    Of each window only those predictions count that no earlier window has made. window <= len(ids) - 1.
+    A window counts only the predictions that no earlier window made. window <= len(ids) - 1.
     Example: 10 predictions, window 4, stride 2. Windows end at 4, 6, 8, 10 and count 4, 2, 2, 2 of them."""
     n = len(ids) - 1
     ends = [*range(window, n, stride), n]                           # a window's last target is ids[end]
@@ -400,7 +405,7 @@ def window_nll(model, ids, window, stride):
         y = torch.stack([ids[end - window + 1:end + 1] for _, end in group])            # one token later
         nll, _ = model(x, targets=y, reduction="none")
         losses += [row[window - (end - before):] for row, (before, end) in zip(nll, group)]
-        data.live(f"evaluated {group[-1][1]:,} of {n:,} tokens")
+        data.show(f"evaluated {group[-1][1]:,} of {n:,} tokens")
     return torch.cat(losses)
 
 
@@ -441,7 +446,7 @@ def unknown_share(tokenizer, ids):
 def warn_of_unknown(share, what):
     """Warn where many words are <unk>, which flatters a perplexity."""
     if share > 0.05:
-        data.live(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity: "
+        data.show(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity: "
                   "train with --tokenizer char or gpt2", "\n")
 
 
@@ -459,8 +464,8 @@ class NotFinite(UserError):
 
 @contextlib.contextmanager
 def claim_folder(config):
-    """Keep config.run for one training: a new one creates log.csv exclusively, so that a second training of
-    the folder is refused. If the training ends before its first checkpoint, log.csv is deleted again."""
+    """Reserve config.run for one training. A new training creates log.csv with mode "x", so that a second one
+    in the same folder is refused. If the training ends before its first checkpoint, log.csv is deleted."""
     log, refusal = Path(config.run, "log.csv"), None
     if RANK == 0 and not config.resume:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -549,7 +554,7 @@ class Run(Progress):
             if asked <= planned:
                 raise UserError(f"{self.folder} was planned for {planned} steps; to extend it, give more "
                                 f"than these ({asked} is what you gave)")
-            data.live(f"from {self.steps} to {asked} steps, and the learning rate's schedule with it", "\n")
+            data.show(f"from {self.steps} to {asked} steps, and the learning rate's schedule with it", "\n")
             self.plan(asked)
         if not (self.folder / "best.pt").exists():
             self.best = math.inf                                # the next evaluation is the best so far
@@ -575,7 +580,7 @@ class Run(Progress):
                 steps = (left - evaluations * self.eval_seconds) / a_step
             self.plan(*all_gather((self.step + max(1, int(steps)), evaluations))[0])
             self.eval_in_steps = self.eval_seconds / a_step
-            data.live(f"{self.config.minutes:g} minutes are {self.steps} steps, "
+            data.show(f"{self.config.minutes:g} minutes are {self.steps} steps, "
                       f"{self.steps / self.batches.steps_per_epoch:.1f} epochs", "\n")
         elif self.step - self.mark_step >= max(1, self.steps // 60):
             recent = (self.step_seconds - self.mark_seconds) / (self.step - self.mark_step)
@@ -590,7 +595,7 @@ class Run(Progress):
             fewer = self.step + max(1, int((left - 2 * an_evaluation) / with_evaluations))
             is_late, fewer = all_gather((is_late, fewer))[0]
             if is_late and fewer < self.steps:
-                data.live(f"the machine has become slower: {fewer} steps instead of {self.steps} fit into "
+                data.show(f"the machine has become slower: {fewer} steps instead of {self.steps} fit into "
                           f"{self.config.minutes:g} minutes", "\n")
                 self.steps = fewer
             self.mark_step, self.mark_seconds, self.recent_before = self.step, self.step_seconds, recent
@@ -613,10 +618,10 @@ class Run(Progress):
         if self.stop_requested:
             raise KeyboardInterrupt
         if not self.rows:                                       # before the first step: nothing to save
-            data.live("stopped. Nothing was saved yet; the same command begins again", "\n")
+            data.show("stopped. Nothing was saved yet; the same command begins again", "\n")
             raise SystemExit(130)
         self.stop_requested = True
-        data.live("stopping when this step is complete and saved; Ctrl-C again stops at once", "\n")
+        data.show("stopping when this step is complete and saved; Ctrl-C again stops at once", "\n")
 
     def step_done(self, seconds, loss=None):
         """Count a step. seconds: what it took; loss: in this process (PPO has none)."""
@@ -658,7 +663,7 @@ class Run(Progress):
             self.log_is_written = True
         except OSError as e:
             self.log_is_written = False
-            data.live(f"log.csv cannot be written now ({e.strerror}): is it open elsewhere? The training "
+            data.show(f"log.csv cannot be written now ({e.strerror}): is it open elsewhere? The training "
                       "continues, and writes all of it with the next row", "\n")
 
     def save(self, model, tokenizer, optimizer, state=None, val_loss=None, **more):
@@ -683,14 +688,14 @@ class Run(Progress):
             write_atomically(self.folder / "last.pt", lambda f: torch.save(last, f))
         return better
 
-    def leave(self, *what, **more):
+    def save_and_exit(self, *what, **more):
         """End the process, with last.pt as it is now."""
         if self.saved_step != self.step:
             self.save(*what, **more)
         again = f"{self.config.script} --resume --run {data.quoted(self.folder)}"
         if getattr(self.config, "search", None):
             again = "the same search again; finished trainings are kept"
-        data.live(f"stopped at step {self.step}. The last checkpoint is kept in {self.folder}. Resume with: "
+        data.show(f"stopped at step {self.step}. The last checkpoint is kept in {self.folder}. Resume with: "
                   f"{again}", "\n")
         raise SystemExit(130)
 
@@ -792,8 +797,8 @@ def resume_or_refuse(config, given):
     checkpoint = read_checkpoint(folder / "last.pt", config.script, mmap=getattr(config, "shard", False))
     complete = {"options", "state", "run", "optimizer"} <= checkpoint.keys()
     if not complete or (checkpoint.get("version"), checkpoint.get("script")) != (VERSION, config.script):
-        raise UserError(f"{folder} is not a run of {config.script}, or one of another version, and is not "
-                        "resumed")
+        raise UserError(f"{folder} is not a run of {config.script}, or one of another version, so it cannot "
+                        "be resumed")
     saved = asdict(type(config)()) | checkpoint["options"]          # a newer option has its default
     changes = {name: getattr(config, name) for name in sorted(given) if getattr(config, name) != saved[name]}
     for name, value in changes.items():
@@ -801,7 +806,7 @@ def resume_or_refuse(config, given):
             raise UserError(f"the run in {folder} was started with {name} {saved[name]}, not {value}: "
                             "leave it out, or choose another folder with --run")
         if name not in ("run", "resume"):
-            data.live(f"changed: {name} {value}, was {saved[name]}", "\n")
+            data.show(f"changed: {name} {value}, was {saved[name]}", "\n")
     if given & lengths:
         saved |= {name: None for name in lengths & saved.keys() - given}
     return checkpoint, replace(config, **saved | changes | {"run": config.run, "resume": True})
@@ -842,9 +847,9 @@ def first_process_first():
         all_gather()
 
 
-def evaluate_once(evaluate, model):
-    """evaluate() in the first process, which tells the others. A model in shards needs all processes."""
-    return all_gather(evaluate() if RANK == 0 or is_sharded(model) else None)[0]
+def evaluate_once(get_scores, model):
+    """get_scores() in the first process, which tells the others. A model in shards needs all processes."""
+    return all_gather(get_scores() if RANK == 0 or is_sharded(model) else None)[0]
 
 
 def own_rows(rows):
@@ -896,7 +901,7 @@ SEARCH_SPACE = {
 }
 
 
-def draw(config, given, rng):
+def draw_options(config, given, rng):
     """One random configuration, as a dict of options. What the command line says is not drawn."""
     drawn = {name: rng.choice(space) if isinstance(space, list) else
              float(f"{space[0] * (space[1] / space[0]) ** rng.random():.2g}")
@@ -914,8 +919,8 @@ NOT_OF_A_TRIAL = {"run", "resume", "sample", "log_every", "eval_every", "device"
 
 
 def finished_trial(config):
-    """The result of a trial that is complete, else None, and then its folder is emptied. UserError for the
-    result of other options."""
+    """The result of a finished trial. If the trial is not finished, its folder is deleted, and the result is
+    None. UserError if the result is of other options."""
     folder = Path(config.run)
     result = read_json(folder / "result.json", {})
     if not result:
@@ -929,10 +934,10 @@ def finished_trial(config):
     return result
 
 
-def run_trial(config, corpora):
+def run_trial(config, corpus):
     """One training of a search; -> its result, with val_ppl None if it diverged. Its weights are not kept."""
     try:
-        result = pretrain(config, corpora)
+        result = pretrain(config, corpus)
     except NotFinite:
         result = {"params": None, "steps": 0, "seconds": 0.0, "val_ppl": None, "options": asdict(config)}
         save_json(Path(config.run, "result.json"), result)
@@ -941,14 +946,14 @@ def run_trial(config, corpora):
     return result
 
 
-def search(config, given, corpora):
+def search(config, given, corpus):
     """Successive halving (Jamieson & Talwalkar 2016), by thirds: all configurations train for a short time
     each, the best third again for three times as long, and so on. Every rung has an equal share of --minutes.
     Trial 0 has the defaults. Each training has its own schedule, because a half-finished one says little.
     Only the validation split is read. A trial is a folder, and its result.json is the record, so that the
     same command continues a search that was stopped. trials.csv has a row for each training."""
     rng, rows = random.Random(config.seed), []
-    drawn = [draw(config, given, rng) for _ in range(config.search)]
+    drawn = [draw_options(config, given, rng) for _ in range(config.search)]
     trials = [{name: getattr(config, name) for name in drawn[0]}, *drawn]
     alive, sizes = range(len(trials)), [len(trials)]
     while sizes[-1] > 1:
@@ -958,7 +963,7 @@ def search(config, given, corpora):
         for i in alive:
             trial = replace(config, **trials[i], minutes=minutes, sample=False,
                             run=f"{config.run}/trial-{i}-rung-{rung}")
-            result = finished_trial(trial) or run_trial(trial, corpora)
+            result = finished_trial(trial) or run_trial(trial, corpus)
             scores[i] = math.inf if result["val_ppl"] is None else result["val_ppl"]
             figures = {name: result[name] for name in ("params", "steps", "seconds", "val_ppl")}
             rows.append({"trial": i, "rung": rung, "minutes": minutes, **trials[i], **figures})
@@ -1074,18 +1079,17 @@ def main(argv=None):
     with first_process_first():
         corpus = data.load(config.data, tokenizer, splits)
         check_text(corpus)
-        corpora = {"valid": corpus}
+        also = []
         for name in config.also:
             split = data.unseen_split(name, [data.resolved(config.data)])
-            also = data.load(name, corpus.tokenizer, (split,))
-            also.ids["valid"] = also.ids.pop(split)
-            check_text(also)
-            corpora[name if name != "valid" else "./valid"] = also
+            other = data.load(name, corpus.tokenizer, (split,))
+            check_text(other)
+            also.append(("./valid" if name == "valid" else name, other.ids[split]))
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
     warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:
-        return search(config, given, corpora)
-    result = pretrain(config, corpora, checkpoint)
+        return search(config, given, corpus)
+    result = pretrain(config, corpus, also, checkpoint)
     if RANK == 0:
         cut = f" (of its first {AT_THE_END:,} tokens)" if result["test_tokens"] == AT_THE_END else ""
         figures = (f", test {result['test_ppl']:.2f}{cut}" if result["test_ppl"] else

@@ -8,7 +8,9 @@ The decoder. A layer has two halves, and each adds to x_t in R^D at positions t 
     x <- x + SwiGLU(RMSNorm(x))
 
 RMSNorm (Zhang & Sennrich 2019):    x / sqrt(mean(x^2) + eps) * weight, in float32
-Attention, for one head of size d:  softmax over s <= t of (q_t . k_s / sqrt(d)), applied to v_s
+Attention, for one head of size d:  sum over s <= t of softmax_s(q_t . k_s / sqrt(d)) v_s. The query of
+                                    position t is compared with the keys of all positions up to t, and the
+                                    values are added, weighted by how well their keys match
     q, k, v = W x + b               grouped-query attention (Ainslie et al. 2023): n_kv_head heads of
                                     keys and values; n_head / n_kv_head heads of queries share each of them
 RoPE (Su et al. 2021):              q and k at position t are turned by the angle t * theta^(-2j/d) in the
@@ -105,8 +107,8 @@ def attention(q, k, v):
 
 
 def fast_attention(q, k, v):
-    """The same as attention, by torch's fused kernels where they are faster. They are not when a CPU trains
-    on short texts: their bf16 backward takes 12.7 ms and attention's 4.0 (16 rows of 128 tokens, 4 heads of
+    """The same as attention, by torch's fused kernels. When a CPU trains on short texts, `attention` itself
+    is faster: its backward in bfloat16 takes 4.0 ms, and theirs 12.7 (16 rows of 128 tokens, 4 heads of
     32)."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if T == 1:                              # the queries of a group become rows of one head: no k is repeated
@@ -202,7 +204,7 @@ class Transformer(nn.Module):
     """The language model. Three members, as every model here has: forward, init_state and logits. Parameters
     have the names of Qwen2's checkpoint, without its leading `model.`."""
     recurrent = False
-    product_dtype = torch.float32                               # of its products; sample.autocast reads it
+    product_dtype = torch.float32                               # dtype of products, for sample.autocast
     checkpointing = False      # keep only the input of each layer, and compute the rest again in backward
 
     def __init__(self, config):
@@ -220,10 +222,10 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Matrices are Normal(0, 1/sqrt(inputs)); those that write into the residual stream are smaller by
-        sqrt(2 n_layer), as in GPT-2. Embeddings are Normal(0, 0.1), and biases 0. With GPT-2's 0.02
-        everywhere, queries and keys are so small in a small model that it never learns to look a name up
-        (`finance` after 300 steps: 3.0 nats at the repeated name, and 0.1 with these values)."""
+        """Matrices are Normal(0, 1/sqrt(inputs)); those whose output is added to x are smaller by sqrt(2
+        n_layer), as in GPT-2. Embeddings are Normal(0, 0.1), and biases 0. With GPT-2's 0.02 everywhere,
+        queries and keys are so small in a small model that it never learns to look a name up (`finance` after
+        300 steps: 3.0 nats at the repeated name, and 0.1 with these values)."""
         for name, p in self.named_parameters():
             if name == "embed_tokens.weight":
                 nn.init.normal_(p, 0.0, 0.1)
@@ -239,8 +241,9 @@ class Transformer(nn.Module):
         return KVCache(self.config, batch_size, max_len, self.embed_tokens.weight)
 
     def forward(self, tokens, state=None, targets=None, reduction="mean"):
-        """tokens [B, T] -> (hidden [B, T, D] after the final norm, the state with the tokens appended, or
-        None if it was None); with targets [B, T], (loss in nats per token, state): see softmax_loss."""
+        """tokens [B, T] -> (hidden [B, T, D] after the final norm, state). If a state was passed, it now
+        holds these tokens, too; else it is None. With targets [B, T]: -> (loss in nats per token, state), see
+        softmax_loss."""
         start, T, c = state.length if state is not None else 0, tokens.shape[1], self.config
         limit = c.block_size if state is None else state.max_len
         if start + T > limit:
@@ -342,7 +345,7 @@ class Scorer(nn.Module):
     """DistilBERT with a classification head, and the tokenizer that it reads with (qwen_load.WordPiece).
     Parameters have the hub's names without the leading `distilbert.`."""
     recurrent = False
-    product_dtype = torch.float32                               # of its products; sample.autocast reads it
+    product_dtype = torch.float32                               # dtype of products, for sample.autocast
 
     def __init__(self, config, tokenizer):
         super().__init__()

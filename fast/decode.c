@@ -1,4 +1,4 @@
-/* A matrix of bfloat16 times one vector, at the speed of memory: transformer.py, DecodeLinear. */
+/* A matrix of bfloat16 times one vector, at the speed of memory: decode.py, DecodeLinear. */
 #include "numbers.h"
 
 #define LANES 64            /* sums side by side: independent of each other, so that they become vectors */

@@ -1,4 +1,4 @@
-/* What stands between the matrix products of a decoder layer, and its derivatives: transformer.py,
+/* What stands between the matrix products of a decoder layer, and its derivatives: layer.py,
    LayerFunction. Each is one pass over the rows. */
 #include "numbers.h"
 

@@ -872,7 +872,7 @@ def test_a_script_runs_without_a_standard_error():
     script = f"{sys.executable} {ROOT / 'sample.py'} --run nowhere 2>&-; echo $?"
     out = subprocess.run(script, shell=True, capture_output=True, text=True)
     assert out.stdout.strip() == "2"
-    script = f"{sys.executable} -c 'import sys; sys.path.insert(0, \"{ROOT}\"); import data; data.run_main(lambda: data.live(\"x\", chr(10)))' 2>&-"
+    script = f"{sys.executable} -c 'import sys; sys.path.insert(0, \"{ROOT}\"); import data; data.run_main(lambda: data.show(\"x\", chr(10)))' 2>&-"
     assert subprocess.run(script, shell=True).returncode == 0
 
 

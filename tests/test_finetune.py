@@ -18,9 +18,9 @@ import eval as evaluation
 import finetune
 import sample
 import train
-from data import UserError
+from data import UserError, first_share
 from fast.layer import speed_up
-from finetune import first_share, held_out, measure
+from finetune import held_out, measure
 from qwen_load import hub_name, load_weights
 from tests.test_qwen_load import library_model, write_tokenizer
 from tests.test_train import stops_and_resumes, survives_kills, torchrun

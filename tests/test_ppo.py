@@ -186,12 +186,12 @@ def test_what_is_no_scorer_is_refused_in_a_line(tmp_path):
 def test_the_words_of_a_scorer_may_be_in_tokenizer_json(tmp_path, lower):
     library_scorer(tmp_path)
     tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"), do_lower_case=lower)
-    before = load_scorer(tmp_path)
     (tmp_path / "vocab.txt").unlink()
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").unlink(missing_ok=True)
     scorer = load_scorer(tmp_path)
-    assert scorer.tokenizer.vocab == before.tokenizer.vocab and scorer.tokenizer.lower == lower
+    ids = {piece: i for piece, i in scorer.tokenizer.ids.items() if not piece.startswith("[unused")}
+    assert ids == tokenizer.get_vocab() and scorer.tokenizer.lower == lower
     for text in ("Good FILM, caf\u00e9!", "a bad film"):
         assert scorer.tokenizer.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -306,7 +306,7 @@ def test_the_options_of_a_wordpiece_tokenizer_are_honoured_and_written(tmp_path,
 def test_options_of_wordpiece_that_are_not_implemented_are_refused(tmp_path, options):
     library_scorer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
-    with pytest.raises(UserError, match="tokenizer_config.json: .* not implemented"):
+    with pytest.raises(UserError, match="strip_accents.* are not implemented"):
         load_scorer(tmp_path)
 
 
@@ -349,7 +349,7 @@ def policies():
 
 def settings(folder, **changes):
     base = dict(run=str(folder), lr=1e-3, batch_size=16, minibatch=4, update_epochs=2, steps=4, response_tokens=6, kl_coef=0.1,
-                max_update_kl=1e9, warmup_steps=1, eval_every=2, held_out=8, sample=False)
+                max_update_kl=1e9, warmup_steps=1, eval_every=2, held_out=8, sample=False, data="reviews")
     return ppo.Config(**base | changes)
 
 

@@ -984,9 +984,9 @@ def test_a_search_draws_heads_that_fit_the_width():
     config = train.Config(model="transformer", data="small.txt", tokenizer="char", search=3)
     train.resolve_defaults(config)
     rng = random.Random(0)
-    for drawn in (train.draw(config, set(), rng) for _ in range(40)):
+    for drawn in (train.draw_options(config, set(), rng) for _ in range(40)):
         assert drawn["n_embd"] % (2 * drawn["n_head"]) == 0 and drawn["n_head"] in (4, 6)
-    assert train.draw(config, {"n_head"}, rng)["n_head"] == 6
+    assert train.draw_options(config, {"n_head"}, rng)["n_head"] == 6
 
 
 def test_a_folder_that_was_renamed_is_resumed_where_it_is():
