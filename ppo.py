@@ -215,7 +215,7 @@ class Task:
     tokenizer: object
     scorer: object              # score(texts) -> float32 [N]
     prompts: dict               # {"train", "valid", "test": lists of lists of ids}
-    text: object = None         # batches of real text, for --sft-every
+    sft_batches: object = None  # batches of real text, for --sft-every
     checksum: str = ""          # of the weights of the reference and the scorer
 
     @property

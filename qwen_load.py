@@ -199,7 +199,7 @@ def repo_folder(name, read=None):
     if not is_repository:
         raise UserError(f"{name} is neither a folder nor the name of a repository, as Qwen/Qwen2-0.5B is")
     folder, cached = data_dir() / "hub" / name, cached_snapshot(name)
-    if (folder / ".complete").exists():                            # everything is there: no network is needed
+    if (folder / ".complete").exists():                            # complete: no network is needed
         return folder
     if cached and is_complete(cached):
         return cached
@@ -369,8 +369,8 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", *OTHER_FILES)
 
 
 def byte_letters():
-    """{letter: byte}: how vocab.json writes bytes. A printable character stands for its own byte; the letters
-    from U+0100 on stand for the others (GPT-2's convention)."""
+    """{letter: byte}: how vocab.json writes bytes. A printable character means its own byte, and the letters
+    from U+0100 on mean the others (GPT-2's convention)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
@@ -379,7 +379,7 @@ def byte_letters():
 class Qwen2Tokenizer:
     """Qwen2's byte-pair encoding through tiktoken, in Unicode's NFC form. files: {name: text} of the
     TOKENIZER_FILES of a hub folder; a checkpoint and an export keep them as they are. vocab_size: of the
-    model, which may have ids that stand for nothing. UserError for a tokenizer of another kind."""
+    model, which may have ids without a token. UserError for a tokenizer of another kind."""
     kind = "qwen2"
 
     def __init__(self, files, vocab_size):
@@ -420,7 +420,7 @@ class Qwen2Tokenizer:
             self.files = files | {"generation_config.json": json.dumps(generation)}
         stops = generation["eos_token_id"]
         self.stops = sorted({stops} if isinstance(stops, int) else set(stops))
-        self.suppressed = [i for i in range(vocab_size) if i not in self.known]     # they stand for nothing
+        self.suppressed = [i for i in range(vocab_size) if i not in self.known]     # ids without a token
         self.chat_template = config.get("chat_template")
         if isinstance(self.chat_template, list):                # several, by name
             self.chat_template = {t["name"]: t["template"] for t in self.chat_template}.get("default")

@@ -11,8 +11,8 @@ prod_i p(w_i | w_1..w_{i-1}). The loss is L = -1/n sum_i log p(w_i | ...). Its u
 logarithm is the natural one. Perplexity is e^L: a model with perplexity 12 is as uncertain as a choice among
 12 equally likely tokens.
 
-A training in its shortest form. (`train` is this loop with its log, its checkpoints and several processes,
-which do nothing if there is one.)
+This is a training in its shortest form. `train` has the same loop with a log and checkpoints, and with calls
+for several processes, which do nothing if there is only one:
 
     for step in range(steps):
         x, y = batches.batch(step)                           # [B, T] each; y is x one token later
@@ -509,9 +509,11 @@ class Run(Progress):
     the k-th step. `with run:` turns Ctrl-C, or a polite kill, into stop_requested. batches: None in PPO."""
 
     def __init__(self, config, batches=None, checkpoint=None):
-        of_base = trained_on(config.base) if getattr(config, "base", None) else []
-        super().__init__(train_tokens=batches.train_tokens if batches else 0,
-                         trained_on=[*of_base, data.resolved(config.data)])
+        super().__init__(train_tokens=batches.train_tokens if batches else 0)
+        if getattr(config, "base", None):
+            self.trained_on += trained_on(config.base)
+        if config.data:
+            self.trained_on.append(data.resolved(config.data))
         self.config, self.batches, self.folder = config, batches, Path(config.run)
         self.stop_requested = False
         self.log_is_written = True                              # log.csv holds all rows

@@ -155,7 +155,7 @@ def edit_config(folder, **changes):
 
 
 @pytest.mark.parametrize("labels, message", [
-    ({"0": "POSITIVE"}, "tells 1 labels apart"), ({"0": "NEGATIVE", "1": "NEUTRAL", "2": "POSITIVE"}, "tells 3 labels apart"),
+    ({"0": "POSITIVE"}, "is a classifier with 1 labels"), ({"0": "NEGATIVE", "1": "NEUTRAL", "2": "POSITIVE"}, "is a classifier with 3 labels"),
     ({"0": "LABEL_0", "1": "LABEL_1"}, "which of the labels LABEL_0, LABEL_1"), ({"0": "POS", "1": "positive"}, "which of the labels")])
 def test_a_scorer_must_have_a_negative_and_a_positive_label(tmp_path, labels, message):
     library_scorer(tmp_path)
@@ -190,8 +190,7 @@ def test_the_words_of_a_scorer_may_be_in_tokenizer_json(tmp_path, lower):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").unlink(missing_ok=True)
     scorer = load_scorer(tmp_path)
-    ids = {piece: i for piece, i in scorer.tokenizer.ids.items() if not piece.startswith("[unused")}
-    assert ids == tokenizer.get_vocab() and scorer.tokenizer.lower == lower
+    assert all(scorer.tokenizer.ids[piece] == i for piece, i in tokenizer.get_vocab().items()) and scorer.tokenizer.lower == lower
     for text in ("Good FILM, caf\u00e9!", "a bad film"):
         assert scorer.tokenizer.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -349,7 +348,7 @@ def policies():
 
 def settings(folder, **changes):
     base = dict(run=str(folder), lr=1e-3, batch_size=16, minibatch=4, update_epochs=2, steps=4, response_tokens=6, kl_coef=0.1,
-                max_update_kl=1e9, warmup_steps=1, eval_every=2, held_out=8, sample=False, data="reviews")
+                max_update_kl=1e9, warmup_steps=1, eval_every=2, held_out=8, sample=False)
     return ppo.Config(**base | changes)
 
 

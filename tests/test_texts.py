@@ -213,8 +213,8 @@ def test_what_a_run_was_trained_on_is_never_its_own_test(capsys):
     log = evaluation.read_log(Path("o/log.csv"))
     assert log[-1]["ppl_mine"] == pytest.approx(log[-1]["val_ppl"])
     got, markdown = report("--runs", "o", "--domains", "mine", "other.txt")
-    assert got["domains"]["mine"]["sentences"] == lines["test"] and "The test split was read, because a run was trained on this text" in markdown
-    assert len(got["domains"]["other.txt"]["sentences"]) == 60 and "The complete text was read." in markdown
+    assert got["domains"]["mine"]["sentences"] == lines["test"] and "the first 30 sentences of the test split, because a run was trained on this text" in markdown
+    assert len(got["domains"]["other.txt"]["sentences"]) == 60 and "the first 60 sentences of the complete text." in markdown
     # a run that was not trained on it is measured on the same sentences, and the base's text counts for what is made of it
     options = ["--steps", "3", "--batch-size", "4", "--block-size", "12", "--no-sample", "--prompts", "ba", "--held-out", "5", "--dtype", "float32"]
     finetune.main(["--base", "o", "--data", "other.txt", "--run", "ft", *options])
