@@ -836,7 +836,10 @@ def main(argv=None):
         return token_table(open_run(config.run, device, product_dtype), config.text)
     out = Path(config.out)
     if config.redraw:
-        draw_report(read_json(out / "report.json"), out)
+        try:
+            draw_report(read_json(out / "report.json"), out)
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{out}/report.json is of another version of eval.py: make the report again") from e
         return print(f"written to {out}/report.md")
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")

@@ -321,15 +321,16 @@ def resolve_defaults(config, model, tokenizer):
             raise UserError(f"the prompt {prompt!r} is longer than the base's context of "
                             f"{context_length(model)} tokens; give shorter --prompts")
     if config.retain is None:
-        config.retain = "wikitext2" if qwen2 else run_options(config.base)[1].get("data", "")
+        config.retain, reason = "wikitext2" if qwen2 else run_options(config.base)[1].get("data", ""), None
         try:
-            if config.retain != config.data:
-                return retained_ids(config.retain, tokenizer, config.base)
-            reason = "the base was trained on the same text; name another with --retain"
+            retained_ids(config.retain, tokenizer, config.base)
         except UserError as e:
             reason = e
-        data.show(f"no other text is measured: {reason}", "\n")
-        config.retain = ""
+        if config.retain == config.data:
+            reason = "the base was trained on the same text; name another with --retain"
+        if reason:
+            data.show(f"no other text is measured: {reason}", "\n")
+            config.retain = ""
 
 
 def open_as(name, device, product_dtype):

@@ -298,6 +298,11 @@ def test_a_report_is_drawn_again_from_its_numbers_alone(runs, few_documents):
     assert {path.name: path.read_bytes() for path in Path("r").iterdir()} == files
     with pytest.raises(UserError, match="nowhere/report.json is not there"):
         evaluation.main(["--redraw", "--out", "nowhere"])
+    older = json.loads(Path("r/report.json").read_text())
+    del older["notes"]
+    Path("r/report.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match="r/report.json is of another version of eval.py: make the report again"):
+        evaluation.main(["--redraw", "--out", "r"])
 
 
 def test_vocabularies_of_one_size_are_told_apart(few_documents):

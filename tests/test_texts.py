@@ -250,6 +250,9 @@ def test_a_corpus_that_has_a_namesake_says_which_one_is_read(capsys):
     train.main(small("lstm", "--data", "./stories", "--run", "b"))
     out = capsys.readouterr().out
     assert "is read as the corpus" not in out and sample.load_run("b")[1].vocab_size == 6
+    Path("climate").write_text("my own words only\n" * 50)
+    assert len(evaluation.read_domain("climate")) == 500 and len(evaluation.read_domain("./climate")) == 50
+    assert "climate is read as the corpus of this name; for the file climate, type ./climate" in capsys.readouterr().out
     assert data.labelled("reviews", "test") and data.has_test_split("finance") and not data.has_test_split("./stories")
 
 
