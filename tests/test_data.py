@@ -369,7 +369,7 @@ def test_files_of_a_folder_called_as_splits_are_its_splits(tmp_path, capfd):
     folder = write_folder(tmp_path / "two", train=text["train"])
     assert joined(folder, "train", "valid") == text["train"] and joined(folder, "valid") == "train says so\n" * 3
     assert list(data.load(str(folder)).ids) == ["train", "valid"]                   # no test split: as Shakespeare
-    with pytest.raises(UserError, match="has test.txt but no training text: call it train.txt"):
+    with pytest.raises(UserError, match="has test.txt but no training text. Call the training text train.txt"):
         data.load(str(write_folder(tmp_path / "three", test="a\n", other="b\n")))
 
 

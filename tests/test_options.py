@@ -37,7 +37,7 @@ def test_defaults_types_and_what_was_typed():
 def test_what_is_not_allowed_is_said_in_one_line(words, message):
     with pytest.raises(UserError) as e:
         data.parse_args(Config, words.split())
-    assert message in str(e.value) and "--help lists what there is" in str(e.value) and "\n" not in str(e.value)
+    assert message in str(e.value) and "--help lists the options" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_help_has_groups_defaults_and_the_example(capsys):
