@@ -501,7 +501,8 @@ def measure_runs(runs, domains, prompt, n_sentences):
         split = domain_split(name, trained_texts)
         what = "the complete text" if split == "all" else f"the {split} split"
         reason = ", because a run was trained on this text" if data.resolved(name) in trained_texts else ""
-        read = f"These are the first {len(texts)} sentences of {what}{reason}."
+        kind = "documents" if name in data.DOMAINS else "sentences"
+        read = f"These are the first {len(texts)} {kind} of {what}{reason}."
         floor = data.embedded_floor(name, "test", n_sentences) if name in data.DOMAINS else None
         report["domains"][name] = {"sentences": texts, "read": read, "floor": floor, "runs": by_run}
     report["frequencies"] = frequencies(runs, domains, scores, report["notes"])
