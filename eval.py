@@ -840,7 +840,8 @@ def main(argv=None):
         try:
             draw_report(read_json(out / "report.json"), out)
         except (KeyError, TypeError) as e:
-            raise UserError(f"{out}/report.json is of another version of eval.py: make the report again") from e
+            raise UserError(f"{out}/report.json is of another version of eval.py: make the report "
+                            "again") from e
         return print(f"written to {out}/report.md")
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
