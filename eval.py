@@ -804,13 +804,25 @@ def default_domains(runs):
 
 def run_folders(names):
     """The folders of runs with these names, of all runs if there are none. A pattern that the shell has not
-    expanded is expanded, and a report among several folders is passed over."""
+    expanded is expanded. Among several folders, as `runs/*` gives them, one without a language model (a
+    report, a scorer, a search) is passed over."""
     if not names:
         return sorted({path.parent for path in Path("runs").glob("*/*.pt") if path.stem in ("best", "last")})
     folders = []
     for name in names:
         folders += map(Path, [name] if Path(name).exists() else sorted(glob.glob(name)) or [name])
-    return [folder for folder in folders if len(folders) == 1 or not (folder / "report.json").exists()]
+    chosen = [folder for folder in folders if len(folders) == 1 or may_hold_language_model(folder)]
+    for folder in folders:
+        if folder not in chosen:
+            print(f"passed over: {folder} holds no language model", file=sys.stderr)
+    return chosen
+
+
+def may_hold_language_model(folder):
+    """Whether a name is a run, a checkpoint, a hub name or a folder of a hub's model other than a scorer."""
+    if not folder.is_dir() or (folder / "best.pt").exists() or (folder / "last.pt").exists():
+        return True
+    return read_json(folder / "config.json", {}).get("model_type") not in (None, "distilbert")
 
 
 def opened(names, chosen, opener, *args):

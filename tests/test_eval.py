@@ -371,9 +371,13 @@ def test_a_log_that_was_changed_is_left_out_with_a_line(runs, few_documents, cap
 def test_a_report_among_runs_is_passed_over_and_a_pattern_is_expanded(runs, few_documents, capsys):
     evaluation.main(["--runs", "runs/rnn", "--domains", "climate", "--sentences", "5"])
     assert Path("runs/report/report.json").exists()
+    for name, file, content in (("scorer", "config.json", '{"model_type": "distilbert"}'), ("search", "trials.csv", "trial,rung\n")):
+        Path("runs", name).mkdir()
+        Path("runs", name, file).write_text(content)
     for names in (sorted(map(str, Path("runs").glob("*"))), ["runs/*"], ["runs/l*", "runs/rnn"]):
         evaluation.main(["--runs", *names, "--domains", "climate", "--sentences", "5", "--out", "r"])
         summary = {row["run"] for row in json.loads(Path("r/report.json").read_text())["summary"]}
+        assert ("passed over: runs/scorer holds no language model" in capsys.readouterr().err) == (len(names) != 2)
         assert summary == {"lstm", "lstm-2", "rnn"} | ({"own-rnn", "transformer"} if len(names) != 2 else set()) | (summary & {"own-bpe"})
     with pytest.raises(UserError, match="runs/x\\*"):
         evaluation.main(["--runs", "runs/x*", "--out", "r"])
