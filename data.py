@@ -927,8 +927,9 @@ def build_char_tokenizer(name):
 
 
 def build_word_tokenizer(name, max_words=20_000):
-    """The vocabulary of the training split of a corpus. A tokenized corpus keeps all its words. Elsewhere the
-    max_words most frequent words that occur at least twice are kept, and the others become <unk>."""
+    """The vocabulary of the training split of a corpus, in the order of frequency. A tokenized corpus keeps
+    all its words. Elsewhere the max_words most frequent words that occur at least twice are kept, and the
+    others become <unk>, whose frequency is theirs."""
     if name in DOMAINS:
         return WordTokenizer(embedded_vocabulary())
     counts, n_chunks, n_changed = Counter(), 0, 0
@@ -946,8 +947,9 @@ def build_word_tokenizer(name, max_words=20_000):
         print(f"{n_changed / n_chunks:.0%} of the words of {name} are not read as they are written "
               "(capitals become small, numbers N): --tokenizer char or gpt2 keeps all", flush=True)
     if name not in TOKENIZED:
+        n_words = counts.total()
         counts = Counter({word: n for word, n in counts.most_common(max_words) if n > 1})
-        counts["<unk>"] += 1
+        counts["<unk>"] += max(1, n_words - counts.total())
     words = [word for word, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
     return WordTokenizer(["<eos>", *words], holds_separator(name))
 

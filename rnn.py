@@ -26,6 +26,16 @@ The language model `RNNLM` predicts the next token. The shapes on the way, for B
 The loss of a token is -log p, the negative log-likelihood (nll), with p = softmax(logits)[token]; its
 gradient with respect to the logits is softmax(logits) - onehot(token).
 
+Where there are many words, nearly all the time goes into their logits, although most of a text consists of
+few of them. An adaptive softmax (Goodman 2001; Grave et al. 2017) makes use of this. Words are numbered by
+frequency. A softmax over the first `cutoff` words has one more symbol, "a rarer word", with a vector of its
+own, and a second softmax over the other words is needed only where the target is rarer:
+
+    p(w) = p_frequent(w) for w < cutoff             p(w) = p_frequent(rarer) p_rare(w) for w >= cutoff
+
+With z the scores of all words and of the symbol, the logits are z_w for w < cutoff and z_rarer + log
+p_rare(w) beyond. Their softmax is this p, so whatever reads logits need not know of a cutoff.
+
 Word-level corpora need regularisation (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf 2017): words
 are dropped from the embedding, one dropout mask serves all time steps, and embedding and softmax share their
 weights (they are `tied`; the last layer is then as wide as the embedding, H = D).
@@ -36,6 +46,7 @@ Where to find what:
     dx, dW_ih, dW_hh, db                RNNFunction.backward, after the loop
     the loss that is trained            softmax_loss, softmax_gradient, LinearCrossEntropy
     each token's loss (PPO, evaluation) TokenLoss; without a gradient token_nll
+    p of an adaptive softmax            add_cutoff, softmax_levels; its logits: logits_of
     dropout of words, units, elements   embedded_dropout, locked_dropout, dropout
 
 Vectors are columns in these equations and rows in the code, so that W x is written x W^T. Three functions of
@@ -255,20 +266,74 @@ def token_nll(hidden, weight, bias, targets):
     return nll.masked_fill_(targets < 0, 0.0)
 
 
+def add_cutoff(head, cutoff):
+    """Make the softmax of head, an nn.Linear(D, V), an adaptive one. With a cutoff of 0, or of at least V, it
+    stays an ordinary one."""
+    if 0 < cutoff < head.out_features:
+        head.cutoff, has_bias = cutoff, head.bias is not None
+        head.rarer = nn.utils.skip_init(nn.Linear, head.in_features, 1, has_bias)   # the symbol "a rarer word"
+        for p in head.rarer.parameters():
+            nn.init.zeros_(p)
+
+
+def is_adaptive(head):
+    return hasattr(head, "cutoff")
+
+
+def logits_of(hidden, head):
+    """hidden [..., D] -> logits [..., V] of a head with or without a cutoff."""
+    z = head(hidden)
+    if not is_adaptive(head):
+        return z
+    dtype = torch.promote_types(z.dtype, torch.float32)         # as in the loss
+    frequent, rare = z[..., :head.cutoff], z[..., head.cutoff:]
+    rare = head.rarer(hidden).to(dtype) + torch.log_softmax(rare, -1, dtype=dtype)
+    return torch.cat((frequent.to(dtype), rare), -1)
+
+
+def softmax_levels(hidden, head, targets):
+    """The softmaxes that predict the targets: a list of (rows, hidden, weight, bias, targets), one for all
+    rows and, with a cutoff, one for the rows with a rarer target. hidden [N, D], targets [N]."""
+    all_rows = slice(None)
+    if not is_adaptive(head):
+        return [(all_rows, hidden, head.weight, head.bias, targets)]
+    cutoff = head.cutoff
+
+    def split(of_words, of_symbol):
+        # split and not two slices, because each slice has a gradient of the size of the whole
+        frequent, rare = of_words.split([cutoff, len(of_words) - cutoff])
+        return torch.cat((frequent, of_symbol)), rare
+    weight, rare_weight = split(head.weight, head.rarer.weight)
+    bias, rare_bias = (None, None) if head.bias is None else split(head.bias, head.rarer.bias)
+    rows = (targets >= cutoff).nonzero()[:, 0]
+    return [(all_rows, hidden, weight, bias, targets.clamp(max=cutoff)),
+            (rows, hidden.index_select(0, rows), rare_weight, rare_bias, targets[rows] - cutoff)]
+
+
 def softmax_loss(hidden, head, targets, reduction="mean", suppressed=None):
-    """The loss of predicting the targets by softmax(head(hidden)), in nats per token. hidden [..., D], head
-    an nn.Linear(D, V), targets [...]; a target of -1 does not count. reduction "mean": the mean over the
-    targets. "none": the loss of each, in the shape of targets, 0 where one is -1; under torch.no_grad() this
-    takes less memory. suppressed: ids that have probability 0 (only for "none", in ppo.py)."""
+    """The loss of predicting the targets by softmax(logits_of(hidden, head)), in nats per token. hidden [...,
+    D], head an nn.Linear(D, V), targets [...]; a target of -1 does not count. reduction "mean": the mean over
+    the targets. "none": the loss of each, in the shape of targets, 0 where one is -1; under torch.no_grad()
+    this takes less memory. suppressed: ids that have probability 0 (only for "none", in ppo.py)."""
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
+    with_gradient = reduction == "none" and torch.is_grad_enabled() or suppressed is not None
+    if with_gradient and is_adaptive(head):         # the logits, because suppressed words may be rare ones, too
+        logits = logits_of(flat, head)
+        if suppressed is not None:
+            logits = logits.index_fill(1, suppressed, -math.inf)
+        return F.cross_entropy(logits, y, ignore_index=-1, reduction="none").view(targets.shape)
     with torch.autocast(hidden.device.type, enabled=False):
+        if with_gradient:
+            suppressed = y[:0] if suppressed is None else suppressed
+            nll = TokenLoss.apply(flat, head.weight, head.bias, y.clamp(min=0), suppressed)
+            return (nll * (y >= 0)).view(targets.shape)
+        levels = softmax_levels(flat, head, y)
         if reduction == "mean":
-            return LinearCrossEntropy.apply(flat, head.weight, head.bias, y) / (y >= 0).sum()
-        if not torch.is_grad_enabled() and suppressed is None:
-            return token_nll(flat, head.weight, head.bias, y).view(targets.shape)
-        suppressed = y[:0] if suppressed is None else suppressed
-        nll = TokenLoss.apply(flat, head.weight, head.bias, y.clamp(min=0), suppressed)
-        return (nll * (y >= 0)).view(targets.shape)
+            return sum(LinearCrossEntropy.apply(*level) for _, *level in levels) / (y >= 0).sum()
+        nll = torch.zeros(len(y), device=hidden.device)
+        for rows, *level in levels:
+            nll[rows] += token_nll(*level)
+        return nll.view(targets.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- dropout
@@ -316,6 +381,7 @@ class RNNConfig:
     dropout_input: float = 0.0      # after the embedding, likewise
     dropout_embed: float = 0.0      # words of the vocabulary, wherever they occur in the batch
     tied: bool = True               # embedding and softmax share one matrix
+    cutoff: int = 0                 # the first so many words are the frequent ones; 0: an ordinary softmax
 
 
 class RNNLM(nn.Module):
@@ -339,6 +405,7 @@ class RNNLM(nn.Module):
         if not c.tied:
             nn.init.uniform_(self.lm_head.weight, -0.1, 0.1)
         nn.init.zeros_(self.lm_head.bias)
+        add_cutoff(self.lm_head, c.cutoff)
 
     def init_state(self, batch_size, max_len=None):
         """The state before the first token: zeros. A recurrent state has one size, whatever max_len."""
@@ -360,4 +427,4 @@ class RNNLM(nn.Module):
 
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., V]."""
-        return self.lm_head(hidden)
+        return logits_of(hidden, self.lm_head)

@@ -50,7 +50,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rnn import compute_dtype, dropout, softmax_loss
+from rnn import add_cutoff, compute_dtype, dropout, logits_of, softmax_loss
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -70,6 +70,7 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tied: bool = True
+    cutoff: int = 0                 # of the softmax over the vocabulary: see rnn.py
     dropout: float = 0.0            # on the embedding and on the output of each half of a layer
 
 
@@ -220,6 +221,7 @@ class Transformer(nn.Module):
         if c.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.init_weights()
+        add_cutoff(self.lm_head, c.cutoff)
 
     def init_weights(self):
         """Matrices are Normal(0, 1/sqrt(inputs)); those whose output is added to x are smaller by sqrt(2
@@ -266,7 +268,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., V]."""
-        return self.lm_head(hidden)
+        return logits_of(hidden, self.lm_head)
 
 
 # The evening's reading of this file ends here.

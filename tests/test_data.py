@@ -264,6 +264,20 @@ def test_gpt2_without_its_files_says_what_to_do(data_folder, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------ corpora
 
+def test_unknown_words_are_numbered_by_how_often_they_stand(tmp_path):
+    """<unk> takes the place of all words that occur once: 30 of them are rarer than "the" and more frequent than "of"."""
+    file = tmp_path / "mine.txt"
+    once = " ".join(f"{a}{b}" for a in "qwzxk" for b in "qwzxkm")
+    file.write_text(("the " * 50 + "of " * 20 + "a a\n" + once + "\n") + "the\n" * 400)
+    tokenizer = data.build_word_tokenizer(str(file))
+    ids = np.asarray(data.load(str(file), tokenizer, ("train",)).ids["train"])
+    counts = np.bincount(ids, minlength=tokenizer.vocab_size)
+    assert tokenizer.words == ["<eos>", "the", "<unk>", "of", "a"] and counts[tokenizer.unk] == 30
+    written = tmp_path / "written.txt"                          # and those that are written <unk> are counted with them
+    written.write_text("the the <unk> <unk> <unk> once\n" * 3 + "twice twice only\n" + "the the the\n" * 60)
+    assert data.build_word_tokenizer(str(written)).words[:3] == ["<eos>", "the", "<unk>"]
+
+
 def write_ptb(folder, train="the fund rises <unk> N\n" * 40):
     (folder / "ptb").mkdir()
     for split, text in (("train", train), ("valid", " the fund <unk> \n"), ("test", " fund the\n rises\n")):
