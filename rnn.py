@@ -316,17 +316,15 @@ def softmax_loss(hidden, head, targets, reduction="mean", suppressed=None):
     the targets. "none": the loss of each, in the shape of targets, 0 where one is -1; under torch.no_grad()
     this takes less memory. suppressed: ids that have probability 0 (only for "none", in ppo.py)."""
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
-    with_gradient = reduction == "none" and torch.is_grad_enabled() or suppressed is not None
-    if with_gradient and is_adaptive(head):         # the logits, because suppressed words may be rare ones, too
-        logits = logits_of(flat, head)
-        if suppressed is not None:
-            logits = logits.index_fill(1, suppressed, -math.inf)
-        return F.cross_entropy(logits, y, ignore_index=-1, reduction="none").view(targets.shape)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if with_gradient:
-            suppressed = y[:0] if suppressed is None else suppressed
+    if reduction == "none" and (torch.is_grad_enabled() or suppressed is not None):
+        suppressed = y[:0] if suppressed is None else suppressed
+        if is_adaptive(head):               # a suppressed word may be a rare one, so p comes from the logits
+            logits = logits_of(flat, head).index_fill(1, suppressed, -math.inf)
+            return F.cross_entropy(logits, y, ignore_index=-1, reduction="none").view(targets.shape)
+        with torch.autocast(hidden.device.type, enabled=False):
             nll = TokenLoss.apply(flat, head.weight, head.bias, y.clamp(min=0), suppressed)
             return (nll * (y >= 0)).view(targets.shape)
+    with torch.autocast(hidden.device.type, enabled=False):
         levels = softmax_levels(flat, head, y)
         if reduction == "mean":
             return sum(LinearCrossEntropy.apply(*level) for _, *level in levels) / (y >= 0).sum()
