@@ -74,7 +74,7 @@ SEPARATOR = "<|endoftext|>"             # stands between documents in text; a wo
 # The number of this process and how many there are in a torchrun job. Without a job they are 0 and 1, even if
 # a platform sets some of these variables.
 RANK, WORLD = 0, 1
-if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+if all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 

@@ -29,11 +29,15 @@ text are those of its normalised words with a space after each; for characters a
 text as it is, and one for its end.
 
 Word frequencies (compare_frequencies) are compared by the log-odds of Monroe, Colaresi & Quinn ("Fightin'
-Words", 2008, section 3.4). A word w has the count y_w among the n words of a text, and a prior of a_w = 1000
-* p(w in both texts together). d_w = log((y_w + a_w) / (n + 1000 - y_w - a_w)) minus the same of the other
-text, and z is d_w divided by its standard deviation sqrt(1/(y_w + a_w) + 1/(y'_w + a_w)). A rare word that
-happens to differ has a small z; a word of |z| > 2 differs significantly. The distance between the two
-distributions is the Jensen-Shannon divergence in bits: 0 if they are equal, 1 if they share no word."""
+Words", 2008, section 3.4). A word w has the count y_w among the n words of a text, and a prior of a_w = a *
+p(w in both texts together) with a = PRIOR. d_w = log((y_w + a_w) / (n + a - y_w - a_w)) minus the same of the
+other text, and z is d_w divided by its standard deviation sqrt(1/(y_w + a_w) + 1/(y'_w + a_w)). Of the words
+of a text that is drawn from the other text's own distribution, one in 25 has |z| > 2, whether the text has
+500 words or 5,000.
+
+The distance between the two distributions is the Jensen-Shannon divergence in bits: 0 if they are equal, 1 if
+they share no word. A small text is far from every distribution, also from its own. So beside the divergence
+stands the mean divergence of samples: as many words, drawn from the training text's distribution."""
 import csv
 import glob
 import math
@@ -67,7 +71,8 @@ class Config:
     sentences: int = option(200, "largest number of sentences to read of a domain")
     prompt: str = option("the meaning of life is", "beginning of the samples")
     run: str = option(None, "with --text: one run")
-    text: str = option(None, "with --run: a sentence; its loss is printed token by token")
+    text: str = option(None, "with --run or --runs: a sentence; its loss is printed token by token, and "
+                             "influence.png in --out shows what each prediction depends on")
     device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
     dtype: str = option("float32", "dtype of products; with float32 the figures depend least on the machine",
                         choices=["auto", "float32", "bfloat16"])
@@ -75,6 +80,7 @@ class Config:
 
 TEXT_CHARACTERS = 1 << 20                       # how much of a domain's text is read
 STAGES = (0.05, 0.1, 0.25, 0.5, 1.0)            # shares of the training, for Figure 2
+PRIOR = 15_000                                  # words; how strongly z distrusts the counts of rare words
 DISTANCES = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 10 ** 6))        # words since a name was last said
 
 
@@ -296,23 +302,31 @@ def perplexities(model, tokenizer, texts):
 
 # ---------------------------------------------------------------------------------- numbers: word frequencies
 
-def compare_frequencies(train, domain, n_words=12):
-    """Two Counters of words -> a dict: the distance of their distributions, the words that differ most, and
-    how the share of a word falls with its rank. At least two different words are needed."""
+def divergence(p, q):
+    """The Jensen-Shannon divergence of two distributions over the same words, in bits."""
+    middle = (p + q) / 2
+    return float(sum(np.sum(v[v > 0] * np.log2(v[v > 0] / middle[v > 0])) / 2 for v in (p, q)))
+
+
+def compare_frequencies(train, domain, n_words=12, n_samples=5):
+    """Two Counters of words -> a dict: the distance of their distributions and the one that the size of the
+    domain alone would explain, the words that differ most, and how the share of a word falls with its rank.
+    At least two different words are needed."""
     n, m = sum(train.values()), sum(domain.values())
     words = list(train | domain)
     y, x = (np.array([c[w] for w in words], float) for c in (train, domain))
-    prior = 1000 * (y + x) / (n + m)
-    d_here, d_train = (np.log((c + prior) / (total + 1000 - c - prior)) for c, total in ((x, m), (y, n)))
+    prior = PRIOR * (y + x) / (n + m)
+    d_here, d_train = (np.log((c + prior) / (total + PRIOR - c - prior)) for c, total in ((x, m), (y, n)))
     z = (d_here - d_train) / np.sqrt(1 / (x + prior) + 1 / (y + prior))
     p, q = y / n, x / m
-    middle = (p + q) / 2
-    divergence = sum(np.sum(v[v > 0] * np.log2(v[v > 0] / middle[v > 0])) / 2 for v in (p, q))
+    samples = np.random.default_rng(0).multinomial(m, p, n_samples) / m
     order = np.argsort(-z, kind="stable")
     shown = [k for k in order[:n_words] if z[k] > 0] + [k for k in order[::-1][:n_words] if z[k] < 0]
     rows = [{"word": words[k], "per million in training": 1e6 * p[k], "per million here": 1e6 * q[k],
              "z": float(z[k])} for k in shown]
-    return {"divergence_bits": float(divergence), "words": rows, "shares": [by_rank(p), by_rank(q)]}
+    return {"divergence_bits": divergence(p, q), "words_read": m, "words": rows,
+            "divergence_of_samples": float(np.mean([divergence(p, sample) for sample in samples])),
+            "shares": [by_rank(p), by_rank(q)]}
 
 
 def by_rank(shares, points=100):
@@ -347,7 +361,8 @@ def training_ids(run):
 
 def train_counts(run):
     """Counter of the words that a run was trained on. UserError as for training_ids."""
-    counts = np.bincount(training_ids(run), minlength=run.tokenizer.vocab_size)
+    ids, size = training_ids(run), run.tokenizer.vocab_size         # in parts, because bincount makes int64
+    counts = sum(np.bincount(ids[k:k + (1 << 20)], minlength=size) for k in range(0, len(ids), 1 << 20))
     return Counter({w: int(c) for w, c in zip(run.tokenizer.words, counts) if c and w != "<eos>"})
 
 
@@ -501,6 +516,12 @@ def measure_runs(runs, domains, prompt, n_sentences):
         split = domain_split(name, trained_texts)
         what = "the complete text" if split == "all" else f"the {split} split"
         reason = ", because a run was trained on this text" if data.resolved(name) in trained_texts else ""
+        if reason and split == "valid":
+            reason += "; there is no test split, and this one chose the run's weights"
+        unknown = [score["unknown"] for score in by_run.values() if isinstance(score, dict)]
+        if unknown and max(unknown) > 0.5:
+            report["notes"].append(f"Most words of {name} are <unk> for a run ({max(unknown):.0%}): its "
+                                   "perplexity says little.")
         kind = "documents" if name in data.DOMAINS else "sentences"
         read = f"These are the first {len(texts)} {kind} of {what}{reason}."
         floor = data.embedded_floor(name, "test", n_sentences) if name in data.DOMAINS else None
@@ -593,8 +614,9 @@ def frequencies_section(report, out):
     lines = []
     for k, (name, found) in enumerate(report["frequencies"].items()):
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
-        lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits. "
-                  "Correlation of a token's loss with how much rarer its word was in training than it is "
+        lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits; that of "
+                  f"{found['words_read']:,} words drawn from the training text's own distribution is "
+                  f"{found['divergence_of_samples']:.3f}. Correlation of a token's loss with how much rarer its word was in training than it is "
                   f"in this text: {runs}.\n",
                   draw("Word frequencies", plot_frequencies, found, out / f"frequencies_{k + 1}.png"),
                   markdown_table(found["words"])]
@@ -763,7 +785,26 @@ def plot_frontier(plt, frontier, path):
     save_figure(figure, path)
 
 
+def plot_influence(plt, squares, path):
+    """{run: (square, tokens)}: dark where a word that was read matters for the word that is predicted."""
+    size = 0.9 + 0.13 * max(len(square) for square, _ in squares.values())      # inches
+    figure, panels = plt.subplots(1, len(squares), figsize=(size * len(squares), size), squeeze=False)
+    for axes, (name, (square, tokens)) in zip(panels[0], squares.items()):
+        axes.imshow(np.sqrt(square), cmap="Greys", vmin=0, vmax=1)
+        axes.set_xticks(range(len(square)), map(label_of, tokens[:-1]), rotation=90, fontsize=6)
+        axes.set_yticks(range(len(square)), map(label_of, tokens[1:]), fontsize=6)
+        axes.set(title=label_of(name), xlabel="word that was read", ylabel="word that is predicted")
+    save_figure(figure, path)
+
+
 # ----------------------------------------------------------------------------------------------- command line
+
+def token_name(tokenizer, i):
+    if tokenizer.kind == "word":
+        return tokenizer.words[i]
+    text, encoding = tokenizer.decode([i]), getattr(tokenizer, "encoding", None)
+    return repr(encoding.decode_single_token_bytes(i) if "\ufffd" in text and encoding else text)
+
 
 def token_table(run, text):
     """Print the loss of every token of a sentence, and the likeliest token in its place."""
@@ -776,21 +817,43 @@ def token_table(run, text):
     with torch.no_grad():
         hidden, _ = model(inputs.to(device_of(model)))
         guesses = model.logits(hidden)[0].argmax(-1).tolist()
-
-    def shown(i):
-        if tokenizer.kind == "word":
-            return tokenizer.words[i]
-        text = tokenizer.decode([i])                                # a part of a character is shown as bytes
-        encoding = getattr(tokenizer, "encoding", None)
-        return repr(encoding.decode_single_token_bytes(i) if "\ufffd" in text and encoding else text)
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
     for k, (i, loss) in enumerate(zip(ids, losses)):
-        guess = shown(guesses[k]) if k < len(guesses) else ""
-        print(f"{shown(i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {guess}")
+        guess = token_name(tokenizer, guesses[k]) if k < len(guesses) else ""
+        print(f"{token_name(tokenizer, i):<18} {loss:7.3f} {math.exp(-loss):9.5f}   {guess}")
     if unknown:
         print(f"<unk> stands for: {', '.join(unknown)}")
     nll = losses.mean()
     print(f"{len(ids)} tokens, {nll:.3f} nats per token, perplexity {perplexity_of(nll):.2f}")
+
+
+def influence(model, ids):
+    """How much each token of a text matters for the prediction of each later one: the norm of the gradient of
+    -log p(ids[t + 1]) with respect to the vector of ids[s], each row divided by its sum. float32 [T, T] for
+    the T predictions of ids[1:]; 0 for s > t."""
+    vectors = []
+    hook = model.embed_tokens.register_forward_hook(lambda module, args, out: vectors.append(out))
+    hidden, _ = model(ids[None, :-1])
+    hook.remove()
+    losses = -torch.log_softmax(model.logits(hidden)[0].float(), -1)                        # [T, V]
+    rows = [torch.autograd.grad(loss[token], vectors[0], retain_graph=True)[0][0].norm(dim=-1)
+            for loss, token in zip(losses, ids[1:])]
+    return torch.stack([row / row.sum().clamp(min=1e-30) for row in rows])
+
+
+LONGEST_PICTURE = 48                                                        # tokens
+
+
+def draw_influence(runs, text, path):
+    """A picture of `influence` for each run, side by side."""
+    squares = {}
+    for run in runs:
+        ids = [run.tokenizer.eos, *encode_text(run.tokenizer, text)[0]]
+        ids = ids[:1 + min(LONGEST_PICTURE, context_length(run.model))]
+        square = influence(run.model, torch.tensor(ids, device=device_of(run.model))).cpu().numpy()
+        squares[run.name] = square, [token_name(run.tokenizer, i) for i in ids]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"written to {path}" if draw("", plot_influence, squares, path) else NO_FIGURES)
 
 
 def default_domains(runs):
@@ -843,11 +906,15 @@ def main(argv=None):
     config, _ = data.parse_args(Config, argv, "examples:\n" + __doc__.split("\n\n")[1])
     device = pick_device(config.device)
     product_dtype = pick_dtype(config.dtype, device)
-    if (config.run is None) != (config.text is None):
-        raise UserError("--run and --text go together; for a report of some runs write --runs")
-    if config.run:
-        return token_table(open_run(config.run, device, product_dtype), config.text)
-    out = Path(config.out)
+    out, readers = Path(config.out), [config.run] if config.run else config.runs
+    if config.run and config.text is None or config.text is not None and not readers:
+        raise UserError("--text needs --runs or --run, which reads it; for a report of some runs write --runs")
+    if config.text is not None:
+        runs = [open_run(folder, device, product_dtype) for folder in readers]
+        for run in runs:
+            print(f"{run.name}:" if len(runs) > 1 else "", end="\n" if len(runs) > 1 else "")
+            token_table(run, config.text)
+        return draw_influence(runs, config.text, out / "influence.png")
     if config.redraw:
         try:
             draw_report(read_json(out / "report.json"), out)

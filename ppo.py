@@ -314,7 +314,7 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
     each = [row | {"repetition": share} for row, share in zip(each, shared_repetition(responses))]
     reward, kl, repeated, tokens, ref_ppl = (np.array([row[name] for row in each]) for name in
                                              ("reward", "kl", "repetition", "tokens", "ref_ppl"))
-    return {"reward": float(reward.mean()), "reward_std": float(reward.std(ddof=1)), "kl": float(kl.mean()),
+    return {"reward": float(reward.mean()), "reward_std": float(reward.std(ddof=min(1, len(reward) - 1))), "kl": float(kl.mean()),
             "distinct_2": distinct(responses, 2) or 1.0, "repetition": float(repeated.mean()),
             "length": float(tokens.mean()),
             "ref_ppl": perplexity_of((np.log(ref_ppl) * tokens).sum() / tokens.sum()), "each": each}
@@ -401,7 +401,8 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
     token_mask = r.mask > 0
     # the share of the returns' variance that the values do not predict
-    unexplained = (returns - old["value"])[token_mask].var() / returns[token_mask].var().clamp(min=1e-8)
+    error, variance = ((returns - value)[token_mask].var(correction=0) for value in (old["value"], 0))
+    unexplained = error / variance.clamp(min=1e-8)
     if config.whiten:
         advantages = whiten(advantages, r.mask)
 
@@ -411,7 +412,7 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     if config.sft_every and (step + 1) % config.sft_every == 0:
         updates += supervised_steps(task, policy, optimizer, step)
     tokens, n = r.mask.sum(), len(r.mask)
-    metrics = {"reward": scores.mean().item(), "reward_std": scores.std().item(),
+    metrics = {"reward": scores.mean().item(), "reward_std": scores.std(correction=min(1, n - 1)).item(),
                "kl": old["kl"].sum().item() / n, "kl_estimate": kl_estimate.sum().item() / n,
                "kl_coef": kl_coef, "entropy": (old["entropy"].sum() / tokens).item(),
                "explained_variance": (1 - unexplained).item(), "length": tokens.item() / n,

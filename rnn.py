@@ -345,10 +345,11 @@ def locked_dropout(x, p, training):
 
 def dropout(x, p, training):
     """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, so each 64-bit draw serves
-    eight elements: p is rounded to a multiple of 1/256, and the rest is scaled for the rounded p."""
+    eight elements: p is rounded to a multiple of 1/256, and the rest is scaled for the rounded p. A smaller p
+    is drawn exactly."""
     if not training or p == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or p < 1 / 256:
         return F.dropout(x, p)
     drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
     cut = min(255, round(p * 256))

@@ -401,6 +401,11 @@ def chat(model, tokenizer, config):
         except UnicodeError:
             print("(this is no UTF-8 text; type it again)", file=sys.stderr)
             continue
+        if not text.strip():
+            continue
+        for token in tokenizer.added:
+            if token in text:
+                print(f"(your message holds {token}, which the model reads as a control token)", file=sys.stderr)
         message = MESSAGE.format(role="user", text=text) + ANSWER
         room, alone = min(config.tokens, limit // 4), tokenizer.encode(system_message(tokenizer) + message)
         if len(alone) + room > limit:                                       # room: for an answer

@@ -342,7 +342,7 @@ def final_figures(model, corpus):
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
-OVERLAP, LONGEST_WINDOW = 256, 4096                 # tokens
+OVERLAP, LONGEST_WINDOW, TOKENS_AT_ONCE = 256, 4096, 16_384                 # tokens
 
 
 @torch.no_grad()
@@ -400,10 +400,10 @@ def window_nll(model, ids, window, stride):
     n = len(ids) - 1
     ends = [*range(window, n, stride), n]                           # a window's last target is ids[end]
     windows = list(zip([0, *ends], ends))                           # (end of the window before, end)
-    losses = []
-    for k in range(0, len(windows), 32):
-        group = windows[k:k + 32]
-        x = torch.stack([ids[end - window:end] for _, end in group])                    # [32, window]
+    losses, rows = [], max(1, min(32, TOKENS_AT_ONCE // window))
+    for k in range(0, len(windows), rows):
+        group = windows[k:k + rows]
+        x = torch.stack([ids[end - window:end] for _, end in group])                    # [rows, window]
         y = torch.stack([ids[end - window + 1:end + 1] for _, end in group])            # one token later
         nll, _ = model(x, targets=y, reduction="none")
         losses += [row[window - (end - before):] for row, (before, end) in zip(nll, group)]
@@ -445,9 +445,9 @@ def unknown_share(tokenizer, ids):
     return float(np.mean(np.asarray(ids) == getattr(tokenizer, "unk", None)))
 
 
-def warn_of_unknown(share, what):
+def warn_of_unknown(share, what, above=0.05):
     """Warn where many words are <unk>, which flatters a perplexity."""
-    if share > 0.05:
+    if share > above:
         data.show(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity: "
                   "train with --tokenizer char or gpt2", "\n")
 
@@ -818,13 +818,22 @@ def resume_or_refuse(config, given):
 
 # ------------------------------------------------------------------ several processes (one laptop: skip this)
 
+JOINING_SECONDS = 60                # after which a process says what it is waiting for
+
+
 def join_processes(device):
-    """Under torchrun: join the other processes."""
+    """Under torchrun: join the other processes. After a minute a line says what this one is waiting for."""
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        waiting = threading.Timer(JOINING_SECONDS, data.show, (
+            f"process {RANK} is waiting for all {WORLD} processes of this job (RANK, WORLD_SIZE and MASTER_ADDR "
+            "are set); has each of them been started?", "\n"))
+        waiting.daemon = True
+        waiting.start()
         # the timeout is long, because the others wait while one encodes a text
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        waiting.cancel()
 
 
 def leave_processes():
@@ -1095,6 +1104,7 @@ def main(argv=None):
             other = data.load(name, corpus.tokenizer, (split,))
             check_text(other)
             also.append(("./valid" if name == "valid" else name, other.ids[split]))
+            warn_of_unknown(unknown_share(corpus.tokenizer, other.ids[split]), name, above=0.5)
     if config.cutoff is None:           # in a checkpoint from before there was a cutoff, it is not in the config
         config.cutoff = (checkpoint["config"].get("cutoff", 0) if checkpoint else
                          default_cutoff(corpus.tokenizer.vocab_size))
@@ -1106,7 +1116,8 @@ def main(argv=None):
     if RANK == 0:
         cut = f" (of its first {AT_THE_END:,} tokens)" if result["test_tokens"] == AT_THE_END else ""
         figures = (f", test {result['test_ppl']:.2f}{cut}" if result["test_ppl"] else
-                   f" ({math.log(result['val_ppl']):.4f} nats per token), no test split")
+                   f" ({math.log(result['val_ppl']):.4f} nats per token; there is no test split, and this one "
+                   "chose the weights)")
         figures += f", floor {result['floor_ppl']:.2f}" if result["floor_ppl"] else ""
         figures += f", {result['val_unknown']:.1%} <unk>" if result["val_unknown"] else ""
         print(f"{config.model} on {config.data}: {result['params']:,} parameters, validation perplexity "
