@@ -270,20 +270,17 @@ def add_cutoff(head, cutoff):
     """Make the softmax of head, an nn.Linear(D, V), an adaptive one. With a cutoff of 0, or of at least V, it
     stays an ordinary one."""
     if 0 < cutoff < head.out_features:
-        head.cutoff, has_bias = cutoff, head.bias is not None
-        head.rarer = nn.utils.skip_init(nn.Linear, head.in_features, 1, has_bias)   # the symbol "a rarer word"
+        # the scores of the symbol "a rarer word" begin at 0, and nothing is drawn for them
+        head.rarer = nn.utils.skip_init(nn.Linear, head.in_features, 1, bias=head.bias is not None)
         for p in head.rarer.parameters():
             nn.init.zeros_(p)
-
-
-def is_adaptive(head):
-    return hasattr(head, "cutoff")
+        head.cutoff = cutoff
 
 
 def logits_of(hidden, head):
     """hidden [..., D] -> logits [..., V] of a head with or without a cutoff."""
     z = head(hidden)
-    if not is_adaptive(head):
+    if not hasattr(head, "cutoff"):
         return z
     dtype = torch.promote_types(z.dtype, torch.float32)         # as in the loss
     frequent, rare = z[..., :head.cutoff], z[..., head.cutoff:]
@@ -294,10 +291,9 @@ def logits_of(hidden, head):
 def softmax_levels(hidden, head, targets):
     """The softmaxes that predict the targets: a list of (rows, hidden, weight, bias, targets), one for all
     rows and, with a cutoff, one for the rows with a rarer target. hidden [N, D], targets [N]."""
-    all_rows = slice(None)
-    if not is_adaptive(head):
+    all_rows, cutoff = slice(None), getattr(head, "cutoff", 0)
+    if not cutoff:
         return [(all_rows, hidden, head.weight, head.bias, targets)]
-    cutoff = head.cutoff
 
     def split(of_words, of_symbol):
         # split and not two slices, because each slice has a gradient of the size of the whole
@@ -318,7 +314,7 @@ def softmax_loss(hidden, head, targets, reduction="mean", suppressed=None):
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
     if reduction == "none" and (torch.is_grad_enabled() or suppressed is not None):
         suppressed = y[:0] if suppressed is None else suppressed
-        if is_adaptive(head):               # a suppressed word may be a rare one, so p comes from the logits
+        if hasattr(head, "cutoff"):         # a suppressed word may be a rare one, so p comes from the logits
             logits = logits_of(flat, head).index_fill(1, suppressed, -math.inf)
             return F.cross_entropy(logits, y, ignore_index=-1, reduction="none").view(targets.shape)
         with torch.autocast(hidden.device.type, enabled=False):
