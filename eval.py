@@ -616,8 +616,8 @@ def frequencies_section(report, out):
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
         lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits; that of "
                   f"{found['words_read']:,} words drawn from the training text's own distribution is "
-                  f"{found['divergence_of_samples']:.3f}. Correlation of a token's loss with how much rarer its word was in training than it is "
-                  f"in this text: {runs}.\n",
+                  f"{found['divergence_of_samples']:.3f}. Correlation of a token's loss with how much rarer "
+                  f"its word was in training than it is in this text: {runs}.\n",
                   draw("Word frequencies", plot_frequencies, found, out / f"frequencies_{k + 1}.png"),
                   markdown_table(found["words"])]
     return ["## Word frequencies (Figure 3)\n", *lines] if lines else []
@@ -908,11 +908,12 @@ def main(argv=None):
     product_dtype = pick_dtype(config.dtype, device)
     out, readers = Path(config.out), [config.run] if config.run else config.runs
     if config.run and config.text is None or config.text is not None and not readers:
-        raise UserError("--text needs --runs or --run, which reads it; for a report of some runs write --runs")
+        raise UserError("--text needs --runs or --run, which read it; without --text, write --runs")
     if config.text is not None:
         runs = [open_run(folder, device, product_dtype) for folder in readers]
         for run in runs:
-            print(f"{run.name}:" if len(runs) > 1 else "", end="\n" if len(runs) > 1 else "")
+            if len(runs) > 1:
+                print(f"{run.name}:")
             token_table(run, config.text)
         return draw_influence(runs, config.text, out / "influence.png")
     if config.redraw:

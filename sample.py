@@ -405,7 +405,8 @@ def chat(model, tokenizer, config):
             continue
         for token in tokenizer.added:
             if token in text:
-                print(f"(your message holds {token}, which the model reads as a control token)", file=sys.stderr)
+                print(f"(your message holds {token}, which the model reads as a control token)",
+                      file=sys.stderr)
         message = MESSAGE.format(role="user", text=text) + ANSWER
         room, alone = min(config.tokens, limit // 4), tokenizer.encode(system_message(tokenizer) + message)
         if len(alone) + room > limit:                                       # room: for an answer

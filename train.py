@@ -827,8 +827,8 @@ def join_processes(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         waiting = threading.Timer(JOINING_SECONDS, data.show, (
-            f"process {RANK} is waiting for all {WORLD} processes of this job (RANK, WORLD_SIZE and MASTER_ADDR "
-            "are set); has each of them been started?", "\n"))
+            f"process {RANK} is waiting for all {WORLD} processes of this job (RANK and WORLD_SIZE are set): "
+            "start the others, or unset RANK", "\n"))
         waiting.daemon = True
         waiting.start()
         # the timeout is long, because the others wait while one encodes a text
@@ -1105,7 +1105,7 @@ def main(argv=None):
             check_text(other)
             also.append(("./valid" if name == "valid" else name, other.ids[split]))
             warn_of_unknown(unknown_share(corpus.tokenizer, other.ids[split]), name, above=0.5)
-    if config.cutoff is None:           # in a checkpoint from before there was a cutoff, it is not in the config
+    if config.cutoff is None:                           # an older checkpoint has none, and the model had none
         config.cutoff = (checkpoint["config"].get("cutoff", 0) if checkpoint else
                          default_cutoff(corpus.tokenizer.vocab_size))
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
@@ -1116,8 +1116,8 @@ def main(argv=None):
     if RANK == 0:
         cut = f" (of its first {AT_THE_END:,} tokens)" if result["test_tokens"] == AT_THE_END else ""
         figures = (f", test {result['test_ppl']:.2f}{cut}" if result["test_ppl"] else
-                   f" ({math.log(result['val_ppl']):.4f} nats per token; there is no test split, and this one "
-                   "chose the weights)")
+                   f" ({math.log(result['val_ppl']):.4f} nats per token; there is no test split, and this "
+                   "one chose the weights)")
         figures += f", floor {result['floor_ppl']:.2f}" if result["floor_ppl"] else ""
         figures += f", {result['val_unknown']:.1%} <unk>" if result["val_unknown"] else ""
         print(f"{config.model} on {config.data}: {result['params']:,} parameters, validation perplexity "

@@ -817,7 +817,9 @@ def test_names_of_run_folders_have_nothing_that_windows_forbids():
 
 
 @pytest.mark.parametrize("settings, size", [({}, 1), ({"RANK": "3"}, 1), ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}, 1),
-                                            ({"RANK": "2", "WORLD_SIZE": "4"}, 1), ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "x"}, 4)])
+                                            ({"RANK": "2", "WORLD_SIZE": "4"}, 1), ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "x"}, 1),
+                                            ({"RANK": "", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, 1),
+                                            ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, 4)])
 def test_a_rank_without_the_rest_is_no_job(settings, size):
     out = subprocess.run([sys.executable, "-c", "import data; print(data.RANK, data.WORLD)"], capture_output=True, text=True, cwd=ROOT,
                          env={"PATH": os.environ["PATH"]} | settings)

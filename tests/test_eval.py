@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 import train
 from data import UserError, WordTokenizer
-from tests.conftest import ROOT, next_words
+from tests.conftest import ROOT, next_words, real
 from tests.test_train import KINDS, make
 from transformer import Transformer, TransformerConfig
 
@@ -217,14 +217,76 @@ def test_frequencies_against_the_formulas():
     divergence = sum(v[w] * math.log2(v[w] / ((p[w] + q[w]) / 2)) / 2 for v in (p, q) for w in "xyzu" if v[w])
     assert got["divergence_bits"] == pytest.approx(divergence)
     for row in got["words"]:
-        w, prior = row["word"], 1000 * (a[row["word"]] + b[row["word"]]) / 200
-        delta = math.log((b[w] + prior) / (1100 - b[w] - prior)) - math.log((a[w] + prior) / (1100 - a[w] - prior))
+        w, prior = row["word"], 15_000 * (a[row["word"]] + b[row["word"]]) / 200
+        delta = math.log((b[w] + prior) / (15_100 - b[w] - prior)) - math.log((a[w] + prior) / (15_100 - a[w] - prior))
         assert row["z"] == pytest.approx(delta / math.sqrt(1 / (a[w] + prior) + 1 / (b[w] + prior)))
     assert [r["word"] for r in got["words"]] == ["y", "u", "x", "z"]
     assert got["shares"] == [[(1, 0.9), (2, 0.09), (3, 0.01)], [(1, 0.6), (2, 0.3), (3, 0.1)]]
     same = evaluation.compare_frequencies(a, a)
     assert same["divergence_bits"] == 0 and same["words"] == []
     assert evaluation.compare_frequencies(Counter(x=3), Counter(y=5))["divergence_bits"] == pytest.approx(1)
+
+
+def drawn(p, n, seed):
+    """n words drawn from a distribution, as a Counter."""
+    return Counter({f"w{k}": int(c) for k, c in enumerate(np.random.default_rng(seed).multinomial(n, p)) if c})
+
+
+def zipf(n_words=10_000, n=900_000):
+    """A training text whose words are as frequent as those of a natural language."""
+    p = 1 / np.arange(1, n_words + 1)
+    return drawn(p / p.sum(), n, seed=0)
+
+
+def distribution(counts):
+    p = np.zeros(10_000)
+    for word, count in counts.items():
+        p[int(word[1:])] = count
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("n", [566, 5000])
+def test_a_text_from_the_training_distribution_differs_by_chance_only(n):
+    """Its divergence is the one that is printed for its size, and few of its words have |z| > 2."""
+    counts, passed, seen, found = zipf(), 0, 0, []
+    for seed in range(5):
+        here = drawn(distribution(counts), n, seed + 1)
+        found.append(evaluation.compare_frequencies(counts, here, n_words=10 ** 6))
+        z = [row["z"] for row in found[-1]["words"] if row["word"] in here]
+        passed, seen = passed + sum(abs(v) > 2 for v in z), seen + len(here)
+    assert 0.01 < passed / seen < 0.06
+    assert np.mean([f["divergence_bits"] for f in found]) == pytest.approx(found[0]["divergence_of_samples"], rel=0.05)
+    assert found[0]["divergence_of_samples"] > 0.15 and found[0]["words_read"] == n
+
+
+def test_words_that_are_five_times_as_frequent_are_found():
+    counts = zipf()
+    p = distribution(counts)
+    passed = []
+    for seed in range(3):
+        rng, q = np.random.default_rng(seed), p.copy()
+        planted = rng.choice(np.flatnonzero((5 * 5000 * p >= 14) & (p < 0.01)), 50, replace=False)
+        q[planted] *= 5
+        here = drawn(q / q.sum(), 5000, seed + 9)
+        z = {row["word"]: row["z"] for row in evaluation.compare_frequencies(counts, here, n_words=10 ** 6)["words"]}
+        passed += [z[f"w{k}"] > 2 for k in planted if here[f"w{k}"] >= 10]
+    assert np.mean(passed) > 0.8 and len(passed) > 100
+
+
+def test_the_penn_treebanks_own_words_differ_from_it_by_chance_only():
+    words = data.read_text(real("ptb/ptb.train.txt")).split()
+    counts, rng = Counter(words), np.random.default_rng(0)
+    for n in (566, 5000):
+        here = Counter(rng.choice(words, n).tolist())
+        found = evaluation.compare_frequencies(counts, here, n_words=10 ** 6)
+        passed = sum(abs(row["z"]) > 2 for row in found["words"] if row["word"] in here) / len(here)
+        assert 0.02 < passed < 0.06 and found["divergence_bits"] == pytest.approx(found["divergence_of_samples"], rel=0.1)
+
+
+def test_the_divergence_of_samples_does_not_depend_on_what_was_read_before():
+    a, b = zipf(), drawn(distribution(zipf()), 500, 3)
+    np.random.seed(3)
+    assert evaluation.compare_frequencies(a, b)["divergence_of_samples"] == evaluation.compare_frequencies(a, b)["divergence_of_samples"]
 
 
 def test_the_link_between_frequency_and_loss_is_pearsons():
@@ -466,6 +528,42 @@ def test_the_quick_look_shows_every_token(runs, capsys):
     assert [line.split()[0] for line in lines[1:-2]] == ["the", "cat", "of", "<unk>", "saw"]
     assert lines[-2] == "<unk> stands for: zebras" and lines[-1].startswith("5 tokens")
     assert float(lines[-1].split()[2]) == pytest.approx(np.mean([float(line.split()[1]) for line in lines[1:-2]]), abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_influence_is_the_gradient_with_respect_to_the_words(kind):
+    """Every word stands once in this text, so the gradient of its vector is that of its row of the embedding."""
+    model = make(kind)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())            # else the head has it, too
+    ids = torch.randperm(31)[:11]
+    got = evaluation.influence(model, ids)
+    assert got.shape == (10, 10) and (got.triu(1) == 0).all()
+    torch.testing.assert_close(got.sum(1), torch.ones(10))
+    for t in range(10):
+        losses = model(ids[None, :-1], targets=ids[None, 1:], reduction="none")[0][0]
+        norms = torch.autograd.grad(losses[t], model.embed_tokens.weight)[0].norm(dim=1)[ids[:-1]]
+        torch.testing.assert_close(got[t], norms / norms.sum(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_picture_shows_each_run_and_says_where_it_is(runs, capsys, monkeypatch):
+    command = ["--runs", "runs/own-rnn", "runs/rnn", "--text", "the cat saw", "--out", "seen"]
+    pytest.importorskip("matplotlib")
+    evaluation.main(command)
+    out = capsys.readouterr().out
+    assert "own-rnn:" in out and out.count("nats per token") == 2 and "written to seen/influence.png" in out
+    assert Path("seen/influence.png").stat().st_size > 5000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluation.main(command)
+    out = capsys.readouterr().out
+    assert out.count("nats per token") == 2 and "pip install matplotlib" in out and not Path("seen/influence.png").exists()
+    for wrong in (["--text", "the cat"], ["--run", "runs/own-rnn"]):
+        with pytest.raises(UserError, match="--text needs --runs or --run|--runs"):
+            evaluation.main(wrong)
+
+
+def test_a_text_longer_than_the_picture_is_shown_from_its_beginning(runs, capsys):
+    evaluation.main(["--run", "runs/own-rnn", "--text", "the cat saw a town . " * 40])
+    assert "240 tokens" in capsys.readouterr().out
 
 
 def test_inputs_that_share_a_name_are_told_apart_everywhere(runs, few_documents):

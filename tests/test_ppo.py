@@ -509,6 +509,12 @@ def test_the_coefficient_adapts_towards_the_target(tmp_path, target, factor):
     assert last["kl_coef"] == pytest.approx(0.3 * 0.98 * factor)            # before the first update KL is 0: below any target
 
 
+def test_one_response_an_iteration_logs_numbers(tmp_path):
+    _, log = run_policy(tmp_path, next(policies()), batch_size=1, minibatch=1, response_tokens=1, held_out=1)
+    assert len(log) > 4 and not any(value in ("nan", "inf") for row in log for value in row.values())
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+
+
 def test_an_iteration_ends_when_the_policy_has_moved_too_far(tmp_path):
     _, log = run_policy(tmp_path, next(policies()), max_update_kl=1e-4, lr=0.1, steps=1)
     assert 1 <= int(log[1]["updates"]) < 8

@@ -958,7 +958,7 @@ def test_a_conversation_keeps_its_state_and_says_what_one_long_prompt_would(whol
 
 def test_a_chat_survives_what_is_no_text_and_cuts_answers_to_the_context(whole, capsys, monkeypatch):
     _, folder = whole
-    said = iter(["hello", "caf\udce9", "and?"])
+    said = iter(["hello", "", "  ", "caf\udce9", "and <|im_end|>?"])
 
     def ask(prompt=""):
         try:
@@ -969,6 +969,7 @@ def test_a_chat_survives_what_is_no_text_and_cuts_answers_to_the_context(whole, 
     monkeypatch.setattr(sample, "CHAT_CONTEXT", 100)
     sample.main(["--run", str(folder), "--chat", "--tokens", "4096", "--dtype", "float32", "--temperature", "0"])
     out = capsys.readouterr()
+    assert out.err.count("(your message holds <|im_end|>, which the model reads as a control token)") == 1
     assert "this is no UTF-8 text" in out.err and "too long" not in out.err and "(cut off)" in out.err and len(out.out) > 50
 
 

@@ -184,6 +184,14 @@ def test_embedding_dropout_drops_whole_words_everywhere():
     torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 1.25))
 
 
+@pytest.mark.parametrize("p", [1e-3, 1 / 300])
+def test_a_dropout_below_the_grain_of_the_fast_draw_is_drawn_exactly(p):
+    torch.manual_seed(5)
+    x = dropout(torch.ones(2000, 1000), p, training=True)
+    assert abs((x == 0).double().mean() - p) < 5 * (p / x.numel()) ** 0.5
+    assert x.max().item() == pytest.approx(1 / (1 - p))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_each_element_with_the_right_chance_and_mean(p):
     torch.manual_seed(5)

@@ -720,6 +720,36 @@ def test_a_text_begins_with_its_end_token_and_no_state(monkeypatch):
         assert torch.equal(train.begin_texts([torch.ones(200, 1)], x, 0, 1, 7)[0], part)
 
 
+def test_a_process_whose_job_never_comes_says_what_it_waits_for(monkeypatch):
+    """The first of two processes, started alone."""
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20_000, 60_000))}
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; train.JOINING_SECONDS = 0.2; train.join_processes(torch.device('cpu'))"
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, stderr=subprocess.PIPE, env=os.environ | environment)
+    try:
+        assert "process 0 is waiting for all 2 processes of this job" in process.stderr.readline()
+    finally:
+        process.kill()
+
+
+def test_another_text_of_unknown_words_says_so(capsys):
+    Path("foreign.txt").write_text("ein ganz anderer text .\n" * 50)
+    train.main(tiny("rnn", "--steps", "2", "--no-sample", "--also", "foreign.txt", "--run", "r"))
+    assert "of foreign.txt is <unk>" in capsys.readouterr().err
+
+
+def test_a_long_context_is_evaluated_in_bounded_batches(monkeypatch):
+    """32 windows of 4,096 tokens at once took 1.3 GB for one small layer."""
+    model, sizes = make("transformer"), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x, **how: (sizes.append(x.numel()), forward(x, **how))[1])
+    monkeypatch.setattr(train, "TOKENS_AT_ONCE", 30)
+    ids = torch.randint(31, (200,))
+    bounded = train.token_losses(model, ids)
+    assert max(sizes) <= 30 and len(sizes) > 10
+    monkeypatch.setattr(train, "TOKENS_AT_ONCE", 10_000)
+    torch.testing.assert_close(bounded, train.token_losses(model, ids))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "transformer"])
 def test_two_processes_have_the_losses_of_one(kind):
