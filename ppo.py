@@ -314,8 +314,7 @@ def evaluate_policy(task, policy, prompts, seed, group=64):
     each = [row | {"repetition": share} for row, share in zip(each, shared_repetition(responses))]
     reward, kl, repeated, tokens, ref_ppl = (np.array([row[name] for row in each]) for name in
                                              ("reward", "kl", "repetition", "tokens", "ref_ppl"))
-    return {"reward": float(reward.mean()), "kl": float(kl.mean()),
-            "reward_std": float(reward.std(ddof=min(1, len(reward) - 1))),      # 0 of a single response
+    return {"reward": float(reward.mean()), "reward_std": float(reward.std(ddof=1)), "kl": float(kl.mean()),
             "distinct_2": distinct(responses, 2) or 1.0, "repetition": float(repeated.mean()),
             "length": float(tokens.mean()),
             "ref_ppl": perplexity_of((np.log(ref_ppl) * tokens).sum() / tokens.sum()), "each": each}

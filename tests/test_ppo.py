@@ -510,7 +510,7 @@ def test_the_coefficient_adapts_towards_the_target(tmp_path, target, factor):
 
 
 def test_one_response_an_iteration_logs_numbers(tmp_path):
-    _, log = run_policy(tmp_path, next(policies()), batch_size=1, minibatch=1, response_tokens=1, held_out=1)
+    _, log = run_policy(tmp_path, next(policies()), batch_size=1, minibatch=1, response_tokens=1, held_out=2)
     assert len(log) > 4 and not any(value in ("nan", "inf") for row in log for value in row.values())
     assert "NaN" not in (tmp_path / "result.json").read_text()
 
