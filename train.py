@@ -1095,7 +1095,7 @@ def main(argv=None):
             other = data.load(name, corpus.tokenizer, (split,))
             check_text(other)
             also.append(("./valid" if name == "valid" else name, other.ids[split]))
-    if config.cutoff is None:           # in a checkpoint from before there was a cutoff, it is not in the config
+    if config.cutoff is None:                           # an older checkpoint has none, and the model had none
         config.cutoff = (checkpoint["config"].get("cutoff", 0) if checkpoint else
                          default_cutoff(corpus.tokenizer.vocab_size))
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
