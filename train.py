@@ -804,6 +804,8 @@ def resume_or_refuse(config, given):
         raise UserError(f"{folder} is not a run of {config.script}, or one of another version, so it cannot "
                         "be resumed")
     saved = asdict(type(config)()) | checkpoint["options"]          # a newer option has its default
+    if saved.get("cutoff", 0) is None:
+        saved["cutoff"] = 0                                         # an older run has an ordinary softmax
     changes = {name: getattr(config, name) for name in sorted(given) if getattr(config, name) != saved[name]}
     for name, value in changes.items():
         if name not in MAY_CHANGE:
@@ -1040,10 +1042,12 @@ def model_config(config, vocab_size):
     return sizes
 
 
-def default_cutoff(vocab_size):
-    """The adaptive softmax is for large vocabularies. A fifth of the Penn Treebank's words are 87 % of its
-    text, and a fifth of GPT-2's tokens are as large a part of most texts."""
-    return vocab_size // 5 if vocab_size > 5000 else 0
+def default_cutoff(tokenizer):
+    """The adaptive softmax is for large vocabularies whose order is that of frequency, as characters' is not.
+    The most frequent fifth of the Penn Treebank's words are 87 % of its text. GPT-2's ids follow the order of
+    its merges, so the first fifth are most of the tokens of an English text."""
+    size = tokenizer.vocab_size
+    return size // 5 if size > 5000 and tokenizer.kind != "char" else 0
 
 
 def check_text(corpus):
@@ -1095,9 +1099,8 @@ def main(argv=None):
             other = data.load(name, corpus.tokenizer, (split,))
             check_text(other)
             also.append(("./valid" if name == "valid" else name, other.ids[split]))
-    if config.cutoff is None:                           # an older checkpoint has none, and the model had none
-        config.cutoff = (checkpoint["config"].get("cutoff", 0) if checkpoint else
-                         default_cutoff(corpus.tokenizer.vocab_size))
+    if config.cutoff is None:
+        config.cutoff = default_cutoff(corpus.tokenizer)
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
     warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:
