@@ -928,8 +928,8 @@ def build_char_tokenizer(name):
 
 def build_word_tokenizer(name, max_words=20_000):
     """The vocabulary of the training split of a corpus, in the order of frequency. A tokenized corpus keeps
-    all its words. Elsewhere the max_words most frequent words that occur at least twice are kept, and the
-    others become <unk>, whose frequency is theirs."""
+    all its words. Elsewhere it keeps the max_words most frequent words that occur at least twice. All others
+    become <unk>, which is placed by their joint frequency. <eos> has id 0."""
     if name in DOMAINS:
         return WordTokenizer(embedded_vocabulary())
     counts, n_chunks, n_changed = Counter(), 0, 0

@@ -31,13 +31,14 @@ text as it is, and one for its end.
 Word frequencies (compare_frequencies) are compared by the log-odds of Monroe, Colaresi & Quinn ("Fightin'
 Words", 2008, section 3.4). A word w has the count y_w among the n words of a text, and a prior of a_w = a *
 p(w in both texts together) with a = PRIOR. d_w = log((y_w + a_w) / (n + a - y_w - a_w)) minus the same of the
-other text, and z is d_w divided by its standard deviation sqrt(1/(y_w + a_w) + 1/(y'_w + a_w)). Of the words
-of a text that is drawn from the other text's own distribution, one in 25 has |z| > 2, whether the text has
-500 words or 5,000.
+other text, and z is d_w divided by its standard deviation sqrt(1/(y_w + a_w) + 1/(y'_w + a_w)), where y'_w is
+the count in the other text. Of 500 or of 5,000 words that are drawn from the training text's own
+distribution, about one in 25 has |z| > 2.
 
 The distance between the two distributions is the Jensen-Shannon divergence in bits: 0 if they are equal, 1 if
-they share no word. A small text is far from every distribution, also from its own. So beside the divergence
-stands the mean divergence of samples: as many words, drawn from the training text's distribution."""
+they share no word. A small text is far from every distribution, also from its own. So the report also has the
+mean divergence of samples: a sample has as many words as the text, drawn from the training text's
+distribution."""
 import csv
 import glob
 import math
@@ -68,7 +69,7 @@ class Config:
                                     "wikitext2, if it is downloaded)")
     out: str = option("runs/report", "folder of the report")
     redraw: bool = option(False, "draw the report in --out again from its report.json; no model is needed")
-    sentences: int = option(200, "largest number of sentences to read of a domain")
+    sentences: int = option(200, "largest number of sentences to score of a domain")
     prompt: str = option("the meaning of life is", "beginning of the samples")
     run: str = option(None, "with --text: one run")
     text: str = option(None, "with --run or --runs: a sentence; its loss is printed token by token, and "
@@ -304,8 +305,10 @@ def perplexities(model, tokenizer, texts):
 
 def divergence(p, q):
     """The Jensen-Shannon divergence of two distributions over the same words, in bits."""
-    middle = (p + q) / 2
-    return float(sum(np.sum(v[v > 0] * np.log2(v[v > 0] / middle[v > 0])) / 2 for v in (p, q)))
+    def entropy(v):
+        v = v[v > 0]
+        return -np.sum(v * np.log2(v))
+    return float(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
 
 
 def compare_frequencies(train, domain, n_words=12, n_samples=5):
@@ -361,7 +364,8 @@ def training_ids(run):
 
 def train_counts(run):
     """Counter of the words that a run was trained on. UserError as for training_ids."""
-    ids, size = training_ids(run), run.tokenizer.vocab_size         # in parts, because bincount makes int64
+    ids, size = training_ids(run), run.tokenizer.vocab_size
+    # in parts, because bincount copies its input as int64
     counts = sum(np.bincount(ids[k:k + (1 << 20)], minlength=size) for k in range(0, len(ids), 1 << 20))
     return Counter({w: int(c) for w, c in zip(run.tokenizer.words, counts) if c and w != "<eos>"})
 
@@ -614,10 +618,10 @@ def frequencies_section(report, out):
     lines = []
     for k, (name, found) in enumerate(report["frequencies"].items()):
         runs = ", ".join(f"{run} {format_number(value)}" for run, value in found["correlation"].items())
-        lines += [f"### {name}\n", f"Jensen-Shannon divergence {found['divergence_bits']:.3f} bits; that of "
-                  f"{found['words_read']:,} words drawn from the training text's own distribution is "
-                  f"{found['divergence_of_samples']:.3f}. Correlation of a token's loss with how much rarer "
-                  f"its word was in training than it is in this text: {runs}.\n",
+        lines += [f"### {name}\n", f"The Jensen-Shannon divergence is {found['divergence_bits']:.3f} bits. "
+                  f"That of {found['words_read']:,} words drawn from the training text's own distribution is "
+                  f"{found['divergence_of_samples']:.3f}. The correlation of a token's loss with how much "
+                  f"rarer its word was in training than in this text is: {runs}.\n",
                   draw("Word frequencies", plot_frequencies, found, out / f"frequencies_{k + 1}.png"),
                   markdown_table(found["words"])]
     return ["## Word frequencies (Figure 3)\n", *lines] if lines else []
@@ -791,6 +795,7 @@ def plot_influence(plt, squares, path):
     figure, panels = plt.subplots(1, len(squares), figsize=(size * len(squares), size), squeeze=False)
     for axes, (name, (square, tokens)) in zip(panels[0], squares.items()):
         axes.imshow(np.sqrt(square), cmap="Greys", vmin=0, vmax=1)
+        axes.grid(False)
         axes.set_xticks(range(len(square)), map(label_of, tokens[:-1]), rotation=90, fontsize=6)
         axes.set_yticks(range(len(square)), map(label_of, tokens[1:]), fontsize=6)
         axes.set(title=label_of(name), xlabel="word that was read", ylabel="word that is predicted")
@@ -813,8 +818,8 @@ def token_table(run, text):
     if not ids:
         raise UserError("nothing in this text is a word of the run's vocabulary")
     losses = per_document_nll(model, [ids], tokenizer.eos)[0]
-    inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(len(ids), 1024, context_length(model))]])
-    with torch.no_grad():
+    inputs = torch.tensor([[tokenizer.eos, *ids[:-1]][:min(1024, context_length(model))]])
+    with torch.no_grad(), autocast(model):
         hidden, _ = model(inputs.to(device_of(model)))
         guesses = model.logits(hidden)[0].argmax(-1).tolist()
     print(f"{'token':<18} {'nats':>7} {'p':>9}   likeliest")
@@ -853,7 +858,10 @@ def draw_influence(runs, text, path):
         square = influence(run.model, torch.tensor(ids, device=device_of(run.model))).cpu().numpy()
         squares[run.name] = square, [token_name(run.tokenizer, i) for i in ids]
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"written to {path}" if draw("", plot_influence, squares, path) else NO_FIGURES)
+    if draw("", plot_influence, squares, path):
+        print(f"written to {path}")
+    elif pyplot() is None:
+        print(NO_FIGURES)
 
 
 def default_domains(runs):
@@ -906,16 +914,9 @@ def main(argv=None):
     config, _ = data.parse_args(Config, argv, "examples:\n" + __doc__.split("\n\n")[1])
     device = pick_device(config.device)
     product_dtype = pick_dtype(config.dtype, device)
-    out, readers = Path(config.out), [config.run] if config.run else config.runs
-    if config.run and config.text is None or config.text is not None and not readers:
-        raise UserError("--text needs --runs or --run, which read it; without --text, write --runs")
-    if config.text is not None:
-        runs = [open_run(folder, device, product_dtype) for folder in readers]
-        for run in runs:
-            if len(runs) > 1:
-                print(f"{run.name}:")
-            token_table(run, config.text)
-        return draw_influence(runs, config.text, out / "influence.png")
+    out, chosen = Path(config.out), [config.run] if config.run else config.runs
+    if config.run and config.text is None:
+        raise UserError("--run and --text go together; for a report of some runs write --runs")
     if config.redraw:
         try:
             draw_report(read_json(out / "report.json"), out)
@@ -923,17 +924,24 @@ def main(argv=None):
             raise UserError(f"{out}/report.json is of another version of eval.py: make the report "
                             "again") from e
         return print(f"written to {out}/report.md")
-    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
+    if out.is_dir() and {path.name for path in out.iterdir()} - {"influence.png"} \
+            and not (out / "report.json").exists():
         raise UserError(f"{out} is a folder with other files in it; choose another with --out")
-    folders = run_folders(config.runs)
+    folders = run_folders(chosen)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("--runs has the same folder twice; the same name counts once")
-    runs = opened(folders, config.runs, open_run, device, product_dtype)
+    runs = opened(folders, chosen, open_run, device, product_dtype)
     if not runs:
         raise UserError("there is no run under runs/. Train one first: python train.py --model lstm")
     for folder, run in runs.items():
         run.name = distinct_names(runs)[folder]
     runs = list(runs.values())
+    if config.text is not None:
+        for run in runs:
+            if len(runs) > 1:
+                print(f"{run.name}:")
+            token_table(run, config.text)
+        return draw_influence(runs, config.text, out / "influence.png")
     trained_texts = {text for run in runs for text in run.trained_on}
     names = config.domains or default_domains(runs)
     domains = opened(names, config.domains, read_domain, trained_texts)

@@ -39,7 +39,7 @@ Where to find what:
     r_t                                 iterate, stage 7.4
     delta_t, A_t, R_t                   gae; whiten
     policy loss, value loss             policy_loss, value_loss; their step: update_policy
-    log pi and its gradient             rnn.softmax_loss (rnn.TokenLoss)
+    log pi and its gradient             rnn.softmax_loss
     the reward model's training         train_reward
 
 A comment that begins with "Detail" marks a line that follows one of the published details (Huang et al. 2023,

@@ -26,15 +26,16 @@ The language model `RNNLM` predicts the next token. The shapes on the way, for B
 The loss of a token is -log p, the negative log-likelihood (nll), with p = softmax(logits)[token]; its
 gradient with respect to the logits is softmax(logits) - onehot(token).
 
-Where there are many words, nearly all the time goes into their logits, although most of a text consists of
-few of them. An adaptive softmax (Goodman 2001; Grave et al. 2017) makes use of this. Words are numbered by
-frequency. A softmax over the first `cutoff` words has one more symbol, "a rarer word", with a vector of its
-own, and a second softmax over the other words is needed only where the target is rarer:
+Where there are many words, nearly all the time goes into their logits, although a few of the words make up
+most of a text. An adaptive softmax (Goodman 2001; Grave et al. 2017) makes use of this. It needs words that
+are numbered by frequency. The first softmax is over the first `cutoff` words and one more symbol, "a rarer
+word", which has a vector of its own. The second softmax is over all other words. It is needed only where the
+target is one of them:
 
     p(w) = p_frequent(w) for w < cutoff             p(w) = p_frequent(rarer) p_rare(w) for w >= cutoff
 
-With z the scores of all words and of the symbol, the logits are z_w for w < cutoff and z_rarer + log
-p_rare(w) beyond. Their softmax is this p, so whatever reads logits need not know of a cutoff.
+With z the scores of all words and of the symbol, the logits are z_w for w < cutoff, and z_rarer + log
+p_rare(w) for the others. Their softmax is this p, so whatever reads logits need not know of a cutoff.
 
 Word-level corpora need regularisation (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf 2017): words
 are dropped from the embedding, one dropout mask serves all time steps, and embedding and softmax share their
@@ -46,7 +47,7 @@ Where to find what:
     dx, dW_ih, dW_hh, db                RNNFunction.backward, after the loop
     the loss that is trained            softmax_loss, softmax_gradient, LinearCrossEntropy
     each token's loss (PPO, evaluation) TokenLoss; without a gradient token_nll
-    p of an adaptive softmax            add_cutoff, softmax_levels; its logits: logits_of
+    the adaptive softmax                add_cutoff; its loss softmax_levels, its logits logits_of
     dropout of words, units, elements   embedded_dropout, locked_dropout, dropout
 
 Vectors are columns in these equations and rows in the code, so that W x is written x W^T. Three functions of
@@ -271,7 +272,8 @@ def add_cutoff(head, cutoff):
     stays an ordinary one."""
     if 0 < cutoff < head.out_features:
         # the scores of the symbol "a rarer word" begin at 0, and nothing is drawn for them
-        head.rarer = nn.utils.skip_init(nn.Linear, head.in_features, 1, bias=head.bias is not None)
+        head.rarer = nn.utils.skip_init(nn.Linear, head.in_features, 1, bias=head.bias is not None,
+                                        device=head.weight.device)
         for p in head.rarer.parameters():
             nn.init.zeros_(p)
         head.cutoff = cutoff
@@ -282,21 +284,20 @@ def logits_of(hidden, head):
     z = head(hidden)
     if not hasattr(head, "cutoff"):
         return z
-    dtype = torch.promote_types(z.dtype, torch.float32)         # as in the loss
-    frequent, rare = z[..., :head.cutoff], z[..., head.cutoff:]
-    rare = head.rarer(hidden).to(dtype) + torch.log_softmax(rare, -1, dtype=dtype)
-    return torch.cat((frequent.to(dtype), rare), -1)
+    dtype = torch.promote_types(z.dtype, torch.float32)         # the loss, too, takes logarithms in float32
+    log_p_rare = torch.log_softmax(z[..., head.cutoff:], -1, dtype=dtype)
+    return torch.cat((z[..., :head.cutoff].to(dtype), head.rarer(hidden).to(dtype) + log_p_rare), -1)
 
 
 def softmax_levels(hidden, head, targets):
     """The softmaxes that predict the targets: a list of (rows, hidden, weight, bias, targets), one for all
     rows and, with a cutoff, one for the rows with a rarer target. hidden [N, D], targets [N]."""
-    all_rows, cutoff = slice(None), getattr(head, "cutoff", 0)
-    if not cutoff:
+    all_rows = slice(None)
+    if not hasattr(head, "cutoff"):
         return [(all_rows, hidden, head.weight, head.bias, targets)]
+    cutoff = head.cutoff
 
-    def split(of_words, of_symbol):
-        # split and not two slices, because each slice has a gradient of the size of the whole
+    def split(of_words, of_symbol):         # two slices would each have a gradient of the size of the whole
         frequent, rare = of_words.split([cutoff, len(of_words) - cutoff])
         return torch.cat((frequent, of_symbol)), rare
     weight, rare_weight = split(head.weight, head.rarer.weight)
@@ -314,8 +315,8 @@ def softmax_loss(hidden, head, targets, reduction="mean", suppressed=None):
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
     if reduction == "none" and (torch.is_grad_enabled() or suppressed is not None):
         suppressed = y[:0] if suppressed is None else suppressed
-        if hasattr(head, "cutoff"):         # a suppressed word may be a rare one, so p comes from the logits
-            logits = logits_of(flat, head).index_fill(1, suppressed, -math.inf)
+        if hasattr(head, "cutoff"):         # a suppressed rare word changes the probabilities of both levels
+            logits = logits_of(flat, head).index_fill_(1, suppressed, -math.inf)
             return F.cross_entropy(logits, y, ignore_index=-1, reduction="none").view(targets.shape)
         with torch.autocast(hidden.device.type, enabled=False):
             nll = TokenLoss.apply(flat, head.weight, head.bias, y.clamp(min=0), suppressed)
@@ -376,7 +377,7 @@ class RNNConfig:
     dropout_input: float = 0.0      # after the embedding, likewise
     dropout_embed: float = 0.0      # words of the vocabulary, wherever they occur in the batch
     tied: bool = True               # embedding and softmax share one matrix
-    cutoff: int = 0                 # the first so many words are the frequent ones; 0: an ordinary softmax
+    cutoff: int = 0                 # how many words are the frequent ones; 0: an ordinary softmax
 
 
 class RNNLM(nn.Module):

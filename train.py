@@ -57,6 +57,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -448,8 +449,8 @@ def unknown_share(tokenizer, ids):
 def warn_of_unknown(share, what, above=0.05):
     """Warn where many words are <unk>, which flatters a perplexity."""
     if share > above:
-        data.show(f"{share:.0%} of {what} is <unk>, which is easy to predict and flatters every perplexity: "
-                  "train with --tokenizer char or gpt2", "\n")
+        data.show(f"{share:.0%} of {what} is <unk>. It is easy to predict, so perplexities look better than "
+                  "they are; a model that is trained with --tokenizer gpt2 has no <unk>", "\n")
 
 
 # The evening's reading of this file ends here.
@@ -804,6 +805,8 @@ def resume_or_refuse(config, given):
         raise UserError(f"{folder} is not a run of {config.script}, or one of another version, so it cannot "
                         "be resumed")
     saved = asdict(type(config)()) | checkpoint["options"]          # a newer option has its default
+    if saved.get("cutoff", 0) is None:
+        saved["cutoff"] = 0                                         # an older run has an ordinary softmax
     changes = {name: getattr(config, name) for name in sorted(given) if getattr(config, name) != saved[name]}
     for name, value in changes.items():
         if name not in MAY_CHANGE:
@@ -826,9 +829,9 @@ def join_processes(device):
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        waiting = threading.Timer(JOINING_SECONDS, data.show, (
+        waiting = threading.Timer(JOINING_SECONDS, print, (
             f"process {RANK} is waiting for all {WORLD} processes of this job (RANK and WORLD_SIZE are set): "
-            "start the others, or unset RANK", "\n"))
+            "start the others, or unset RANK",), {"file": sys.stderr, "flush": True})
         waiting.daemon = True
         waiting.start()
         # the timeout is long, because the others wait while one encodes a text
@@ -1049,10 +1052,12 @@ def model_config(config, vocab_size):
     return sizes
 
 
-def default_cutoff(vocab_size):
-    """The adaptive softmax is for large vocabularies. A fifth of the Penn Treebank's words are 87 % of its
-    text, and a fifth of GPT-2's tokens are as large a part of most texts."""
-    return vocab_size // 5 if vocab_size > 5000 else 0
+def default_cutoff(tokenizer):
+    """The adaptive softmax is for large vocabularies whose order is that of frequency, as characters' is not.
+    The most frequent fifth of the Penn Treebank's words are 87 % of its text. GPT-2's ids follow the order of
+    its merges, so the first fifth are most of the tokens of an English text."""
+    size = tokenizer.vocab_size
+    return size // 5 if size > 5000 and tokenizer.kind != "char" else 0
 
 
 def check_text(corpus):
@@ -1104,10 +1109,8 @@ def main(argv=None):
             other = data.load(name, corpus.tokenizer, (split,))
             check_text(other)
             also.append(("./valid" if name == "valid" else name, other.ids[split]))
-            warn_of_unknown(unknown_share(corpus.tokenizer, other.ids[split]), name, above=0.5)
-    if config.cutoff is None:                           # an older checkpoint has none, and the model had none
-        config.cutoff = (checkpoint["config"].get("cutoff", 0) if checkpoint else
-                         default_cutoff(corpus.tokenizer.vocab_size))
+    if config.cutoff is None:
+        config.cutoff = default_cutoff(corpus.tokenizer)
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
     warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import eval as evaluation
 import finetune
 import ppo
@@ -220,6 +221,8 @@ def test_the_cutoff_follows_the_vocabulary_and_a_typed_one_holds(capsys):
         assert ("lm_head.rarer.weight" in checkpoint["model"]) == bool(expected)
     with pytest.raises(UserError, match="cutoff"):
         train.main(["--cutoff", "-1"])
+    characters = data.CharTokenizer(["<unk>", "\n", *map(chr, range(0x4e00, 0x4e00 + 6000))])
+    assert train.default_cutoff(characters) == 0                    # they are not numbered by frequency
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,7 +240,7 @@ def test_a_stopped_run_resumes_bit_for_bit(kind, monkeypatch):
 
 def test_a_run_from_before_there_was_a_cutoff_has_none(monkeypatch):
     """Its checkpoints name none. It is opened, and resumed, with the ordinary softmax."""
-    monkeypatch.setattr(train, "default_cutoff", lambda vocab_size: 8)
+    monkeypatch.setattr(train, "default_cutoff", lambda tokenizer: 8)
     train.main(options("lstm", "--cutoff", "0", "--steps", "6", "--eval-every", "3", "--run", "whole"))
     with monkeypatch.context() as m:
         signal_in(m, "clip_grad_norm", 4)
@@ -249,7 +252,9 @@ def test_a_run_from_before_there_was_a_cutoff_has_none(monkeypatch):
             checkpoint.get(part, {}).pop("cutoff", None)
         torch.save(checkpoint, f"old/{file}")
     assert sample.load_run("old")[0].config.cutoff == 0
-    train.main(["--resume", "--run", "old"])
+    with pytest.raises(UserError, match="was started with cutoff 0, not 8"):
+        train.main(["--resume", "--run", "old", "--cutoff", "8"])
+    train.main(["--resume", "--run", "old", "--cutoff", "0"])
     assert figures("old") == figures("whole")
 
 

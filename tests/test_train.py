@@ -720,13 +720,14 @@ def test_a_text_begins_with_its_end_token_and_no_state(monkeypatch):
         assert torch.equal(train.begin_texts([torch.ones(200, 1)], x, 0, 1, 7)[0], part)
 
 
-def test_a_process_whose_job_never_comes_says_what_it_waits_for(monkeypatch):
-    """The first of two processes, started alone."""
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20_000, 60_000))}
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_whose_job_never_comes_says_what_it_waits_for(rank):
+    """One of two processes, started alone."""
+    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20_000, 60_000))}
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; train.JOINING_SECONDS = 0.2; train.join_processes(torch.device('cpu'))"
     process = subprocess.Popen([sys.executable, "-c", program], text=True, stderr=subprocess.PIPE, env=os.environ | environment)
     try:
-        assert "process 0 is waiting for all 2 processes of this job" in process.stderr.readline()
+        assert f"process {rank} is waiting for all 2 processes of this job" in process.stderr.readline()
     finally:
         process.kill()
 
