@@ -4,10 +4,10 @@
     a C file of this folder as a library                           compile_c
     freed memory that stays with the process                       keep_memory
 
-torch multiplies float32 matrices through MKL. It also has oneDNN, which on an AMD processor computes x W^T up
-to twice as fast, and with few rows up to three times. From Zen 5 (family 26) on it computes g^T x twice as
-fast, too. The processor decides which of the two is called, and never a stopwatch, because a resumed run has
-to compute the same bits.
+torch multiplies float32 matrices through MKL. It also has oneDNN, which on an AMD processor multiplies few
+rows up to three times as fast, and from Zen 5 (family 26) on multiplies everything twice as fast. The
+processor decides which of the two is called, and never a stopwatch, because a resumed run has to compute the
+same bits.
 """
 import ctypes
 import functools
@@ -36,7 +36,7 @@ def processor_name():
 
 def product(x, w, bias=None):
     """x w^T + b, for x [..., K], w [M, K], b [M]. Without autograd, because oneDNN's operations have none."""
-    if AMD and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
 
