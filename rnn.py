@@ -26,8 +26,8 @@ The language model `RNNLM` predicts the next token. The shapes on the way, for B
 The loss of a token is -log p, the negative log-likelihood (nll), with p = softmax(logits)[token]; its
 gradient with respect to the logits is softmax(logits) - onehot(token).
 
-Where there are many words, nearly all the time goes into their logits, although a few of the words make up
-most of a text. An adaptive softmax (Goodman 2001; Grave et al. 2017) makes use of this. It needs words that
+Where there are many words, most of the time goes into their logits, although a few of the words make up most
+of a text. An adaptive softmax (Goodman 2001; Grave et al. 2017) makes use of this. It needs words that
 are numbered by frequency. The first softmax is over the first `cutoff` words and one more symbol, "a rarer
 word", which has a vector of its own. The second softmax is over all other words. It is needed only where the
 target is one of them:
