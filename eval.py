@@ -3,7 +3,7 @@ figures.
 
     python eval.py                                    # every run under runs/ -> runs/report/report.md
     python eval.py --runs runs/rnn-ptb runs/lstm-ptb --domains wikitext2 my.txt --out runs/mine
-    python eval.py --run runs/lstm-ptb --text "the market fell"          # one sentence, token by token
+    python eval.py --run runs/lstm-ptb --text "the market fell"          # one sentence: tokens, and a picture
     python eval.py --redraw --out runs/mine           # tables and figures again, from report.json alone
 
 The first half of this file computes numbers and puts all of them into one dictionary, report.json; the second
@@ -447,7 +447,7 @@ def at_stages(run):
 def frequencies(runs, domains, scores, notes):
     """{"corpus and domain": what compare_frequencies finds, and each run's correlation}, of runs on words. A
     run that cannot be compared gets a line in notes."""
-    out, counts, shown = {}, {}, distinct_names({run.corpus for run in runs} | domains.keys())
+    out, titles, counts, shown = {}, {}, {}, distinct_names({run.corpus for run in runs} | domains.keys())
     for run in [run for run in runs if run.tokenizer.kind == "word" and run.corpus != "?"]:
         key = run.corpus, tuple(run.tokenizer.words), run.train_tokens
         try:
@@ -459,11 +459,13 @@ def frequencies(runs, domains, scores, notes):
             words = [w for text in texts for w in run.tokenizer.normalize(without_marks(run.tokenizer, text))]
             here = Counter(w if w in run.tokenizer.ids else "<unk>" for w in words if w != "<eos>")
             if (run.name, domain) in scores and len(counts[key] | here) > 1:
-                texts = [shown[run.corpus], shown[domain]]
-                found = out.setdefault(" and ".join(texts), compare_frequencies(counts[key], here)
-                                       | {"texts": texts, "correlation": {}})
-                scored = scores[run.name, domain]
-                found["correlation"][run.name] = frequency_and_loss(counts[key], here, run.tokenizer, scored)
+                if (key, domain) not in titles:
+                    title = f"{shown[run.corpus]} and {shown[domain]}"
+                    titles[key, domain] = f"{title}, by the words of {run.name}" if title in out else title
+                    out[titles[key, domain]] = compare_frequencies(counts[key], here) | {
+                        "texts": [shown[run.corpus], shown[domain]], "correlation": {}}
+                correlation = frequency_and_loss(counts[key], here, run.tokenizer, scores[run.name, domain])
+                out[titles[key, domain]]["correlation"][run.name] = correlation
     return out
 
 
@@ -789,19 +791,6 @@ def plot_frontier(plt, frontier, path):
     save_figure(figure, path)
 
 
-def plot_influence(plt, squares, path):
-    """{run: (square, tokens)}: dark where a word that was read matters for the word that is predicted."""
-    size = 0.9 + 0.13 * max(len(square) for square, _ in squares.values())      # inches
-    figure, panels = plt.subplots(1, len(squares), figsize=(size * len(squares), size), squeeze=False)
-    for axes, (name, (square, tokens)) in zip(panels[0], squares.items()):
-        axes.imshow(np.sqrt(square), cmap="Greys", vmin=0, vmax=1)
-        axes.grid(False)
-        axes.set_xticks(range(len(square)), map(label_of, tokens[:-1]), rotation=90, fontsize=6)
-        axes.set_yticks(range(len(square)), map(label_of, tokens[1:]), fontsize=6)
-        axes.set(title=label_of(name), xlabel="word that was read", ylabel="word that is predicted")
-    save_figure(figure, path)
-
-
 # ----------------------------------------------------------------------------------------------- command line
 
 def token_name(tokenizer, i):
@@ -812,7 +801,7 @@ def token_name(tokenizer, i):
 
 
 def token_table(run, text):
-    """Print the loss of every token of a sentence, and the likeliest token in its place."""
+    """Print the loss of every token of a sentence, and the likeliest token in its place; -> ids, losses."""
     model, tokenizer = run.model, run.tokenizer
     ids, unknown, _ = encode_text(tokenizer, text)
     if not ids:
@@ -830,6 +819,7 @@ def token_table(run, text):
         print(f"<unk> stands for: {', '.join(unknown)}")
     nll = losses.mean()
     print(f"{len(ids)} tokens, {nll:.3f} nats per token, perplexity {perplexity_of(nll):.2f}")
+    return ids, losses
 
 
 def influence(model, ids):
@@ -846,22 +836,24 @@ def influence(model, ids):
     return torch.stack([row / row.sum().clamp(min=1e-30) for row in rows])
 
 
-LONGEST_PICTURE = 48                                                        # tokens
-
-
-def draw_influence(runs, text, path):
-    """A picture of `influence` for each run, side by side."""
-    squares = {}
-    for run in runs:
-        ids = [run.tokenizer.eos, *encode_text(run.tokenizer, text)[0]]
-        ids = ids[:1 + min(LONGEST_PICTURE, context_length(run.model))]
-        square = influence(run.model, torch.tensor(ids, device=device_of(run.model))).cpu().numpy()
-        squares[run.name] = square, [token_name(run.tokenizer, i) for i in ids]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if draw("", plot_influence, squares, path):
-        print(f"written to {path}")
-    elif pyplot() is None:
-        print(NO_FIGURES)
+def plot_influence(plt, scored, path):
+    """`influence` in each run, side by side: dark where a word that was read matters for the word that is
+    predicted. scored: [(run, ids, losses)]."""
+    size = 1.1 + 0.13 * max(min(len(ids), 48) for _, ids, _ in scored)                          # inches
+    figure, panels = plt.subplots(1, len(scored), figsize=(size * len(scored), size), squeeze=False,
+                                  layout="constrained")
+    panels[0, 0].set_ylabel("word that is predicted, and its probability")
+    for axes, (run, ids, losses) in zip(panels[0], scored):
+        ids = [run.tokenizer.eos, *ids][:1 + min(48, context_length(run.model))]
+        names = [label_of(token_name(run.tokenizer, i)) for i in ids]
+        square = influence(run.model, torch.tensor(ids, device=device_of(run.model))).cpu()
+        axes.imshow(square.sqrt(), cmap="Greys", vmin=0, vmax=1)
+        axes.grid(False)
+        axes.set_xticks(range(len(square)), names[:-1], rotation=90, fontsize=6)
+        predicted = [f"{name}  {math.exp(-loss):.0%}" for name, loss in zip(names[1:], losses)]
+        axes.set_yticks(range(len(square)), predicted, fontsize=6)
+        axes.set(title=label_of(run.name), xlabel="word that was read")
+    save_figure(figure, path)
 
 
 def default_domains(runs):
@@ -937,11 +929,15 @@ def main(argv=None):
         run.name = distinct_names(runs)[folder]
     runs = list(runs.values())
     if config.text is not None:
+        scored = []
         for run in runs:
             if len(runs) > 1:
                 print(f"{run.name}:")
-            token_table(run, config.text)
-        return draw_influence(runs, config.text, out / "influence.png")
+            scored.append((run, *token_table(run, config.text)))
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = draw("", plot_influence, scored, out / "influence.png")
+        said = "The picture is left out." if pyplot() else NO_FIGURES
+        return print(f"written to {out}/influence.png" if drawn else said)
     trained_texts = {text for run in runs for text in run.trained_on}
     names = config.domains or default_domains(runs)
     domains = opened(names, config.domains, read_domain, trained_texts)
