@@ -15,8 +15,9 @@ weights; Bayes' rule sums over it.) All four languages share the rules and a voc
 They differ in how frequent each word is: a domain's own words follow Zipf's law, and the other domains' words
 share a small rest. The grammar has what separates models: verbs agree with a subject that may be several
 clauses back, clauses nest, and a person who is introduced in the first sentence (`mr. harlow`) must be named
-again after any later title. The *floor* of a split is the perplexity of the grammar itself on it. No honest
-model goes below the floor except by chance.
+again after any later title. The *floor* of a split is the perplexity of the grammar itself on it. On text
+that is drawn from p, the expected loss of a model q is the entropy of p plus KL(p, q), which is never
+negative. So no honest model goes below the floor, except by chance on a split of finite size.
 
 Where to find what:
     words in PTB's conventions          split_words, WordTokenizer
@@ -182,7 +183,7 @@ class WordTokenizer:
         ids = [self.ids.get(w, self.unk) for w in words]
         if None in ids:
             raise UserError(f"the vocabulary has no word for {words[ids.index(None)]!r}: embedded languages "
-                            "go with embedded languages; --tokenizer gpt2 reads any text")
+                            "go with embedded languages. A run with --tokenizer gpt2 reads any text")
         return ids
 
     def decode(self, ids):
@@ -326,15 +327,22 @@ DOMAINS = ("finance", "climate", "stories", "reviews")
 MOOD_RATIO = 6.0                        # how much likelier a mood makes its words
 DOCUMENTS = {"train": 9000, "valid": 500, "test": 500}
 
-# The rules: symbol = weight words -> symbols that follow | the next alternative. For example     END = 60 . |
-# 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP says how a clause ends. With
-# probability 0.60 it ends with a full stop. With 0.20 one of three words comes, and a REASON follows. With
-# 0.06 it is "by", then a NUMBER, a UNIT and a STOP. With 0.14 it is an adverb.     the stock falls .
-# the stock falls by ten percent .        the stock falls sharply . The sentences differ from the fourth word
-# on, and -log p of this word is -log 0.60, -log 0.06, and -log 0.14 plus -log of the share that `sharply` has
-# among the adverbs of the domain. {n} is s or p, singular or plural; {title} and {name} are all titles and
-# names. A word in capitals that a rule produces, as ADVERBS above, is a class of the LEXICON below: any of
-# its words, in the form that .s or .p says. A name after an arrow is a symbol.
+# The rules: symbol = weight words -> symbols that follow | the next alternative. For example, this rule says
+# how a clause ends:
+#
+#     END = 60 . | 20 in after because -> REASON | 6 by -> NUMBER UNIT STOP | 14 ADVERBS -> STOP
+#
+#     0.60    the stock falls .
+#     0.20    the stock falls in, after or because, and then a REASON
+#     0.06    the stock falls by ten percent .                       (a NUMBER, a UNIT and a STOP)
+#     0.14    the stock falls sharply .                              (one of the ADVERBS, and a STOP)
+#
+# So -log p of the fourth word is -log 0.60 for the full stop, -log 0.06 for `by`, and for `sharply` -log 0.14
+# and -log of its share among the adverbs of the domain. {n} is s or p, singular or plural; {title} and {name}
+# are all titles and names. A word in capitals that a rule produces, as ADVERBS, is a class of the LEXICON
+# below: any of its words, in the form that .s or .p says. A name after an arrow is a symbol. A rule has to
+# begin with a word. So where a MORE may go on with a CLAUSE, the alternatives of CLAUSE are written out, with
+# 45 % of their weights (27 = 0.45 * 60), and in AFTER those of VERB with 76 %.
 GRAMMAR = """
 NAME:{title} = 1 {name} -> COMMA THE ROLE COMMA VERB.s MORE:{title}:{name}
 MORE:{title}:{name} = 32 {title} -> NAME:{name} VERB.s MORE:{title}:{name}
@@ -380,8 +388,8 @@ class Language:
         self.domain = domain
         self.domains = sorted(DOMAINS, key=lambda other: other != domain)       # this domain comes first
         self.moods = ("positive", "negative") if domain == "reviews" else ("",)
-        self.mood_of = {form(word): mood for mood, words in enumerate((LIKED, DISLIKED))
-                        for word in words.split() for form in (str, add_s)}
+        self.mood_of = {form: mood for mood, words in enumerate((LIKED, DISLIKED))
+                        for word in words.split() for form in (word, add_s(word))}
         self.rules = {}                 # symbol -> {word: (weight for each mood, symbols that follow)}
         self.choices = {}               # symbol -> (words, cumulative weights for each mood, what follows)
         titles = self.add_first_words()
@@ -437,7 +445,8 @@ class Language:
         zipf = [1 / (r + 2) for r in range(len(words))]
         for word, z in zip(words, zipf):
             mood = self.mood_of.get(word)
-            factors = [MOOD_RATIO ** (mood == m) for m in (0, 1)] if self.domain == "reviews" else [1.0]
+            has_moods = self.domain == "reviews"
+            factors = [MOOD_RATIO if mood == m else 1.0 for m in (0, 1)] if has_moods else [1.0]
             rules = self.rules.setdefault(symbol, {})
             assert word not in rules, (symbol, word)
             rules[word] = tuple(weight * z / sum(zipf) * f for f in factors), follow

@@ -74,7 +74,7 @@ class Config:
     run: str = option(None, "with --text: one run")
     text: str = option(None, "with --run or --runs: a sentence; its loss is printed token by token, and "
                              "influence.png in --out shows what each prediction depends on")
-    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    device: str = option("auto", "auto: cuda if there is one, else cpu; or a torch device")
     dtype: str = option("float32", "dtype of products; with float32 the figures depend least on the machine",
                         choices=["auto", "float32", "bfloat16"])
 
@@ -276,7 +276,7 @@ def encode_text(tokenizer, text):
     words = tokenizer.normalize(text)
     unknown = [w for w in words if w not in tokenizer.ids or w == "<unk>"]
     if unknown and tokenizer.unk is None:
-        raise UserError(f"its vocabulary has no {unknown[0]!r}")
+        raise UserError(f"the run's vocabulary has no word {unknown[0]!r}")
     ids = [tokenizer.ids.get(w, tokenizer.unk) for w in words]
     return ids, unknown, sum(len(w) + 1 for w in words if w != "<eos>")
 

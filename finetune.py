@@ -237,7 +237,7 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
             shard_model(model, weights, device)
             del weights
 
-        # 5 to 7: as from random weights
+        # 5 to 7: the loop of train.py
         prompt = encode_prompt(tokenizer, config.prompts[0]) if config.sample and not config.shard else ()
         run = train(config, model, tokenizer, batches, lambda: evaluate(model, {"valid": valid}),
                     warmup_steps, checkpoint, prompt)

@@ -6,8 +6,11 @@ The layer (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 20
     f_t = sigma(W_f x_t + U_f h_{t-1} + b_f)        forget gate: how much to keep
     g_t = tanh (W_g x_t + U_g h_{t-1} + b_g)        candidate: what to write
     o_t = sigma(W_o x_t + U_o h_{t-1} + b_o)        output gate: how much to show
-    c_t = f_t * c_{t-1} + i_t * g_t                 the cell: a sum, so gradients pass through it unsquashed
+    c_t = f_t * c_{t-1} + i_t * g_t                 the cell
     h_t = o_t * tanh(c_t)
+
+From c_t back to c_{t-1} a gradient is only multiplied by f_t, with no matrix and no tanh' between. Where the
+forget gate is near 1 it survives many steps, which an RNN's does not (rnn.py).
 
 weight_ih stacks W_i, W_f, W_g, W_o (torch's order) and weight_hh the U's, so weights of `torch.nn.LSTM` load
 (without the `_l0` of their names).
@@ -79,9 +82,9 @@ class LSTM(RNN):
 
 
 def cell_forward(gates, from_h, c_before, c, h):
-    """The equations of one step. Like its twin in C it works in place: gates [B, 4H] holds W x_t + b when the
-    step begins, and i, f, g, o when it ends. from_h [B, 4H] is U h_{t-1}. c_before, c and h are [B, H]; c and
-    h are written."""
+    """The equations of one step, as in LSTM.plain. It works in place, because its twin in C does: gates [B,
+    4H] holds W x_t + b when the step begins, and i, f, g, o when it ends. from_h [B, 4H] is U h_{t-1}.
+    c_before, c and h are [B, H]; c and h are written."""
     a_i, a_f, a_g, a_o = (gates + from_h).chunk(4, 1)                       # [B, H] each
     i, f, g, o = torch.sigmoid(a_i), torch.sigmoid(a_f), torch.tanh(a_g), torch.sigmoid(a_o)
     gates.copy_(torch.cat((i, f, g, o), 1))
@@ -109,14 +112,14 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h0, c0, w_ih, w_hh, bias, cells):
-        cell_forward, _ = cells                             # of this file, or in C
+        step_forward, _ = cells                             # cell_forward, or the same in C
         T, B, _ = x.shape
         h, c = x.new_empty(T + 1, B, h0.shape[1]), c0.new_empty(T + 1, B, h0.shape[1])
         h[0], c[0] = h0, c0
-        gates = product(x, w_ih, bias)                      # W x_t + b for all t; cell_forward makes it gates
+        gates = product(x, w_ih, bias)                      # W x_t + b for all t; step_forward makes it gates
         times_u = packed_linear(w_hh, B, T)
         for gates_t, h_before, c_before, c_t, h_t in zip(gates, h[:-1], c[:-1], c[1:], h[1:]):
-            cell_forward(gates_t, times_u(h_before), c_before, c_t, h_t)        # U h_{t-1}: the recurrence
+            step_forward(gates_t, times_u(h_before), c_before, c_t, h_t)        # U h_{t-1}: the recurrence
         ctx.save_for_backward(x, h, c, gates, w_ih, w_hh)
         ctx.cells = cells
         return h[1:], c[T].clone()                          # a view would keep c of all steps in memory
@@ -125,13 +128,13 @@ class LSTMFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_h, grad_c):
         x, h, c, gates, w_ih, w_hh = ctx.saved_tensors
-        _, cell_backward = ctx.cells
+        _, step_backward = ctx.cells
         T, B, H = grad_h.shape
         grad_h, dc = grad_h.contiguous(), grad_c.clone(memory_format=torch.contiguous_format)
         da, from_next = torch.empty_like(gates), torch.zeros_like(grad_h[0])
         times_u_transposed = packed_linear(w_hh.t(), B, T)
         for gates_t, grad_h_t, c_before, c_t, da_t in reversed(list(zip(gates, grad_h, c[:-1], c[1:], da))):
-            cell_backward(gates_t, grad_h_t, from_next, c_before, c_t, da_t, dc)
+            step_backward(gates_t, grad_h_t, from_next, c_before, c_t, da_t, dc)
             from_next = times_u_transposed(da_t)            # U^T da_t: what the step before receives
         da = da.view(T * B, 4 * H)
         dx = product(da, w_ih.t()).view_as(x)
@@ -147,9 +150,9 @@ LSTMConfig = RNNConfig                                          # the same optio
 
 class LSTMLM(RNNLM):
     """RNNLM with LSTM layers whose forget gates start at many time scales: a unit with forget bias log(tau)
-    keeps its cell for about tau steps. With tau uniform in 1..MEMORY (Tallec & Ollivier 2018, "chrono
-    initialization"), some units remember a sentence from the start of the training. With torch's biases near
-    0 they must first learn to."""
+    keeps its cell for about tau steps, because sigma(log tau) = 1 - 1 / (tau + 1). With tau uniform in
+    1..MEMORY (Tallec & Ollivier 2018, "chrono initialization"), some units remember a sentence from the start
+    of the training. With torch's biases near 0 they must first learn to."""
     layer_type = LSTM
     MEMORY = 64                                                 # tokens
     # With the usual 0.1 the vectors of words are so alike at first that a name is lost before its recall is

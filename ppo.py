@@ -24,13 +24,24 @@ a batch of prompts. Token t of a response is an action a_t in the state s_t, whi
     policy loss = -mean min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
     value loss = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
 
+beta is --kl-coef, eps --clip-coef, lambda --gae-lambda.
+
 V(s) predicts the sum of the rewards to come. It is a linear function of the model's hidden state. The
-advantage A_t says how much better than this prediction the response went. beta is --kl-coef, eps --clip-coef,
-lambda --gae-lambda. The part -beta (...) of the reward is the price of KL, the Kullback-Leibler divergence
-from the reference. Without it the policy answers every prompt with the sentence that the scorer likes best.
-With it the optimum is ref(text) exp(reward / beta), normalised. The log has two estimates of the KL: the mean
-of log pi - log ref over the sampled tokens, which is noisy; and in full, the sum over all tokens of pi log(pi
-/ ref) at every prefix that was sampled.
+advantage A_t says how much better than this prediction the response went. To subtract V does not change the
+expected gradient, and makes it less noisy. With lambda = 1, A_t is the sum of the rewards to come minus
+V(s_t), which is unbiased and noisy. With lambda = 0 it is delta_t, which has little noise, and V's errors.
+
+The responses of an iteration serve several updates. After the first one, pi is no longer the policy that drew
+them, and the ratio corrects for that. Where the ratio is 1, the gradient is that of A_t log pi (REINFORCE,
+Williams 1992). But a response says little about a policy that is far from pi_old. So clipping takes away what
+is gained by moving the probability of a token by more than the share eps. The minimum keeps the gradient
+where a token has moved in the wrong direction.
+
+The part -beta (...) of the reward is the price of KL, the Kullback-Leibler divergence from the reference.
+Without it the policy answers every prompt with the sentence that the scorer likes best. With it the optimum
+is ref(text) exp(reward / beta), normalised. log.csv has two estimates of the KL: the mean of log pi - log ref
+over the sampled tokens, which is noisy; and in full, the sum over all tokens of pi log(pi / ref) at every
+prefix that was sampled.
 
 Where to find what:
     an iteration                        iterate, stages 7.1 to 7.6
@@ -162,7 +173,8 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
 
 def value_loss(value, old_value, returns, clip_coef):
     """Half the mean squared error of the values, clipped. The error is computed for the new value, and for
-    the new value limited to the old one +- clip_coef, and the larger one counts. All arguments are [N]."""
+    the new value limited to the old one +- clip_coef, and the larger one counts. All arguments are [N].
+    Detail: as published, the limit is the ratio's, although values are in units of the reward."""
     near = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2).mean()
 
@@ -199,7 +211,8 @@ def read_prompts(name, split, tokenizer, most=10_000):
 @dataclass
 class Rollout:
     """The responses of a model to B prompts. Column t of a tensor belongs to the prediction that the model
-    makes after it has read t + 1 tokens."""
+    makes after it has read t + 1 tokens. For example, the prompt a b and the response x y with its end e give
+    tokens a b x y e and mask 0 1 1 1. Column 1 belongs to the prediction of x."""
     prompts: list               # lists of ids
     responses: list             # lists of ids, without end tokens
     tokens: torch.Tensor        # int64 [B, T + 1]: prompt, response with its end token, zeros
@@ -235,7 +248,7 @@ def rollout(task, model, prompts, seed=None):
     tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=new.device)
     tokens = tokens[:, :shortest + new.shape[1]]
     tokens[:, shortest:] = torch.where(new >= 0, new, tokens[:, shortest:])
-    before = (shortest - 1, 0)                                              # columns within all prompts
+    before = (shortest - 1, 0)                  # new begins with column shortest - 1: so many come before it
     mask, log_probs = F.pad((new >= 0).float(), before), F.pad(log_probs, before)
     responses = [[t for t in row if t >= 0 and t not in task.tokenizer.stops] for row in new.tolist()]
     return Rollout(prompts, responses, tokens, mask, log_probs)
@@ -401,8 +414,8 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     advantages, returns = gae(rewards, old["value"], r.mask, config.gamma, config.gae_lambda)
     token_mask = r.mask > 0
     # the share of the returns' variance that the values do not predict
-    error, variance = ((returns - value)[token_mask].var(correction=0) for value in (old["value"], 0))
-    unexplained = error / variance.clamp(min=1e-8)
+    error = (returns - old["value"])[token_mask].var(correction=0)
+    unexplained = error / returns[token_mask].var(correction=0).clamp(min=1e-8)
     if config.whiten:
         advantages = whiten(advantages, r.mask)
 
@@ -445,7 +458,7 @@ def policy_to_sample_from(policy):
 def train_policy(task, checkpoint=None):
     """Train a policy by PPO as task.config says, into the folder config.run; -> the content of its
     result.json."""
-    # 3 figures before
+    # 4 figures of the reference, before
     config, tokenizer, folder = task.config, task.tokenizer, Path(task.config.run)
     before = read_json(folder / "before.json", {}) if checkpoint else {}
     if not before:
@@ -453,8 +466,10 @@ def train_policy(task, checkpoint=None):
         save_json(folder / "before.json", before)
 
     # 4 model
-    policy = copy.deepcopy(task.reference).requires_grad_(True).eval()      # no dropout: first ratios are 1
-    # Detail: V(s) is linear in the hidden state after prompt and response, and begins at zero
+    # no dropout: with it, pi would differ from pi_old before the first update
+    policy = copy.deepcopy(task.reference).requires_grad_(True).eval()
+    # Detail: V(s_t) is linear in the hidden state after the prompt and the tokens so far, and begins at zero.
+    # Its loss trains the layers of the policy, too
     value_head = nn.Linear(policy.lm_head.in_features, 1).to(device_of(policy))
     for p in value_head.parameters():
         nn.init.zeros_(p)
@@ -489,7 +504,8 @@ def train_policy(task, checkpoint=None):
                 sampler.load_state_dict(policy.state_dict())
             metrics = iterate(task, policy, sampler, value_head, optimizer, run.step, kl_coef)
             run.check_finite(gradient_norm=metrics.get("grad_norm", 0.0))
-            if config.kl_target:                # Ziegler et al. 2019, 2.2, but slow to fall: KL is 0 at first
+            if config.kl_target:
+                # Ziegler et al. 2019, 2.2; but it falls by at most 2 %, because the KL begins at 0
                 kl_coef *= 1 + min(0.2, max(-0.02, 0.5 * (metrics["kl"] / config.kl_target - 1)))
             run.step_done(time.perf_counter() - started)
             data.show(f"{run}  reward {metrics['reward']:.2f}  KL {metrics['kl']:.2f}")

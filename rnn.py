@@ -10,6 +10,10 @@ the last step nothing comes back, so da_{T+1} = 0:
 
     dh_t = grad_h_t + W_hh^T da_{t+1}        da_t = dh_t * (1 - h_t^2)        (tanh' = 1 - tanh^2)
 
+A gradient that goes back k steps is so multiplied k times by W_hh^T and by tanh', which is at most 1. It
+vanishes or explodes like a power of k (Bengio et al. 1994). This is why an RNN forgets, and why the norm of
+the gradient is clipped.
+
 Only this recursion, from T down to 1, is sequential. Everything else is one product over all steps:
 
     dx_t = W_ih^T da_t     dW_ih = sum_t da_t x_t^T     dW_hh = sum_t da_t h_{t-1}^T     db = sum_t da_t
@@ -24,7 +28,8 @@ The language model `RNNLM` predicts the next token. The shapes on the way, for B
     tokens [B, T] -> embedded [B, T, D] -> time-major [T, B, D] -> h [T, B, H] -> hidden [B, T, H] -> loss
 
 The loss of a token is -log p, the negative log-likelihood (nll), with p = softmax(logits)[token]; its
-gradient with respect to the logits is softmax(logits) - onehot(token).
+gradient with respect to the logits z is softmax(z) - onehot(token), because -log p = log sum_k exp(z_k) -
+z_token.
 
 Where there are many words, most of the time goes into their logits, although a few of the words make up most
 of a text. An adaptive softmax (Goodman 2001; Grave et al. 2017) makes use of this. It needs words that
@@ -34,12 +39,18 @@ target is one of them:
 
     p(w) = p_frequent(w) for w < cutoff             p(w) = p_frequent(rarer) p_rare(w) for w >= cutoff
 
-With z the scores of all words and of the symbol, the logits are z_w for w < cutoff, and z_rarer + log
-p_rare(w) for the others. Their softmax is this p, so whatever reads logits need not know of a cutoff.
+With a fifth of the 10,000 words of the Penn Treebank as the frequent ones, 13 % of its tokens need the second
+softmax. A token costs 0.2 V + 0.13 * 0.8 V = 0.3 V scores on average, and not V.
 
-Word-level corpora need regularisation (Gal & Ghahramani 2016; Merity et al. 2018; Press & Wolf 2017): words
-are dropped from the embedding, one dropout mask serves all time steps, and embedding and softmax share their
-weights (they are `tied`; the last layer is then as wide as the embedding, H = D).
+With z the scores of all words and of the symbol, the logits are z_w for w < cutoff, and z_rarer + log
+p_rare(w) for the others. Their softmax is this p: because p_rare sums to 1, the exponentials of the rare
+logits sum to exp(z_rarer). So whatever reads logits need not know of a cutoff. Generation reads them all, and
+saves nothing.
+
+Word-level corpora need regularisation. Words are dropped from the embedding (Merity et al. 2018). One dropout
+mask serves all time steps, because a new one at each step would add noise to the recurrence (Gal &
+Ghahramani 2016). Embedding and softmax share their weights, because both have a vector for each word (Press &
+Wolf 2017): they are `tied`, and the last layer is then as wide as the embedding, H = D.
 
 Where to find what:
     h_t                                 RNN.plain; RNNFunction.forward, the loop
@@ -48,7 +59,7 @@ Where to find what:
     the loss that is trained            softmax_loss, softmax_gradient, LinearCrossEntropy
     each token's loss (PPO, evaluation) TokenLoss; without a gradient token_nll
     the adaptive softmax                add_cutoff; its loss softmax_levels, its logits logits_of
-    dropout of words, units, elements   embedded_dropout, locked_dropout, dropout
+    dropout of words, units             embedded_dropout, locked_dropout
 
 Vectors are columns in these equations and rows in the code, so that W x is written x W^T. Three functions of
 fast/products.py are matrix products: product(x, W) is x W^T, grad_product(g, x) is g^T x, and
@@ -65,13 +76,6 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fast.products import grad_product, packed_linear, product
-
-
-def compute_dtype(x):
-    """The dtype in which products run: that of autocast, torch's switch for products of 16 bits, if it is on,
-    else that of the tensor x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # -------------------------------------------------------------------------------------------------- the layer
@@ -105,7 +109,7 @@ class RNN(nn.Module):
         """The same as plain, by RNNFunction, with its gradient written out."""
         h0 = self.zero_state(x.shape[0]) if state is None else state
         x, w_ih, w_hh, bias = self.cast_inputs(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):                      # all inputs are cast already
             out = RNNFunction.apply(x, h0.to(x.dtype), w_ih, w_hh, bias)        # [T, B, H]
         return out.transpose(0, 1), out[-1].to(h0.dtype)
 
@@ -146,18 +150,23 @@ class RNNFunction(torch.autograd.Function):
         slope = 1 - h[1:] * h[1:]                               # tanh' for all steps at once
         da = torch.empty_like(slope)
         grad_hs, slopes, das = grad_h.unbind(0), slope.unbind(0), da.unbind(0)
-        dh, times_w_hh_transposed = grad_hs[T - 1], packed_linear(w_hh.t(), B, T)
+        from_next, times_w_hh_transposed = torch.zeros_like(grad_hs[0]), packed_linear(w_hh.t(), B, T)
         for t in reversed(range(T)):
-            torch.mul(dh, slopes[t], out=das[t])
-            dh = times_w_hh_transposed(das[t])                  # W_hh^T da: what this step sends back
-            if t:
-                dh.add_(grad_hs[t - 1])                         # and what the layers above send to this h
-        # after the loop, dh is the gradient of h0
+            dh = from_next.add_(grad_hs[t])                     # dh_t = grad_h_t + W_hh^T da_{t+1}
+            torch.mul(dh, slopes[t], out=das[t])                # da_t = dh_t (1 - h_t^2)
+            from_next = times_w_hh_transposed(das[t])           # W_hh^T da_t; in the end, the gradient of h0
         da = da.view(T * B, H)
         dx = product(da, w_ih.t()).view_as(x)
         dw_ih = grad_product(da, x.reshape(T * B, -1))
         dw_hh = grad_product(da, h[:-1].reshape(T * B, H))
-        return dx, dh, dw_ih, dw_hh, da.sum(0)
+        return dx, from_next, dw_ih, dw_hh, da.sum(0)
+
+
+def compute_dtype(x):
+    """The dtype in which products run: that of autocast, torch's switch for products of 16 bits, if it is on,
+    else that of the tensor x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ------------------------------------------------------------------------------------------- softmax and loss
@@ -193,11 +202,11 @@ def softmax_gradient(logits, targets):
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of the cross-entropy of softmax(hidden W^T + b), with its gradient, in chunks of rows.
 
-    The loss is one number, and only one factor comes back to it. So forward already computes all gradients,
-    chunk by chunk, and backward multiplies them by that factor: the [N, V] logits of a large batch or
-    vocabulary never exist together. hidden [N, D], weight [V, D], bias [V] or None, targets
-    [N] (-1: ignored) -> float32 scalar, in nats. Products run in hidden's dtype, sums in float32 (float64
-    where hidden is).
+    The loss is one number, so the gradient that comes back to it is one number, too. So forward already
+    computes all gradients, chunk by chunk, and backward multiplies them by that number. So the [N, V] logits
+    of a large batch or vocabulary never exist together. hidden [N, D], weight [V, D], bias [V] or None,
+    targets [N] (-1: ignored) -> float32 scalar, in nats. Products run in hidden's dtype, sums in float32
+    (float64 where hidden is).
     """
 
     @staticmethod
@@ -311,7 +320,11 @@ def softmax_loss(hidden, head, targets, reduction="mean", suppressed=None):
     """The loss of predicting the targets by softmax(logits_of(hidden, head)), in nats per token. hidden [...,
     D], head an nn.Linear(D, V), targets [...]; a target of -1 does not count. reduction "mean": the mean over
     the targets. "none": the loss of each, in the shape of targets, 0 where one is -1; under torch.no_grad()
-    this takes less memory. suppressed: ids that have probability 0 (only for "none", in ppo.py)."""
+    this takes less memory. suppressed: ids that have probability 0 (only for "none", in ppo.py).
+
+    There is one function for each use. LinearCrossEntropy trains, and keeps no logits. TokenLoss has to keep
+    them, because PPO gives each token a weight. token_nll has no gradient. PPO with a cutoff leaves the
+    gradient to autograd."""
     flat, y = hidden.to(compute_dtype(hidden)).flatten(0, -2), targets.flatten()
     if reduction == "none" and (torch.is_grad_enabled() or suppressed is not None):
         suppressed = y[:0] if suppressed is None else suppressed
@@ -338,20 +351,6 @@ def locked_dropout(x, p, training):
     if not training or p == 0:
         return x
     return x * x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - p).div_(1 - p)
-
-
-def dropout(x, p, training):
-    """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, so each 64-bit draw serves
-    eight elements: p is rounded to a multiple of 1/256, and the rest is scaled for the rounded p. A smaller p
-    is drawn exactly."""
-    if not training or p == 0:
-        return x
-    if x.device.type != "cpu" or p < 1 / 256:
-        return F.dropout(x, p)
-    drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
-    cut = min(255, round(p * 256))
-    keep = (drawn.view(torch.uint8)[:x.numel()] >= cut).view(x.shape)
-    return x * keep * (256 / (256 - cut))
 
 
 def embedded_dropout(embedding, tokens, p, training):

@@ -62,7 +62,7 @@ class Config:
     stop: bool = option(False, "end a sample at the end of its document or line (Qwen2 always does)")
     seed: int = option(None, "the same seed gives the same text (default: random)", at_least=0,
                        below=2 ** 62)
-    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    device: str = option("auto", "auto: cuda if there is one, else cpu; or a torch device")
     dtype: str = option("auto", "dtype of Qwen2's weights (a run is float32); auto: bfloat16 if the hardware "
                                 "multiplies it, else float32", choices=["auto", "float32", "bfloat16"])
 
@@ -70,12 +70,12 @@ class Config:
 # ------------------------------------------------------------------------------------------- opening a model
 
 def pick_device(name="auto"):
-    """A torch.device by its name. `auto` is cuda, then mps, then cpu. Each of several processes has a GPU of
-    its own. UserError for a device that does not work."""
+    """A torch.device by its name. `auto` is cuda or cpu, because no other was tested. Each of several processes
+    has a GPU of its own. UserError for a device that does not work."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if data.WORLD > 1:
-        name = {"cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "mps": "cpu"}.get(name, name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if data.WORLD > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name).add(1)                      # torch has no kernels for some old GPUs
     except (RuntimeError, AssertionError) as e:
@@ -147,8 +147,8 @@ def build_model(kind, config, weights=None):
         if weights is not None:
             model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"this does not make a {kind} model (runs of earlier versions are not read): "
-                        f"{' '.join(str(e).split())[:200]}") from e
+        raise UserError(f"this does not make a {kind} model. Was the code changed, or the change taken back, "
+                        f"since it was trained? {' '.join(str(e).split())[:200]}") from e
     return model
 
 

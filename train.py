@@ -34,8 +34,10 @@ AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) updates float32 weights:
 
     m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2        w <- (1 - lr wd) w - lr m' / (sqrt(v') + eps)
 
-where m' = m / (1 - b1^t), v' = v / (1 - b2^t), b1 = 0.9, b2 = 0.99, and wd is 0 for biases and norms. lr
-rises linearly to its peak, then falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of it.
+where m' = m / (1 - b1^t), v' = v / (1 - b2^t), b1 = 0.9, b2 = 0.99, and wd is 0 for biases and norms. m is a
+running mean of the gradient and v of its square, and m' and v' correct for their beginning at 0. So a weight
+moves by about lr, whatever the scale of its gradient. lr rises linearly to its peak, because v is not yet
+reliable at first. Then it falls along half a cosine (Loshchilov & Hutter 2017) to a hundredth of the peak.
 
 Where to find it:
     L                                   the models' forward (rnn.softmax_loss); perplexity, token_losses
@@ -45,8 +47,14 @@ Where to find it:
     a complete training                 main, stages 1 to 3; pretrain, 4 and 8; train, 5 to 7
     its folder                          Run
 
+The stages have the same numbers in every script: 1 options, 2 device, 3 data, 4 model, 5 optimizer, 6 resume,
+7 loop, 8 results.
+
 A run is a folder: last.pt (all that is needed to resume), best.pt (the weights with the lowest validation
-loss), log.csv (a row for every log step and evaluation), result.json (the final figures).
+loss), log.csv (a row for every log step and evaluation), result.json (the final figures). last.pt is written
+at every evaluation and after Ctrl-C. --resume takes from it the options, the weights, the moments m and v,
+the recurrent state, the rows of the log and the step. The steps that came later are computed again, with the
+same random draws. --resume --steps N makes a run longer, and its cosine, too.
 """
 import contextlib
 import csv
@@ -109,7 +117,7 @@ class RunOptions:
     log_every: int = option(50, "steps between rows of log.csv")
     eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)")
     seed: int = option(1, "seed of weights, batches and all other random draws", at_least=0, below=2 ** 62)
-    device: str = option("auto", "auto: cuda, then mps, then cpu; or a torch device")
+    device: str = option("auto", "auto: cuda if there is one, else cpu; or a torch device")
     dtype: str = option("auto", "dtype of products (weights are float32); auto: bfloat16 if the hardware has "
                                 "it", choices=["auto", "float32", "bfloat16"])
 
@@ -212,7 +220,11 @@ def train(config, model, tokenizer, batches, get_scores, warmup_steps, checkpoin
     batches.batch(step) -> (x, y), the inputs and targets of a step. get_scores() -> {column: figure} for
     log.csv; the weights with the lowest "val_loss" become best.pt. checkpoint: the saved run, if this
     training resumes; the caller has loaded its weights. prompt: ids that the model continues at every
-    evaluation."""
+    evaluation.
+
+    What the loop calls and a first reading can do without: own_rows and data_parallel do nothing in one
+    process; autocast sets the dtype of products; a Run counts steps, logs and saves; data.show prints a line,
+    which stays on the screen if it ends in a line end."""
     device = device_of(model)
 
     # 5 optimizer
@@ -343,14 +355,14 @@ def final_figures(model, corpus):
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
-OVERLAP, LONGEST_WINDOW, TOKENS_AT_ONCE = 256, 4096, 16_384                 # tokens
+LONGEST_WINDOW = 4096                                                       # tokens
 
 
 @torch.no_grad()
 def token_losses(model, ids, pieces=1, window=None, stride=None):
     """-log p, the negative log-likelihood (nll), of each of ids[1:] in nats, float64 [len(ids) - 1], without
     dropout. ids[0] is context only. A recurrent model reads the text in `pieces` side by side, a Transformer
-    in windows of `window` tokens that advance by `stride`: see the next two functions."""
+    in windows of `window` tokens that advance by `stride` (recurrent_nll, window_nll)."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     n = len(ids) - 1
     if n < 1:
@@ -366,6 +378,54 @@ def token_losses(model, ids, pieces=1, window=None, stride=None):
     model.train(was_training)
     data.show("")
     return losses.cpu().double()
+
+
+def perplexity_of(nats):
+    """e^nats, limited to what a float can hold."""
+    return math.exp(min(nats, 700))
+
+
+def perplexity(model, ids, pieces=1, window=None, stride=None):
+    """The mean of token_losses: -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}."""
+    losses = token_losses(model, ids, pieces, window, stride)
+    nll = losses.mean().item()
+    return {"nll": nll, "ppl": perplexity_of(nll), "tokens": len(losses)}
+
+
+def evaluate(model, texts):
+    """Figures on texts {name: ids}, for log.csv. Recurrent models read up to 16 pieces side by side."""
+    scores = {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000))) for name, ids in texts.items()}
+    valid = scores.pop("valid")
+    others = {f"ppl_{name}": score["ppl"] for name, score in scores.items()}
+    return {"val_loss": valid["nll"], "val_ppl": valid["ppl"]} | others
+
+
+def sample_line(model, tokenizer, prompt, seed):
+    """How the model continues a prompt (ids), from the same seed at every evaluation: a line of text."""
+    was_training = model.training
+    model.eval()
+    new = generate(model, [prompt], 20, 0.8, seed=seed, suppressed_tokens=tokenizer.suppressed)
+    model.train(was_training)
+    return " ".join(tokenizer.decode(prompt + new[0]).replace(data.SEPARATOR, " ").split())[-100:]
+
+
+def unknown_share(tokenizer, ids):
+    """The share of <unk> among token ids; 0 for a tokenizer without."""
+    return float(np.mean(np.asarray(ids) == getattr(tokenizer, "unk", None)))
+
+
+def warn_of_unknown(share, what, above=0.05):
+    """Warn where many words are <unk>, which flatters a perplexity."""
+    if share > above:
+        data.show(f"{share:.0%} of {what} is <unk>. It is easy to predict, so perplexities look better than "
+                  "they are; a model that is trained with --tokenizer gpt2 has no <unk>", "\n")
+
+
+# The evening's reading of this file ends here.
+
+# ----------------------------------------------------------------------------- evaluation: reading in batches
+
+OVERLAP, TOKENS_AT_ONCE = 256, 16_384
 
 
 def recurrent_nll(model, ids, pieces):
@@ -411,49 +471,6 @@ def window_nll(model, ids, window, stride):
         data.show(f"evaluated {group[-1][1]:,} of {n:,} tokens")
     return torch.cat(losses)
 
-
-def perplexity_of(nats):
-    """e^nats, limited to what a float can hold."""
-    return math.exp(min(nats, 700))
-
-
-def perplexity(model, ids, pieces=1, window=None, stride=None):
-    """The mean of token_losses: -> {"nll": nats per token, "ppl": perplexity, "tokens": how many}."""
-    losses = token_losses(model, ids, pieces, window, stride)
-    nll = losses.mean().item()
-    return {"nll": nll, "ppl": perplexity_of(nll), "tokens": len(losses)}
-
-
-def evaluate(model, texts):
-    """Figures on texts {name: ids}, for log.csv. Recurrent models read up to 16 pieces side by side."""
-    scores = {name: perplexity(model, ids, max(1, min(16, len(ids) // 1000))) for name, ids in texts.items()}
-    valid = scores.pop("valid")
-    others = {f"ppl_{name}": score["ppl"] for name, score in scores.items()}
-    return {"val_loss": valid["nll"], "val_ppl": valid["ppl"]} | others
-
-
-def sample_line(model, tokenizer, prompt, seed):
-    """How the model continues a prompt (ids), from the same seed at every evaluation: a line of text."""
-    was_training = model.training
-    model.eval()
-    new = generate(model, [prompt], 20, 0.8, seed=seed, suppressed_tokens=tokenizer.suppressed)
-    model.train(was_training)
-    return " ".join(tokenizer.decode(prompt + new[0]).replace(data.SEPARATOR, " ").split())[-100:]
-
-
-def unknown_share(tokenizer, ids):
-    """The share of <unk> among token ids; 0 for a tokenizer without."""
-    return float(np.mean(np.asarray(ids) == getattr(tokenizer, "unk", None)))
-
-
-def warn_of_unknown(share, what, above=0.05):
-    """Warn where many words are <unk>, which flatters a perplexity."""
-    if share > above:
-        data.show(f"{share:.0%} of {what} is <unk>. It is easy to predict, so perplexities look better than "
-                  "they are; a model that is trained with --tokenizer gpt2 has no <unk>", "\n")
-
-
-# The evening's reading of this file ends here.
 
 # ----------------------------------------------------------------------------------- a training in its folder
 
@@ -796,8 +813,9 @@ def resume_or_refuse(config, given):
         raise UserError("--epochs, --steps and --minutes exclude each other; give one of them")
     if not config.resume:
         if RANK == 0 and any((folder / file).exists() for file in ("last.pt", "result.json", "config.json")):
-            raise UserError(f"{folder} already holds a run or weights. Resume it: {config.script} --resume "
-                            f"--run {data.quoted(folder)}; or choose another folder with --run")
+            again = f"Resume it: {config.script} --resume --run {data.quoted(folder)}; or choose"
+            again = again if (folder / "last.pt").exists() else "Choose"        # a scorer is not resumed
+            raise UserError(f"{folder} already holds a run or weights. {again} another folder with --run")
         return None, config
     checkpoint = read_checkpoint(folder / "last.pt", config.script, mmap=getattr(config, "shard", False))
     complete = {"options", "state", "run", "optimizer"} <= checkpoint.keys()

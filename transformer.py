@@ -50,7 +50,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rnn import add_cutoff, compute_dtype, dropout, logits_of, softmax_loss
+from fast.products import dropout
+from rnn import add_cutoff, compute_dtype, logits_of, softmax_loss
 
 
 # ------------------------------------------------------------------------------------------------ the decoder

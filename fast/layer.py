@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 import lstm
 from fast.cells import fast_cells
 from fast.decode import use_decode_kernels
-from fast.products import compile_c, grad_product, product
+from fast.products import compile_c, dropout, grad_product, product
 from lstm import LSTM
-from rnn import compute_dtype, dropout
+from rnn import compute_dtype
 from transformer import DecoderLayer, causal_mask, rotary_cos_sin
 
 DTYPES = torch.float32, torch.bfloat16                  # those of layer.c

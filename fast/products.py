@@ -1,6 +1,8 @@
-"""Matrix products and memory, as fast as this CPU allows. It replaces x @ w.T and g.T @ x.
+"""Matrix products, dropout and memory, as fast as this CPU allows. They replace x @ w.T, g.T @ x and
+nn.Dropout.
 
     x W^T + b, g^T x, and a product that is repeated with one W    product, grad_product, packed_linear
+    dropout of single elements                                     dropout
     a C file of this folder as a library                           compile_c
     freed memory that stays with the process                       keep_memory
 
@@ -43,9 +45,11 @@ def product(x, w, bias=None):
 
 def grad_product(g, x):
     """g^T x, the gradient of a weight, for g [N, M], x [N, K]."""
+    # Autograd copies the transposed result into the weight's layout. In float32 that costs less than the
+    # faster product gains, and in bfloat16 it costs more.
     if ONEDNN and g.dtype == torch.float32:
-        return product(x.t(), g.t()).t()        # autograd copies it into the weight's layout, which costs less
-    return g.t() @ x                            # than this gains; in bfloat16 it costs more
+        return product(x.t(), g.t()).t()
+    return g.t() @ x
 
 
 def packed_linear(w, rows, times):
@@ -64,6 +68,20 @@ def packed_linear(w, rows, times):
         return lambda x: mkl._mkl_linear(x, packed, w, None, rows)
     w_t = w.t().contiguous() if is_float32 else w.t()           # MKL is 1.3 times as fast with it
     return lambda x: x @ w_t
+
+
+def dropout(x, p, training):
+    """Dropout of single elements, as nn.Dropout. A CPU draws random bits slowly, so each 64-bit draw serves
+    eight elements: p is rounded to a multiple of 1/256, and the rest is scaled for the rounded p. A smaller p
+    is drawn exactly."""
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu" or p < 1 / 256:
+        return F.dropout(x, p)
+    drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
+    cut = min(255, round(p * 256))
+    keep = (drawn.view(torch.uint8)[:x.numel()] >= cut).view(x.shape)
+    return x * keep * (256 / (256 - cut))
 
 
 @functools.lru_cache(None)

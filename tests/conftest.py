@@ -9,7 +9,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)          # tests send it; under nohup it would be ignored
+if hasattr(signal, "SIGHUP"):                           # Windows has none
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)      # tests send it; under nohup it would be ignored
 
 
 def real(path):

@@ -379,7 +379,7 @@ def test_vocabularies_of_one_size_are_told_apart(few_documents):
 def test_a_model_that_cannot_read_a_text_is_a_marked_gap(runs, few_documents):
     evaluation.main(["--domains", str(CLIMATE), "--runs", "runs/rnn", "runs/own-rnn", "--out", "r", "--sentences", "9"])
     js, md = json.loads(Path("r/report.json").read_text())["domains"][str(CLIMATE)], Path("r/report.md").read_text()
-    assert js["runs"].keys() == {"own-rnn", "rnn"} and "vocabulary has no" in js["runs"]["rnn"] and "| rnn | – (its vocabulary has no" in md
+    assert js["runs"].keys() == {"own-rnn", "rnn"} and "vocabulary has no" in js["runs"]["rnn"] and "| rnn | – (the run's vocabulary has no" in md
     assert 0.5 < js["runs"]["own-rnn"]["unknown"] < 1
 
 

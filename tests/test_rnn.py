@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 import rnn
 from fast import products
-from rnn import RNN, LinearCrossEntropy, RNNConfig, RNNLM, dropout, embedded_dropout, locked_dropout
+from fast.products import dropout
+from rnn import RNN, LinearCrossEntropy, RNNConfig, RNNLM, embedded_dropout, locked_dropout
 from tests.recurrent import (check_against_library, check_bf16_close, check_gradcheck, check_plain_equals_fast,
                              check_stack, check_state_is_carried)
 

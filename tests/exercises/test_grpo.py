@@ -50,7 +50,7 @@ def test_responses_come_in_groups_of_eight_and_advantages_sum_to_zero_in_each(tm
         m.setattr(ppo, "update_policy", updated)
         m.setattr(ppo, "report", lambda *a: None)
         splits = {split: prompts for split in ("train", "valid", "test")}
-        ppo.train_policy(ppo.Task(config, model, Words(), Scorer(), splits, torch.device("cpu"), torch.float32))
+        ppo.train_policy(ppo.Task(config, model, Words(), Scorer(), splits))
     groups = [seen["prompts"][k:k + 8] for k in range(0, 32, 8)]
     assert all(len(set(group)) == 1 for group in groups) and len(set(seen["prompts"])) > 1
     one_each = (seen["advantages"] * seen["mask"]).sum(1) / seen["mask"].sum(1)         # the same for all tokens of a response
