@@ -685,12 +685,12 @@ FILES = {                                       # of a corpus that is downloaded
     "tinystories": (f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/", "TinyStories-{}.txt"),
     "imdb": ("https://ai.stanford.edu/~amaas/data/sentiment/", "aclImdb_v1.tar.gz")}
 SHA256 = {                                      # of the files that never change
-    "ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-    "ptb.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-    "ptb.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-    "input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    "valid.txt": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-    "test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}
+    "ptb/ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    "ptb/ptb.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    "ptb/ptb.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    "shakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "wikitext2/valid.txt": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    "wikitext2/test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}
 WIKIPEDIA_URL = "https://en.wikipedia.org/w/api.php"
 
 
@@ -700,7 +700,7 @@ def corpus_file(name, split):
     if name == "tinystories" and split == "test":
         split = "valid"
     file = file.format(split)
-    return download(folder + file, data_dir() / name / file, SHA256.get(file))
+    return download(folder + file, data_dir() / name / file, SHA256.get(f"{name}/{file}"))
 
 
 def article(title):
@@ -1279,13 +1279,20 @@ def network_error(error):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, wait=True):
     """Let one process at a time work in a folder, where the system has locks. The folder itself is locked: a
-    lock file could be removed while other processes wait for it."""
+    lock file could be removed while other processes wait for it. UserError, with wait=False, if another
+    process works there."""
     descriptor = None
-    with contextlib.suppress(OSError, AttributeError):          # a file system, or a system, without locks
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as e:
+        os.close(descriptor)
+        raise UserError(f"another process works in {folder}; choose another folder with --run") from e
+    except (OSError, AttributeError):                           # a file system, or a system, without locks
+        pass
     try:
         yield
     finally:

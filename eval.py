@@ -907,8 +907,8 @@ def main(argv=None):
     device = pick_device(config.device)
     product_dtype = pick_dtype(config.dtype, device)
     out, chosen = Path(config.out), [config.run] if config.run else config.runs
-    if config.run and config.text is None:
-        raise UserError("--run and --text go together; for a report of some runs write --runs")
+    if config.run and (config.text is None or config.runs):
+        raise UserError("--run and --text go together; for a report, or a text in several runs, write --runs")
     if config.redraw:
         try:
             draw_report(read_json(out / "report.json"), out)

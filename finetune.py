@@ -85,7 +85,6 @@ class Config(RunOptions):
                                         "memory")
     shard: bool = option(False, "under torchrun, split weights and moments across the processes")
     weight_decay: float = option(0.01, "weight decay of AdamW, on matrices", at_least=0)
-    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
     log_every: int = option(10, "steps between rows of log.csv")
     eval_tokens: int = option(8192, "tokens of the validation split that an evaluation reads")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
@@ -185,7 +184,8 @@ def report(config, result):
     texts = [text.replace(data.SEPARATOR, "").strip() for text in held_out(config.data, 20)]
     rows = [{"document": text if len(text) <= 80 else text[:80] + " …", "before": b, "after": a}
             for text, b, a in zip(texts, before["documents"], after["documents"])]
-    lines += [f"{len(before['documents'])} held-out documents, each scored independently, "
+    chose = "" if data.has_test_split(config.data) else " (of the split that chose the weights)"
+    lines += [f"{len(before['documents'])} held-out documents{chose}, each scored independently, "
               f"{before['tokens']:,} tokens, {before['unknown']:.1%} of them <unk>; the first "
               f"{len(rows)}:\n", markdown_table(rows)]
     for k, (b, a) in enumerate(zip(before["samples"], after["samples"])):
@@ -210,8 +210,6 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
     block_size = min(config.block_size, context_length(model))
     batches = data.batches_of(model, train_ids, config.batch_size, block_size, config.seed)
     valid = prepend_eos(tokenizer, corpus.ids["valid"][:config.eval_tokens])
-    steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
-    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
 
     with claim_folder(config):
         data.show(memory_line(model, config.shard), "\n")
@@ -240,7 +238,7 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
         # 5 to 7: the loop of train.py
         prompt = encode_prompt(tokenizer, config.prompts[0]) if config.sample and not config.shard else ()
         run = train(config, model, tokenizer, batches, lambda: evaluate(model, {"valid": valid}),
-                    warmup_steps, checkpoint, prompt)
+                    checkpoint, prompt)
     if RANK:
         return None
 
@@ -371,9 +369,9 @@ def main(argv=None):
     if config.shard and WORLD < 2:
         raise UserError("--shard splits a model across processes; start them with: "
                         "torchrun --nproc-per-node 2 --standalone -- finetune.py --shard")
-    if config.ablate and (WORLD > 1 or config.steps or config.resume):
-        raise UserError("--ablate runs in one process, for --ablate-epochs and without --steps; the same "
-                        "command resumes it")
+    if config.ablate and (WORLD > 1 or given & {"steps", "epochs", "data_fraction", "resume"}):
+        raise UserError("--ablate runs in one process, for all --ablate-epochs and --ablate-fractions; the "
+                        "same command resumes it")
     kind, checkpoint = "ablate" if config.ablate else "finetune", None
     config.run = config.run or f"runs/{kind}-{data.file_name(config.base)}-{data.file_name(config.data)}"
     if not config.ablate:
@@ -389,7 +387,8 @@ def main(argv=None):
         corpus = data.load(config.data, tokenizer, splits=("train", "valid"))
     check_text(corpus)
     if config.ablate:
-        return ablate(config, model, tokenizer, corpus)
+        with data.locked(config.run, wait=False):
+            return ablate(config, model, tokenizer, corpus)
     result = finetune(config, model, tokenizer, corpus, checkpoint)
     if RANK == 0:
         before, after = result["before"], result["after"]

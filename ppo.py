@@ -116,7 +116,7 @@ class Config(RunOptions):
     eval_every: int = option(None, "iterations between evaluations (default: a 10th of the run, at least 5)")
     steps: int = option(None, f"iterations {by_base(DEFAULTS, 'steps')}", group="PPO")
     lr: float = option(None, f"highest learning rate {by_base(DEFAULTS, 'lr')}")
-    warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
+    warmup_steps: int = option(5, "iterations of linear warm-up, at most a tenth of all", at_least=0)
     batch_size: int = option(None, f"responses of an iteration {by_base(DEFAULTS, 'batch_size')}")
     minibatch: int = option(None, f"responses of an update {by_base(DEFAULTS, 'minibatch')}")
     update_epochs: int = option(None, f"updates for each response {by_base(DEFAULTS, 'update_epochs')}")
@@ -263,8 +263,6 @@ def score_responses(task, r):
     """-> (rewards, float32 [B], the logits of the reward model for prompt and response together; the texts).
     UserError for a reward that is not a number. Detail: no response is rejected for its form, and rewards are
     not normalised."""
-    if not any(r.responses):
-        raise UserError("every response is empty; take another base, or a smaller --lr")
     texts = [decode_text(task, prompt, response) for prompt, response in zip(r.prompts, r.responses)]
     scores = task.scorer.score(texts).float().cpu()
     if not scores.isfinite().all():
@@ -396,6 +394,9 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     batch = prompt_batch(task.prompts["train"], config.batch_size, config.seed, step)
     r = rollout(task, sampler, batch)
 
+    if not any(r.responses):
+        raise UserError("every response is empty; take another base, or a smaller --lr")
+
     # 7.2 reward model, at the end of each response
     scores, _ = score_responses(task, r)                                    # [B]
     repeated = torch.tensor(shared_repetition(r.responses))                 # [B]
@@ -515,8 +516,9 @@ def train_policy(task, checkpoint=None):
             if run.step % run.eval_every == 0 or run.step == run.steps:
                 scores = evaluate_policy(task, policy, task.prompts["valid"], config.seed)
                 run.log(lr=lr, **metrics, **{f"eval_{name}": scores[name] for name in EVALUATED})
-                # the best policy has the highest reward minus the price of its KL
-                penalized_reward = scores["reward"] - config.kl_coef * scores["kl"]
+                # the best policy has the highest reward minus the prices of its KL and its repetition
+                penalized_reward = (scores["reward"] - config.kl_coef * scores["kl"]
+                                    - config.repetition_coef * scores["repetition"])
                 better = run.save(policy, tokenizer, optimizer, val_loss=-penalized_reward, **more)
                 data.show(f"{run}  coefficient {kl_coef:.3f}  reward {scores['reward']:.2f}  KL "
                           f"{scores['kl']:.2f}  distinct-2 {scores['distinct_2']:.2f}"
@@ -642,7 +644,7 @@ def check_fit(task):
                         "larger --block-size")
     if len(prompts) < config.batch_size:
         raise UserError(f"{len(prompts)} prompts are too few for a --batch-size of {config.batch_size}")
-    pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(task.tokenizer.decode(prompt))]
+    pieces = [i for prompt in prompts[:500] for i in scorer.tokenizer.encode(decode_text(task, prompt))]
     unknown = sum(i == scorer.tokenizer.unk for i in pieces) / max(1, len(pieces))
     if unknown > 0.3:
         raise UserError(f"{config.base} and {config.scorer} do not fit: the scorer does not know "
@@ -660,12 +662,13 @@ def open_task(config, checkpoint):
     reference.product_dtype = product_dtype
     if not checkpoint:
         resolve_defaults(config, tokenizer)
-    scorer = load_scorer(config.scorer, device, product_dtype)
+    scorer = load_scorer(config.scorer, device)
     prompts = {split: read_prompts(config.data, split, tokenizer) for split in ("train", "valid", "test")}
     named = [] if is_embedded(tokenizer) else [encode_prompt(tokenizer, text) for text in NAMED]
     prompts["test"] = (named + prompts["test"])[:config.held_out]
     prompts["valid"] = prompts["valid"][:config.held_out]
-    task = Task(config, reference, tokenizer, scorer, prompts, checksum=weights_checksum(reference, scorer))
+    checksum = weights_checksum(reference, scorer)          # in float32: a run may resume in another dtype
+    task = Task(config, reference, tokenizer, scorer.to(product_dtype), prompts, checksum=checksum)
     check_fit(task)
     if checkpoint and checkpoint["checksum"] != task.checksum:
         raise UserError(f"{config.base} or {config.scorer} no longer holds the weights that the run in "
@@ -695,7 +698,6 @@ class RewardConfig(RunOptions):
     batch_size: int = option(32, "texts of a batch")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
     weight_decay: float = option(0.01, "weight decay of AdamW, on matrices", at_least=0)
-    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
     eval_every: int = option(None, "steps between evaluations (default: a 10th of the run)")
 
 
@@ -775,9 +777,8 @@ def train_reward(config, checkpoint=None):
     # 5 to 7: as a language model
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     config.eval_every = config.eval_every or -(-steps // 10)
-    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
     run = train(config, scorer, scorer.tokenizer, batches, lambda: evaluate_scorer(scorer, texts["valid"]),
-                warmup_steps, checkpoint)
+                checkpoint)
 
     # 8 results
     scorer.load_state_dict(read_checkpoint(run.folder / "best.pt")["model"])

@@ -70,8 +70,8 @@ class Config:
 # ------------------------------------------------------------------------------------------- opening a model
 
 def pick_device(name="auto"):
-    """A torch.device by its name. `auto` is cuda or cpu, because no other was tested. Each of several processes
-    has a GPU of its own. UserError for a device that does not work."""
+    """A torch.device by its name. `auto` is cuda or cpu, because no other was tested. Each of several
+    processes has a GPU of its own. UserError for a device that does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if data.WORLD > 1 and name == "cuda":
@@ -140,13 +140,16 @@ def tokenizer_from(state):
 
 
 def build_model(kind, config, weights=None):
-    """A model of MODELS from its config, a dict, perhaps with weights. UserError if they do not fit."""
+    """A model of MODELS from its config, a dict, perhaps with the weights of a checkpoint. UserError if they
+    do not fit."""
     try:
         model_type, config_type = MODELS[kind]
         model = model_type(config_type(**config))
         if weights is not None:
             model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if weights is None and not isinstance(e, ValueError):   # a mistake in the code of a new model
+            raise
         raise UserError(f"this does not make a {kind} model. Was the code changed, or the change taken back, "
                         f"since it was trained? {' '.join(str(e).split())[:200]}") from e
     return model

@@ -112,7 +112,7 @@ class RunOptions:
     resume: bool = option(False, "resume the run in --run, with the options that it was started with")
     steps: int = option(None, "optimizer steps, instead of --epochs")
     lr: float = option(None, "highest learning rate")
-    warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
     grad_clip: float = option(1.0, "largest gradient norm")
     log_every: int = option(50, "steps between rows of log.csv")
     eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)")
@@ -167,7 +167,10 @@ def step_seed(seed, step, rank=0):
 
 
 def get_lr(step, steps, peak, warmup_steps):
-    """The schedule of all trainings: linear warm-up, then half a cosine down to 1 % of the peak."""
+    """The schedule of all trainings: linear warm-up, of at most a tenth of the steps, then half a cosine down
+    to 1 % of the peak."""
+    if steps < math.inf:                                    # of --minutes it becomes known after some steps
+        warmup_steps = min(warmup_steps, max(1, steps // 10))
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -214,7 +217,7 @@ def clip_grad_norm(parameters, limit):
 
 # ----------------------------------------------------------------------------------------------- the training
 
-def train(config, model, tokenizer, batches, get_scores, warmup_steps, checkpoint=None, prompt=()):
+def train(config, model, tokenizer, batches, get_scores, checkpoint=None, prompt=()):
     """Train a model into the folder config.run; -> its Run.
 
     batches.batch(step) -> (x, y), the inputs and targets of a step. get_scores() -> {column: figure} for
@@ -269,7 +272,7 @@ def train(config, model, tokenizer, batches, get_scores, warmup_steps, checkpoin
             state = map_state(torch.Tensor.detach, state)   # truncated BPTT: values stay, gradients stop
 
             # update
-            lr = get_lr(run.step, run.steps, config.lr, warmup_steps)
+            lr = get_lr(run.step, run.steps, config.lr, config.warmup_steps)
             set_lr(optimizer, lr)
             grad_norm = clip_grad_norm(model.parameters(), config.grad_clip)
             run.check_finite(loss=loss, gradient_norm=grad_norm)
@@ -324,8 +327,7 @@ def pretrain(config, corpus, also=(), checkpoint=None):
     # 5 to 7
     prompt = texts["valid"][:min(9, config.block_size)].tolist() if config.sample else ()
     with claim_folder(config):
-        run = train(config, model, tokenizer, batches, lambda: evaluate(model, texts), config.warmup_steps,
-                    checkpoint, prompt)
+        run = train(config, model, tokenizer, batches, lambda: evaluate(model, texts), checkpoint, prompt)
     if RANK:
         return None
 
@@ -561,8 +563,9 @@ class Run(Progress):
 
     def resume(self, checkpoint):
         """Continue where last.pt was written. UserError for another text or a shorter length."""
-        asked, train_tokens = self.steps, self.train_tokens
+        asked, train_tokens, texts = self.steps, self.train_tokens, self.trained_on
         vars(self).update(checkpoint["run"])
+        self.trained_on += [text for text in texts if text not in self.trained_on]      # --data was moved
         if train_tokens != self.train_tokens:
             raise UserError(f"{self.config.data} is no longer the text that the run in {self.folder} was "
                             f"started with: it has {train_tokens:,} training tokens, and had "
@@ -1096,9 +1099,9 @@ def main(argv=None):
     # 1 options
     example = "example: python train.py --model lstm --data ptb --minutes 15 --also wikitext2"
     config, given = data.parse_args(Config, argv, f"{defaults_text()}\n\n{example}")
-    if config.search and (not config.minutes or "n_hidden" in given or WORLD > 1):
+    if config.search and (not config.minutes or given & {"n_hidden", "also"} or WORLD > 1):
         raise UserError("--search needs --minutes, the time for all trials together; it runs in one process, "
-                        "and draws --n-hidden with --n-embd")
+                        "draws --n-hidden with --n-embd, and reads no text of --also")
     if config.search and config.model not in SEARCH_SPACE:
         raise UserError(f"--search cannot draw for {config.model}; give it a line in SEARCH_SPACE")
     default = f"{'search-' if config.search else ''}{config.model}-{data.file_name(config.data)}"
@@ -1129,10 +1132,14 @@ def main(argv=None):
             also.append(("./valid" if name == "valid" else name, other.ids[split]))
     if config.cutoff is None:
         config.cutoff = default_cutoff(corpus.tokenizer)
+    elif config.cutoff and (config.data in data.DOMAINS or corpus.tokenizer.kind == "char"):
+        raise UserError("--cutoff needs words or GPT-2's tokens, which are numbered by frequency; characters "
+                        "and the words of an embedded language are not")
     share = unknown_share(corpus.tokenizer, corpus.ids["valid"])
     warn_of_unknown(share, f"the validation split of {config.data}")
     if config.search:
-        return search(config, given, corpus)
+        with data.locked(config.run, wait=False):
+            return search(config, given, corpus)
     result = pretrain(config, corpus, also, checkpoint)
     if RANK == 0:
         cut = f" (of its first {AT_THE_END:,} tokens)" if result["test_tokens"] == AT_THE_END else ""

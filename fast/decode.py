@@ -60,7 +60,7 @@ class DecodeLinear(nn.Linear):
             return y
         if rows == 1 and not is_bf16:           # F.linear is as fast as a packed weight
             return onednn._linear_pointwise(x, weight, bias, "none", [], "")
-        step = rows == len(x) <= 128            # one token of each row
+        step = rows == len(x) <= 128 and torch.backends.mkldnn.is_available()   # one token of each row
         if PACKED is None or not step or is_bf16 and not onednn._is_mkldnn_bf16_supported():
             return product(x, weight, bias)
         if self not in PACKED:
