@@ -393,7 +393,6 @@ def iterate(task, policy, sampler, value_head, optimizer, step, kl_coef):
     # 7.1 rollout
     batch = prompt_batch(task.prompts["train"], config.batch_size, config.seed, step)
     r = rollout(task, sampler, batch)
-
     if not any(r.responses):
         raise UserError("every response is empty; take another base, or a smaller --lr")
 
