@@ -584,17 +584,24 @@ def test_a_reward_that_is_not_a_number_ends_the_run_in_a_line(tmp_path):
 def test_only_empty_responses_end_the_run_in_a_line_but_single_ones_do_not(tmp_path):
     task = task_for(tmp_path, next(policies()))
     assert ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], [[], [4]], None, None, None))[0].shape == (2,)
+    assert ppo.score_responses(task, ppo.Rollout([[0, 1]], [[]], None, None, None))[0].shape == (1,)      # the last prompt of an evaluation
+    model = list(policies())[1]
+    with torch.no_grad():                                                   # its responses end before they begin
+        for p in model.lm_head.parameters():
+            p.zero_()
+        model.lm_head.bias[0] = 1e4
     with pytest.raises(UserError, match="every response is empty"):
-        ppo.score_responses(task, ppo.Rollout([[0, 1], [0, 2]], [[], []], None, None, None))
+        run_policy(tmp_path, model)
 
 
 @pytest.mark.parametrize("settings, scores, best, best_step", [
     (dict(kl_coef=0.5), [(1.0, 0.0), (2.0, 3.0), (2.0, 1.0), (9.0, 20.0)], 1.5, 3),
+    (dict(kl_coef=0.5, repetition_coef=2.0), [(1.0, 0.0, 0.1), (2.0, 0.0, 0.9), (1.5, 0.0, 0.3), (0.0, 0.0, 0.0)], 0.9, 3),
     # an adapted coefficient grows from 0.441 to 0.529; all policies are measured at the one that was given
     (dict(kl_coef=0.45, kl_target=1e-6), [(3.0, 2.0), (2.0, 0.0), (0.0, 0.0), (0.0, 0.0)], 2.1, 1)])
 def test_best_is_the_highest_reward_minus_the_price_of_the_divergence(tmp_path, monkeypatch, settings, scores, best, best_step):
     sequence = iter([(0.0, 0.0), (50.0, 0.0), *scores, (0.0, 0.0)])         # before; step 0, which is no trained policy; after
-    monkeypatch.setattr(ppo, "evaluate_policy", lambda *a: dict.fromkeys(ppo.EVALUATED, 1.0) | {"each": []} | dict(zip(("reward", "kl"), next(sequence))))
+    monkeypatch.setattr(ppo, "evaluate_policy", lambda *a: dict.fromkeys(ppo.EVALUATED, 1.0) | {"each": []} | dict(zip(("reward", "kl", "repetition"), next(sequence))))
     last, _ = run_policy(tmp_path, next(policies()), eval_every=1, lr=1e-2, **settings)
     assert last["run"]["best"] == pytest.approx(-best) and last["run"]["best_step"] == best_step
     assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == best_step
@@ -628,6 +635,12 @@ def there(trained, tmp_path, monkeypatch):
     for name in ("base", "scorer"):
         (tmp_path / name).symlink_to(trained / name)
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_policy_resumes_in_another_dtype(there):
+    ppo.main([*QUICK, "--run", "out"])
+    ppo.main(["--resume", "--run", "out", "--steps", "6", "--dtype", "bfloat16"])
+    assert json.loads(Path("out/result.json").read_text())["steps"] == 6
 
 
 def test_a_scorer_of_ones_own_learns_to_tell_reviews_apart(trained):

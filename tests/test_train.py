@@ -829,7 +829,9 @@ def test_bad_input_ends_with_one_clear_line(capsys):
                           (["--model", "lstm", "--n-layer", "1", "--n-hidden", "8"], "set --n-embd alone"),
                           (["--seed", "-1"], "--seed must be at least 0 and below"), (["--weight-decay", "-1"], "--weight-decay must be at least 0"),
                           (["--epochs", "inf"], "--epochs must be above 0"), (["--search", "3"], "--search needs --minutes"),
-                          (["--also", "my.txt"], "go with embedded languages"),
+                          (["--also", "my.txt"], "go with embedded languages"), (["--cutoff", "100"], "numbered by frequency"),
+                          (["--data", "my.txt", "--tokenizer", "char", "--cutoff", "5"], "numbered by frequency"),
+                          (["--search", "3", "--minutes", "1", "--also", "my.txt"], "no text of --also"),
                           (["--resume", "--run", "nothing/here"], "train a model first")):
         line = fails(capsys, *args)
         assert message in line, (args, line)
@@ -923,6 +925,22 @@ def test_help_is_a_page_with_an_example(capsys):
     assert stopped.value.code == 0 and "example: python train.py" in capsys.readouterr().out
 
 
+def test_a_search_has_its_folder_for_itself():
+    Path("s").mkdir()
+    with data.locked("s"), pytest.raises(UserError, match="another process works in s"):
+        train.main(tiny("rnn", "--search", "2", "--minutes", "0.05", "--run", "s"))
+    assert not list(Path("s").iterdir())
+
+
+def test_a_mistake_in_a_new_model_is_not_hidden(monkeypatch):
+    class Wrong(RNNLM):
+        def __init__(self, config):
+            super().__init__(config, 3)
+    monkeypatch.setitem(sample.MODELS, "rnn", (Wrong, RNNConfig))
+    with pytest.raises(TypeError, match="positional argument"):
+        train.main(tiny("rnn", "--steps", "2"))
+
+
 def test_a_search_needs_to_know_what_to_draw(monkeypatch):
     monkeypatch.delitem(train.SEARCH_SPACE, "rnn")
     with pytest.raises(UserError, match="give it a line in SEARCH_SPACE"):
@@ -948,6 +966,9 @@ def test_where_and_how_a_run_is_computed_may_change_when_it_resumes(monkeypatch,
     train.main(["--resume", "--run", "cut", "--data", "moved text.txt", "--device", "cpu", "--dtype", "float32", "--log-every", "2", "--eval-every", "6"])
     assert [int(r["step"]) for r in rows("cut")] == [0, 1, 2, 3, 4, 5, 6, 8, 10, 12] and [r["step"] for r in rows("cut") if r["val_ppl"]] == ["0", "4", "6", "12"]
     assert all(torch.equal(a, b) for a, b in zip(last("cut")["model"].values(), last("whole")["model"].values()))
+    # the moved text is one that the run was trained on, so only what was held out of it is unseen
+    assert sample.trained_on("cut") == [str(Path(name).resolve()) for name in ("small.txt", "moved text.txt")]
+    assert data.unseen_split("moved text.txt", sample.trained_on("cut")) == "valid"
     Path("other.txt").write_text("here is w2 of the w3\n" * 600)
     with pytest.raises(UserError, match="no longer the text"):
         train.main(["--resume", "--run", "cut", "--data", "other.txt"])
@@ -1176,3 +1197,5 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_hundredt
         assert lr[10 + k] == pytest.approx(2.0 * (0.01 + 0.99 * (1 + math.cos(math.pi * k / 100)) / 2))
     assert lr[110] == pytest.approx(0.02) == train.get_lr(500, 110, 2.0, 10)
     assert [train.get_lr(step, math.inf, 2.0, 2) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
+    assert [train.get_lr(step, 30, 2.0, 100) for step in range(30)] == [train.get_lr(step, 30, 2.0, 3) for step in range(30)]      # a tenth
+    assert train.get_lr(0, 5, 2.0, 100) == 2.0 and train.get_lr(0, 50, 2.0, 0) == 2.0
