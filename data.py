@@ -284,7 +284,7 @@ class ContiguousBatches:
 
     def __init__(self, ids, batch_size, block_size, seed):
         self.ids, self.batch_size, self.block_size, self.seed = ids, batch_size, block_size, seed
-        self.tokens, self.train_tokens = batch_size * block_size, len(ids)      # of a batch; of the text
+        self.tokens, self.train_tokens = batch_size * block_size, len(ids)  # tokens of a batch, of the text
         self.row_length = (len(ids) - block_size) // batch_size     # the offset takes up to block_size tokens
         self.steps_per_epoch = (self.row_length - 1) // block_size
 
@@ -818,8 +818,8 @@ def cut_at(text, share, end):
 
 @lru_cache(2)
 def read_own_text(name, sizes_and_times):
-    """-> ({split: text}, the pattern that ends a document); "all" is the complete text. sizes_and_times: of
-    the files, so that the cache does not return an older text."""
+    """-> ({split: text}, the pattern that ends a document); "all" is the complete text. The sizes
+    and times of the files are arguments so that the cache does not return an older text."""
     files, left_out = files_by_split(name)
     texts = {split: join_texts(map(read_text, split_files)) for split, split_files in files.items()}
     complete = join_texts(texts.values())
@@ -1097,8 +1097,7 @@ def parse_args(Config, argv=None, epilog=None):
     return Config(**given), set(given)
 
 
-# ------------------------------------------------------------ scripts, files, network (no language models
-# here)
+# ----------------------------------------------------------------------------------- scripts, files, network
 
 def run_main(main):
     """Run the main() of a script. A UserError or an OSError ends it with one line and exit status 2."""

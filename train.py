@@ -518,7 +518,7 @@ class Progress:
     eval_seconds: float = 0.0                       # in the last evaluation
     eval_in_steps: float = 0.0                      # how many steps an evaluation is worth (--minutes)
     best: float = math.inf                          # the lowest validation loss
-    best_step: int = -1                             # its step
+    best_step: int = -1                             # the step that reached it
     rows: list = field(default_factory=list)        # of log.csv
     losses: list = field(default_factory=list)      # training losses since the last row
     train_tokens: int = 0                           # of the training text

@@ -10,7 +10,8 @@ The decoder. A layer has two halves, and each adds to x_t in R^D at positions t 
 RMSNorm (Zhang & Sennrich 2019):    x / sqrt(mean(x^2) + eps) * weight, in float32
 Attention, for one head of size d:  sum over s <= t of softmax_s(q_t . k_s / sqrt(d)) v_s. The query of
                                     position t is compared with the keys of all positions up to t, and the
-                                    values are added, weighted by how well their keys match
+                                    values are added, weighted by how well their keys match. n_head of
+                                    these run side by side, and W_o adds up what they find
     q, k, v = W x + b               grouped-query attention (Ainslie et al. 2023): n_kv_head heads of
                                     keys and values; n_head / n_kv_head heads of queries share each of them
 RoPE (Su et al. 2021):              q and k at position t are turned by the angle t * theta^(-2j/d) in the
@@ -165,12 +166,13 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
+        # the heads of q and of k in one tensor [B, n_head + n_kv_head, T, d], because both are turned
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # [B, n_kv_head, T, d]
         q, k = apply_rotary_emb(qk, cos, sin).split((self.n_head, self.n_kv_head), 1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                           # [B, n_kv_head, S, d]
-            q = q.to(k.dtype)
+            q = q.to(k.dtype)                                               # the angles are float32
         y = fast_attention(q, k, v)                                         # [B, n_head, T, d]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
