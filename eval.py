@@ -847,7 +847,7 @@ def plot_influence(plt, scored, path):
         ids = [run.tokenizer.eos, *ids][:1 + min(48, context_length(run.model))]
         names = [label_of(token_name(run.tokenizer, i)) for i in ids]
         square = influence(run.model, torch.tensor(ids, device=device_of(run.model))).cpu()
-        axes.imshow(square.sqrt(), cmap="Greys", vmin=0, vmax=1)
+        axes.imshow(square.sqrt().numpy(), cmap="Greys", vmin=0, vmax=1)
         axes.grid(False)
         axes.set_xticks(range(len(square)), names[:-1], rotation=90, fontsize=6)
         predicted = [f"{name}  {math.exp(-loss):.0%}" for name, loss in zip(names[1:], losses)]

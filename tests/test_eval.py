@@ -509,7 +509,7 @@ def test_one_token_and_words_nobody_knows_have_numbers_or_gaps(runs, few_documen
 def test_errors_are_one_line(runs, tmp_path):
     for options, message in ((["--run", "runs/rnn"], "go together"), (["--sentences", "0"], "above 0"),
                              (["--domains", "nowhere.txt"], "nowhere.txt"), (["--runs", "runs/none"], "no run at runs/none"),
-                             (["--runs", "runs/rnn", "runs/rnn"], "same name"), (["--run", "runs/rnn", "--text", "zebra"], "has no .zebra"),
+                             (["--runs", "runs/rnn", "runs/rnn"], "same name"), (["--run", "runs/rnn", "--runs", "runs/own-rnn", "--text", "x"], "go together"), (["--run", "runs/rnn", "--text", "zebra"], "has no word .zebra"),
                              (["--run", "runs/own-rnn", "--text", "!!!"], "nothing in this text")):
         with pytest.raises(UserError, match=message):
             evaluation.main(options)
