@@ -85,6 +85,7 @@ class Config(RunOptions):
                                         "memory")
     shard: bool = option(False, "under torchrun, split weights and moments across the processes")
     weight_decay: float = option(0.01, "weight decay of AdamW, on matrices", at_least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
     log_every: int = option(10, "steps between rows of log.csv")
     eval_tokens: int = option(8192, "tokens of the validation split that an evaluation reads")
     sample: bool = option(True, "print a line that the model writes at every evaluation")
@@ -210,6 +211,8 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
     block_size = min(config.block_size, context_length(model))
     batches = data.batches_of(model, train_ids, config.batch_size, block_size, config.seed)
     valid = prepend_eos(tokenizer, corpus.ids["valid"][:config.eval_tokens])
+    steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
 
     with claim_folder(config):
         data.show(memory_line(model, config.shard), "\n")
@@ -238,7 +241,7 @@ def finetune(config, model, tokenizer, corpus, checkpoint=None, before=None):
         # 5 to 7: the loop of train.py
         prompt = encode_prompt(tokenizer, config.prompts[0]) if config.sample and not config.shard else ()
         run = train(config, model, tokenizer, batches, lambda: evaluate(model, {"valid": valid}),
-                    checkpoint, prompt)
+                    warmup_steps, checkpoint, prompt)
     if RANK:
         return None
 

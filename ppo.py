@@ -116,7 +116,7 @@ class Config(RunOptions):
     eval_every: int = option(None, "iterations between evaluations (default: a 10th of the run, at least 5)")
     steps: int = option(None, f"iterations {by_base(DEFAULTS, 'steps')}", group="PPO")
     lr: float = option(None, f"highest learning rate {by_base(DEFAULTS, 'lr')}")
-    warmup_steps: int = option(5, "iterations of linear warm-up, at most a tenth of all", at_least=0)
+    warmup_steps: int = option(5, "iterations of linear warm-up", at_least=0)
     batch_size: int = option(None, f"responses of an iteration {by_base(DEFAULTS, 'batch_size')}")
     minibatch: int = option(None, f"responses of an update {by_base(DEFAULTS, 'minibatch')}")
     update_epochs: int = option(None, f"updates for each response {by_base(DEFAULTS, 'update_epochs')}")
@@ -696,6 +696,7 @@ class RewardConfig(RunOptions):
     lr: float = option(None, "highest learning rate (default: 0.001, with --encoder 0.0001)")
     batch_size: int = option(32, "texts of a batch")
     accumulate: int = option(1, "cut a batch into N micro-batches: less memory")
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
     weight_decay: float = option(0.01, "weight decay of AdamW, on matrices", at_least=0)
     eval_every: int = option(None, "steps between evaluations (default: a 10th of the run)")
 
@@ -776,8 +777,9 @@ def train_reward(config, checkpoint=None):
     # 5 to 7: as a language model
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     config.eval_every = config.eval_every or -(-steps // 10)
+    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
     run = train(config, scorer, scorer.tokenizer, batches, lambda: evaluate_scorer(scorer, texts["valid"]),
-                checkpoint)
+                warmup_steps, checkpoint)
 
     # 8 results
     scorer.load_state_dict(read_checkpoint(run.folder / "best.pt")["model"])

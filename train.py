@@ -112,7 +112,7 @@ class RunOptions:
     resume: bool = option(False, "resume the run in --run, with the options that it was started with")
     steps: int = option(None, "optimizer steps, instead of --epochs")
     lr: float = option(None, "highest learning rate")
-    warmup_steps: int = option(100, "steps of linear warm-up, at most a tenth of all", at_least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up, however short the run", at_least=0)
     grad_clip: float = option(1.0, "largest gradient norm")
     log_every: int = option(50, "steps between rows of log.csv")
     eval_every: int = option(None, "steps between evaluations (default: a 20th of the run)")
@@ -167,10 +167,7 @@ def step_seed(seed, step, rank=0):
 
 
 def get_lr(step, steps, peak, warmup_steps):
-    """The schedule of all trainings: linear warm-up, of at most a tenth of the steps, then half a cosine down
-    to 1 % of the peak."""
-    if steps < math.inf:                                    # of --minutes it becomes known after some steps
-        warmup_steps = min(warmup_steps, max(1, steps // 10))
+    """The schedule of all trainings: linear warm-up, then half a cosine down to 1 % of the peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -217,7 +214,7 @@ def clip_grad_norm(parameters, limit):
 
 # ----------------------------------------------------------------------------------------------- the training
 
-def train(config, model, tokenizer, batches, get_scores, checkpoint=None, prompt=()):
+def train(config, model, tokenizer, batches, get_scores, warmup_steps, checkpoint=None, prompt=()):
     """Train a model into the folder config.run; -> its Run.
 
     batches.batch(step) -> (x, y), the inputs and targets of a step. get_scores() -> {column: figure} for
@@ -272,7 +269,7 @@ def train(config, model, tokenizer, batches, get_scores, checkpoint=None, prompt
             state = map_state(torch.Tensor.detach, state)   # truncated BPTT: values stay, gradients stop
 
             # update
-            lr = get_lr(run.step, run.steps, config.lr, config.warmup_steps)
+            lr = get_lr(run.step, run.steps, config.lr, warmup_steps)
             set_lr(optimizer, lr)
             grad_norm = clip_grad_norm(model.parameters(), config.grad_clip)
             run.check_finite(loss=loss, gradient_norm=grad_norm)
@@ -327,7 +324,8 @@ def pretrain(config, corpus, also=(), checkpoint=None):
     # 5 to 7
     prompt = texts["valid"][:min(9, config.block_size)].tolist() if config.sample else ()
     with claim_folder(config):
-        run = train(config, model, tokenizer, batches, lambda: evaluate(model, texts), checkpoint, prompt)
+        run = train(config, model, tokenizer, batches, lambda: evaluate(model, texts), config.warmup_steps,
+                    checkpoint, prompt)
     if RANK:
         return None
 
@@ -1129,6 +1127,7 @@ def main(argv=None):
             split = data.unseen_split(name, [data.resolved(config.data)])
             other = data.load(name, corpus.tokenizer, (split,))
             check_text(other)
+            warn_of_unknown(unknown_share(corpus.tokenizer, other.ids[split]), name, above=0.5)
             also.append(("./valid" if name == "valid" else name, other.ids[split]))
     if config.cutoff is None:
         config.cutoff = default_cutoff(corpus.tokenizer)

@@ -546,7 +546,7 @@ def test_influence_is_the_gradient_with_respect_to_the_words(kind):
 
 
 def test_the_picture_shows_each_run_and_says_where_it_is(runs, capsys, monkeypatch):
-    command = ["--runs", "runs/own-rnn", "runs/rnn", "--text", "the cat saw", "--out", "seen"]
+    command = ["--runs", "runs/own-rnn", "runs/rnn", "--text", data.embedded_text("finance", "test", 8), "--out", "seen"]
     pytest.importorskip("matplotlib")
     evaluation.main(command)
     out = capsys.readouterr().out
