@@ -524,7 +524,8 @@ def test_errors_are_one_line(runs, tmp_path):
 
 def test_the_quick_look_shows_every_token(runs, capsys):
     evaluation.main(["--run", "runs/own-rnn", "--text", "The cat of zebras saw"])
-    lines = capsys.readouterr().out.splitlines()
+    *lines, picture = capsys.readouterr().out.splitlines()
+    assert picture == "written to runs/report/influence.png"
     assert [line.split()[0] for line in lines[1:-2]] == ["the", "cat", "of", "<unk>", "saw"]
     assert lines[-2] == "<unk> stands for: zebras" and lines[-1].startswith("5 tokens")
     assert float(lines[-1].split()[2]) == pytest.approx(np.mean([float(line.split()[1]) for line in lines[1:-2]]), abs=2e-3)
