@@ -255,7 +255,7 @@ class GPT2Tokenizer:
 # ---------------------------------------------------------------------------------------------------- batches
 
 def prepend_eos(tokenizer, ids):
-    """ids (an array) with the end token before them, int64, as train.perplexity expects a text of its own."""
+    """The array ids, as int64, with the end token before it. train.perplexity reads a text in this form."""
     return torch.cat([torch.tensor([tokenizer.eos]), torch.from_numpy(np.asarray(ids).astype(np.int64))])
 
 
@@ -614,8 +614,8 @@ def shakespeare(split):
 
 
 def tinystories(split):
-    """Stories. The file has the separator between them, on lines of its own. The validation file serves as
-    two splits: the first, third, fifth, ... story are in `valid`, and the others in `test`."""
+    """The stories of the corpus. The file has the separator between them, on lines of its own. The validation
+    file serves as two splits: the first, third, fifth, ... story are in `valid`, and the others in `test`."""
     n_stories, unfinished = 0, []                               # parts of a story, whose end is not read yet
     for line in itertools.chain(read_lines(corpus_file("tinystories", split)), [SEPARATOR]):
         before, *after = line.split(SEPARATOR)
@@ -673,7 +673,7 @@ CORPORA = {domain: partial(embedded_corpus, domain) for domain in DOMAINS} | {
     "wikitext2": partial(line_corpus, "wikitext2"), "tinystories": tinystories, "imdb": imdb}
 LABELLED = {"reviews": reviews_labelled, "imdb": imdb_labelled}     # corpora of labelled texts
 TOKENIZED = {"ptb", "wikitext2"}                # spaces separate the words already; the vocabulary keeps all
-WITHOUT_TEST = {"shakespeare"}                  # there the validation split stands in for a test split
+WITHOUT_TEST = {"shakespeare"}                  # its validation split serves as a test split, too
 
 HUB = "https://huggingface.co"
 FILES = {                                       # of a corpus that is downloaded: the folder, a split's file
@@ -1162,7 +1162,7 @@ def file_name(name):
 
 
 def quoted(path):
-    """A path as it is typed in a command, whatever characters it holds."""
+    """Quote a path for a command, whatever characters it holds."""
     text = f"./{path}" if str(path).startswith("-") else str(path)
     if re.fullmatch(r"[\w.,:/@%+=-]+", text):
         return text
@@ -1248,7 +1248,7 @@ def read_lines(path):
 
 
 def read_text(path):
-    """A text file as it is. Of lines of JSON (.jsonl, .ndjson, .json), the "text" of each is a document."""
+    """Read a text file. Of lines of JSON (.jsonl, .ndjson, .json), the "text" of each is a document."""
     if not re.search(r"\.(jsonl?|ndjson)(\.gz)?$", path.name, re.IGNORECASE):
         return "".join(read_lines(path))
     try:
