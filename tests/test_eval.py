@@ -227,6 +227,26 @@ def test_frequencies_against_the_formulas():
     assert evaluation.compare_frequencies(Counter(x=3), Counter(y=5))["divergence_bits"] == pytest.approx(1)
 
 
+def test_the_distance_of_a_name_is_counted_from_where_it_was_last_said(few_documents):
+    run = evaluation.Trained("source", Source("finance"), WordTokenizer(data.embedded_vocabulary()), [], {}, {"data": "finance"})
+    counts, names = Counter(), set(data.NAMES.split())
+    for words, _ in data.embedded_documents("finance", "test"):
+        for at, word in enumerate(words):
+            if word in names and word in words[:at]:
+                distance = at - max(k for k in range(at) if words[k] == word)
+                counts[next(k for k, (low, high) in enumerate(evaluation.DISTANCES) if low <= distance <= high)] += 1
+    assert [row and row[2] for row in evaluation.name_memory(run)] == [counts[k] or None for k in range(len(evaluation.DISTANCES))]
+
+
+def test_a_corpus_is_read_from_a_split_that_the_run_has_not_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    (tmp_path / "ptb").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"ptb/ptb.{split}.txt").write_text(f" the words of {split} \n" * 3)
+    read = {split: evaluation.read_domain("ptb", trained) for split, trained in (("valid", ()), ("test", ("ptb",)))}
+    assert all(f"of {split}" in text for split, texts in read.items() for text in texts)
+
+
 def drawn(p, n, seed):
     """n words drawn from a distribution, as a Counter."""
     return Counter({f"w{k}": int(c) for k, c in enumerate(np.random.default_rng(seed).multinomial(n, p)) if c})

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data
+import rnn
 import sample
 import train
 from data import UserError
@@ -928,6 +929,38 @@ def test_help_is_a_page_with_an_example(capsys):
     assert stopped.value.code == 0 and "example: python train.py" in capsys.readouterr().out
 
 
+def test_each_step_drops_other_units(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(rnn, "locked_dropout", lambda x, p, training: (training and seeds.append(torch.initial_seed()), x)[1])
+    train.main(tiny("rnn", "--steps", "5", "--no-sample", "--run", "r"))
+    assert len(set(seeds)) == 5
+
+
+def test_a_rows_loss_is_the_mean_of_the_steps_since_the_row_before():
+    options = tiny("lstm", "--steps", "9", "--eval-every", "9", "--no-sample", "--dtype", "float32")
+    train.main([*options, "--log-every", "1", "--run", "each"])
+    train.main([*options, "--log-every", "3", "--run", "thirds"])
+    each = [float(row["train_loss"]) for row in rows("each")[1:]]
+    assert [float(row["train_loss"]) for row in rows("thirds")[1:]] == pytest.approx([sum(each[k:k + 3]) / 3 for k in (0, 3, 6)], abs=1e-5)
+    assert json.loads(Path("each/result.json").read_text())["epochs"] == pytest.approx(float(rows("each")[-1]["epoch"]), abs=1e-4)
+
+
+def test_a_resumed_run_is_not_complete_until_it_ends_again(monkeypatch):
+    train.main(tiny("rnn", "--steps", "4", "--no-sample", "--run", "r"))
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(torch.optim.AdamW, "step", ctrl_c_in(2))
+        train.main(["--resume", "--run", "r", "--steps", "8"])
+    assert not Path("r/result.json").exists()
+    train.main(["--resume", "--run", "r"])
+    assert json.loads(Path("r/result.json").read_text())["steps"] == 8
+
+
+def test_a_longer_run_is_evaluated_as_often_as_if_it_had_been_planned_so():
+    train.main(tiny("rnn", "--steps", "20", "--no-sample", "--run", "r"))
+    train.main(["--resume", "--run", "r", "--steps", "60"])
+    assert [int(row["step"]) for row in rows("r") if row["val_ppl"]] == [*range(21), *range(21, 61, 3)]
+
+
 def test_a_search_has_its_folder_for_itself():
     Path("s").mkdir()
     with data.locked("s"), pytest.raises(UserError, match="another process works in s"):
@@ -1187,7 +1220,7 @@ def test_a_recurrent_state_is_carried_within_an_epoch_and_begins_anew_with_the_n
 
 
 def test_best_pt_has_the_weights_of_the_lowest_validation_loss(monkeypatch):
-    losses = iter([3.0, 2.0, 1.0, 1.5, 2.5])                    # at steps 0, 2, 4, 6, 8
+    losses = iter([3.0, 2.0, 1.0, 1.0 + 1e-6, 2.5])             # at steps 0, 2, 4, 6, 8
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses), "val_ppl": 9.0})
     train.main(tiny("rnn", "--steps", "8", "--eval-every", "2", "--no-sample", "--run", "r"))
     assert sample.read_checkpoint("r/best.pt")["step"] == 4 and json.loads(Path("r/result.json").read_text())["best_step"] == 4
